@@ -1,0 +1,99 @@
+/**
+ * TensorFlow as TFJS's backend: loads @tensorflow/tfjs-node-gpu as `npm run tensorflow` installs it, and makes its
+ * matrix products bfloat16 on request. Importing this file loads nothing: TensorFlow reads its environment only
+ * once, so `loadTensorFlow` sets that first.
+ */
+import util from 'node:util';
+import * as tf from '@tensorflow/tfjs';
+
+export interface TensorFlowOptions {
+  /** CPU threads; TensorFlow takes all cores by itself */
+  threads?: number;
+  /** of matrix products on CUDA: float32 turns TF32 off; bf16 also needs a call of `useBf16Products` */
+  precision?: 'float32' | 'tf32' | 'bf16';
+  /** compile graphs (not single ops) with XLA */
+  xla?: boolean;
+}
+
+/** The part of tfjs-node that is used here. Its own types can't be: the package is optional. */
+interface Backend {
+  isUsingGpuDevice: boolean;
+  binding: {
+    TF_Version: string;
+    TF_FLOAT: number;
+    TF_ATTR_BOOL: number;
+    TF_ATTR_TYPE: number;
+    executeOp(name: string, attrs: object[], inputIds: number[], outputs: number): { id: number }[];
+    deleteTensor(id: number): void;
+  };
+  getInputTensorIds(tensors: tf.TensorInfo[]): number[];
+  createOutputTensor(output: { id: number }): tf.Tensor;
+}
+
+/** Loads TensorFlow, makes it TFJS's backend, and tells its version and whether it computes on a GPU. */
+export async function loadTensorFlow(
+  options: TensorFlowOptions = {},
+): Promise<{ version: string; gpu: boolean }> {
+  const { threads, precision, xla } = options;
+  const { env } = process;
+  env.TF_CPP_MIN_LOG_LEVEL ??= '2'; // errors only
+  env.TF_ENABLE_ONEDNN_OPTS ??= '0'; // its ops double a step's time at small sizes
+  env.TF_FORCE_GPU_ALLOW_GROWTH ??= 'true'; // else it takes the whole GPU at once
+  if (threads !== undefined) env.TF_NUM_INTRAOP_THREADS = env.TF_NUM_INTEROP_THREADS = String(threads);
+  if (precision === 'float32') env.NVIDIA_TF32_OVERRIDE = '0';
+  if (xla) env.TF_XLA_FLAGS = `${env.TF_XLA_FLAGS ?? ''} --tf_xla_auto_jit=2 --tf_xla_cpu_global_jit`.trim();
+  // tfjs-node calls these two: gone in Node 23, and Node 22 warns at each first call
+  Object.assign(util, { isArray: Array.isArray, isNullOrUndefined: (value: unknown) => value == null });
+
+  const name: string = '@tensorflow/tfjs-node-gpu'; // a plain string, so that types are checked without the package
+  const argv = process.argv;
+  process.argv = argv.slice(0, 2); // its loader (node-pre-gyp) would take our flags for its own
+  try {
+    await import(name);
+  } catch (error) {
+    const { message, code } = error as NodeJS.ErrnoException;
+    const missing = code?.endsWith('MODULE_NOT_FOUND') && message.includes(name);
+    const problem = missing ? 'is not installed' : `does not load (${message.split('\n')[0]})`;
+    throw new Error(`TensorFlow ${problem}: run \`npm run tensorflow\``, { cause: error });
+  } finally {
+    process.argv = argv;
+  }
+  if (!(await tf.setBackend('tensorflow')))
+    throw new Error('TensorFlow loaded, but TFJS refused it as its backend');
+  const { binding, isUsingGpuDevice } = tf.backend() as unknown as Backend;
+  return { version: binding.TF_Version, gpu: isUsingGpuDevice };
+}
+
+const DT_BFLOAT16 = 14; // of TensorFlow's DataType; TFJS has no name for it
+
+/**
+ * From now on float32 matrix products (tf.matMul, forward and backward, and what is fused from it) round both
+ * factors to bfloat16, accumulate in float32, and round the product to bfloat16, as PyTorch's autocast does. What
+ * goes in and comes out stays float32, so parameters, losses and the optimiser never see the short type.
+ */
+export function useBf16Products(): void {
+  const stock = tf.getKernel('BatchMatMul', 'tensorflow');
+  tf.unregisterKernel('BatchMatMul', 'tensorflow'); // registering over it would warn
+  tf.registerKernel({
+    ...stock,
+    kernelFunc: args => {
+      const { a, b } = args.inputs as { a: tf.TensorInfo; b: tf.TensorInfo };
+      if (a.dtype !== 'float32') return stock.kernelFunc(args);
+      const backend = args.backend as Backend;
+      const { binding } = backend; // looked up at each call: it is another one while a graph is traced
+      const bool = (name: string, value: unknown) => ({ name, type: binding.TF_ATTR_BOOL, value });
+      const type = (name: string, value: number) => ({ name, type: binding.TF_ATTR_TYPE, value });
+      const execute = (op: string, attrs: object[], ids: number[]) =>
+        binding.executeOp(op, attrs, ids, 1)[0]!;
+      const cast = (id: number, from: number, to: number) =>
+        execute('Cast', [type('SrcT', from), type('DstT', to), bool('Truncate', false)], [id]);
+
+      const factors = backend.getInputTensorIds([a, b]).map(id => cast(id, binding.TF_FLOAT, DT_BFLOAT16).id);
+      const transposes = [bool('adj_x', args.attrs?.transposeA), bool('adj_y', args.attrs?.transposeB)];
+      const product = execute('BatchMatMulV2', [type('T', DT_BFLOAT16), ...transposes], factors);
+      const result = cast(product.id, DT_BFLOAT16, binding.TF_FLOAT);
+      for (const id of [...factors, product.id]) binding.deleteTensor(id);
+      return backend.createOutputTensor(result);
+    },
+  });
+}

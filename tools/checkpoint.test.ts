@@ -1,0 +1,378 @@
+// Checkpoints cut off at every point, full disks, changed settings, signals and divergence.
+
+import assert from 'node:assert/strict';
+import { spawn, spawnSync } from 'node:child_process';
+import { once } from 'node:events';
+import fs from 'node:fs';
+import os from 'node:os';
+import path from 'node:path';
+import { after, beforeEach, mock, test } from 'node:test';
+import {
+  checkFinite,
+  compareConfigs,
+  DivergenceError,
+  loadCheckpoint,
+  saveCheckpoint,
+} from '/tmp/drafts/checkpoint.ts';
+import { openSafetensors, UsageError } from '/tmp/drafts/safetensors.ts';
+
+const root = fs.mkdtempSync(path.join(os.tmpdir(), 'checkpoint-'));
+const dir = path.join(root, 'run');
+after(() => fs.rmSync(root, { recursive: true }));
+beforeEach(() => {
+  mock.restoreAll();
+  fs.rmSync(dir, { recursive: true, force: true });
+  fs.mkdirSync(dir);
+});
+
+/** Saves a pair in which every number is `value`, so that a mixed pair shows. */
+const save = (step: number, value = step, folder = dir, size = 4) =>
+  saveCheckpoint(
+    folder,
+    step,
+    [{ name: 'components.a.V', shape: [size], data: () => new Float32Array(size).fill(value) }],
+    [
+      { name: 'moments', shape: [size], data: new Float32Array(size).fill(value) },
+      { name: 'counter', shape: [1], data: new Int32Array([value]) },
+    ],
+  );
+
+function valuesIn(file: string): number[] {
+  const { tensors, readFloat32, readInt32, close } = openSafetensors(file);
+  const values = [...tensors].flatMap(([name, t]) => [
+    ...(t.dtype === 'I32' ? readInt32(name) : readFloat32(name)),
+  ]);
+  close();
+  return values;
+}
+
+/** The one value in the checkpoint that loads, or undefined. */
+function load(folder = dir): number | undefined {
+  let checkpoint: ReturnType<typeof loadCheckpoint>;
+  try {
+    checkpoint = loadCheckpoint(folder);
+  } catch (error) {
+    assert(error instanceof UsageError);
+    return undefined;
+  }
+  const values = new Set([...valuesIn(checkpoint.components), ...valuesIn(checkpoint.state)]);
+  assert.equal(values.size, 1, `a mixed pair was loaded: ${[...values]}`);
+  return [...values][0];
+}
+
+// ---- a process that dies: from the n-th call that changes a file on, nothing has an effect any more ----
+
+class Death extends Error {}
+
+/** Wraps the calls of fs that change files; returns their list. A dying write writes half. */
+function dieAt(n: number): string[] {
+  const calls: string[] = [];
+  const paths = new Map<number, string>();
+  const short = (file: fs.PathLike) =>
+    path
+      .basename(String(file))
+      .replace('.safetensors', '')
+      .replace(/\.tmp-\d+$/, '~');
+  const wrap = (name: 'writeSync' | 'fsyncSync' | 'renameSync' | 'linkSync' | 'copyFileSync' | 'rmSync') => {
+    const real = fs[name] as (...args: unknown[]) => unknown;
+    mock.method(fs, name, (...args: [never, never, number, number]) => {
+      const files = (
+        name === 'writeSync' || name === 'fsyncSync' ? [paths.get(args[0])!] : args.slice(0, 2)
+      ) as string[];
+      if (name === 'rmSync' && !fs.existsSync(files[0]!)) return undefined;
+      calls.push(
+        [name.replace('Sync', ''), ...files.filter(f => typeof f === 'string').map(short)].join(' '),
+      );
+      if (calls.length === n && name === 'writeSync') real(args[0], args[1], args[2], args[3] >> 1);
+      if (calls.length >= n) throw new Death();
+      return name === 'fsyncSync' ? undefined : real(...args); // nobody pulls the plug here, and disks are slow
+    });
+  };
+  const open = fs.openSync;
+  mock.method(fs, 'openSync', (file: string, flags: string) => {
+    if (flags !== 'r') calls.push(`open ${short(file)}`);
+    if (flags !== 'r' && calls.length >= n) throw new Death();
+    const fd = open(file, flags);
+    paths.set(fd, file);
+    return fd;
+  });
+  for (const name of ['writeSync', 'fsyncSync', 'renameSync', 'linkSync', 'copyFileSync', 'rmSync'] as const)
+    wrap(name);
+  return calls;
+}
+
+async function saveAndDie(step: number, value: number, n: number): Promise<string[]> {
+  const calls = dieAt(n);
+  await save(step, value).catch(error => assert(error instanceof Death, error.stack));
+  mock.restoreAll();
+  return calls;
+}
+
+test('a save is this sequence: whole files beside, second names for the old pair, two renames, each put on disk', async () => {
+  await save(1);
+  const beside = (what: string) => [
+    `open ${what}.next~`,
+    ...(what === 'state' ? ['write', 'write', 'write'] : ['write', 'write']).map(
+      call => `${call} ${what}.next~`,
+    ),
+    `fsync ${what}.next~`,
+    `rename ${what}.next~ ${what}.next`,
+    'fsync run',
+  ];
+  const keep = (what: string) => [
+    `link ${what} ${what}.previous~`,
+    `rename ${what}.previous~ ${what}.previous`,
+    'fsync run',
+  ];
+  const publish = (what: string) => [`rename ${what}.next ${what}`, 'fsync run'];
+  assert.deepEqual(await saveAndDie(2, 2, Number.POSITIVE_INFINITY), [
+    ...['components', 'state'].flatMap(beside),
+    ...['components', 'state'].flatMap(keep),
+    ...['components', 'state'].flatMap(publish),
+  ]);
+  assert.deepEqual(fs.readdirSync(dir).sort(), [
+    'components.previous.safetensors',
+    'components.safetensors',
+    'state.previous.safetensors',
+    'state.safetensors',
+  ]);
+  assert.equal(load(), 2);
+  for (const what of ['components', 'state'])
+    assert(valuesIn(path.join(dir, `${what}.previous.safetensors`)).every(value => value === 1));
+  const checkpoint = loadCheckpoint(dir);
+  assert.deepEqual([checkpoint.step, checkpoint.warning], [2, undefined]);
+});
+
+test('four saves in a row, each cut off at any call or not at all: the last checkpoint always loads', async t => {
+  // A history is the call at which each save died. Folders with the same files in them go on in the same way.
+  let histories: number[][] = [[]];
+  let tried = 0;
+  let fallbacks = 0;
+  const folderNow = () =>
+    fs
+      .readdirSync(dir)
+      .sort()
+      .map(name => `${name.replace(/\d+$/, '')} ${fs.readFileSync(path.join(dir, name)).toString('latin1')}`)
+      .join('\n');
+  for (let depth = 1; depth <= 4; depth++) {
+    const seen = new Map<string, number[]>();
+    for (const history of histories)
+      for (let n = 1, calls = n; calls >= n; n++) {
+        fs.rmSync(dir, { recursive: true });
+        fs.mkdirSync(dir);
+        let before: number | undefined;
+        for (const [i, death] of history.entries()) {
+          await saveAndDie((load() ?? 0) + 1, i + 1, death);
+          before = load();
+        }
+        const made = await saveAndDie((before ?? 0) + 1, depth, n);
+        calls = made.length;
+        tried++;
+        const now = load();
+        const where = `history ${[...history, n]}, last call ${made.at(-1)}`;
+        assert(now === before || now === depth, `loads ${now}, neither ${before} nor ${depth}: ${where}`);
+        if (calls < n) assert.equal(now, depth, `the save ended, but is not what loads: ${where}`);
+        if (now !== undefined && loadCheckpoint(dir).warning) fallbacks++;
+        const components = path.join(dir, 'components.safetensors');
+        if (before !== undefined) assert(fs.existsSync(components), where);
+        if (fs.existsSync(components)) assert.equal(new Set(valuesIn(components)).size, 1, where);
+        seen.set(folderNow(), [...history, n]);
+      }
+    histories = [...seen.values()];
+  }
+  t.diagnostic(
+    `${tried} interruptions, ${histories.length} different folders at the end, ${fallbacks} previous pairs loaded`,
+  );
+  assert(tried > 1000 && fallbacks > 20);
+});
+
+test('the previous pair loads with a warning when a file of the last one is missing, broken or of another save', async () => {
+  await save(1);
+  await save(2);
+  const file = (name: string) => path.join(dir, `${name}.safetensors`);
+  const whole = { components: fs.readFileSync(file('components')), state: fs.readFileSync(file('state')) };
+  for (const what of ['components', 'state'] as const) {
+    for (const content of [
+      undefined,
+      Buffer.alloc(0),
+      whole[what].subarray(0, 100),
+      Buffer.concat([whole[what], Buffer.alloc(1)]),
+    ]) {
+      fs.rmSync(file(what));
+      if (content) fs.writeFileSync(file(what), content);
+      assert.equal(load(), 1);
+      assert.match(loadCheckpoint(dir).warning!, /: the last save was cut off; going on from step 1$/);
+    }
+    fs.writeFileSync(file(what), whole[what]);
+  }
+  assert.equal(load(), 2);
+  for (const what of ['components', 'components.previous']) fs.rmSync(file(what));
+  assert.throws(() => loadCheckpoint(dir), /run: holds no checkpoint/);
+  assert.throws(() => loadCheckpoint(path.join(root, 'gone')), UsageError);
+});
+
+test('an error in a save leaves the last checkpoint and no litter', async () => {
+  await save(1);
+  await save(2);
+  const files = fs.readdirSync(dir);
+  const write = fs.writeSync;
+  for (let n = 1; n <= 5; n++) {
+    let calls = 0;
+    mock.method(fs, 'writeSync', (...args: Parameters<typeof write>) => {
+      if (++calls === n)
+        throw Object.assign(new Error('ENOSPC: no space left on device'), { code: 'ENOSPC' });
+      return write(...args);
+    });
+    await assert.rejects(save(3), /ENOSPC/);
+    mock.restoreAll();
+    assert.deepEqual(fs.readdirSync(dir), files);
+    assert.equal(load(), 2);
+  }
+  fs.writeFileSync(path.join(dir, 'components.next.safetensors.tmp-999999'), 'left by a killed process');
+  fs.writeFileSync(path.join(dir, 'state.next.safetensors'), 'left by a killed process');
+  fs.writeFileSync(path.join(dir, 'my.components.tmp-1'), 'not ours');
+  await save(3);
+  assert.deepEqual(fs.readdirSync(dir).sort(), [...files, 'my.components.tmp-1'].sort());
+  assert.equal(load(), 3);
+  fs.rmSync(dir, { recursive: true });
+  await assert.rejects(save(4), /ENOENT/);
+});
+
+test('where there are no hard links the old pair is copied', async () => {
+  mock.method(fs, 'linkSync', () => {
+    throw Object.assign(new Error('EPERM: operation not permitted, link'), { code: 'EPERM' });
+  });
+  for (const step of [1, 2, 3]) await save(step);
+  fs.rmSync(path.join(dir, 'state.safetensors'));
+  assert.equal(load(), 2);
+});
+
+test('a full disk leaves the last checkpoint', async t => {
+  if (spawnSync('mount', ['-t', 'tmpfs', '-o', 'size=256k', 'none', dir]).status !== 0)
+    return t.skip('this machine does not let us mount a small tmpfs');
+  try {
+    await save(1, 1, dir, 4000); // two files of 16 kB
+    await save(2, 2, dir, 4000);
+    await assert.rejects(save(3, 3, dir, 40_000), /ENOSPC/);
+    assert.equal(load(), 2);
+    assert.equal(fs.readdirSync(dir).length, 4);
+    await save(4, 4, dir, 4000);
+    assert.equal(load(), 4);
+  } finally {
+    spawnSync('umount', [dir]);
+  }
+});
+
+test('a resumed run may change what training does not depend on, and nothing else', () => {
+  const old = { nSteps: 100, seed: 1, components: { a: 4 }, logEvery: 10, engine: 'wasm', gradClipCi: 0 };
+  assert.deepEqual(compareConfigs(old, { ...old }), []);
+  assert.deepEqual(
+    compareConfigs(old, { ...old, logEvery: 1, evalFreq: 3, saveEvery: 7, roundingThreshold: 0.1 }),
+    [],
+  );
+  assert.deepEqual(compareConfigs(old, { ...old, engine: 'tensorflow' }), [
+    'engine was "wasm" and is now "tensorflow": not bit for bit the same run',
+  ]);
+  assert.throws(
+    () => compareConfigs(old, { ...old, seed: 2, components: { a: 5 }, logEvery: 1 }),
+    (error: Error) =>
+      error instanceof UsageError &&
+      error.message.startsWith(
+        '--resume: seed was 1 and is now 2, components was {"a":4} and is now {"a":5}; only logEvery',
+      ),
+  );
+  const { seed, ...older } = old;
+  assert.throws(() => compareConfigs(older, old), /seed was undefined and is now 1/);
+  assert.throws(() => compareConfigs(old, older), /seed was 1 and is now undefined/);
+});
+
+test('a value that is not finite stops the run with its name, the step and the largest parameter', async () => {
+  let reads = 0;
+  const parameters = [
+    { name: 'V', shape: [2], data: new Float32Array([1, -2]) },
+    { name: 'U', shape: [2], data: async () => new Float32Array([-1234.5, ++reads]) },
+  ];
+  await checkFinite(7, { 'loss/faith': 0, 'loss/imp': 1e30, 'grad_norm/ci': 3 }, parameters);
+  assert.equal(reads, 0);
+  await assert.rejects(
+    checkFinite(
+      7,
+      { 'loss/faith': 0, 'loss/imp': Number.NaN, 'grad_norm/ci': Number.POSITIVE_INFINITY },
+      parameters,
+    ),
+    (error: Error) =>
+      error instanceof DivergenceError &&
+      error.message ===
+        'diverged at step 7: loss/imp is NaN, grad_norm/ci is Infinity; the largest parameter is in U (1.23e+3); the last checkpoint is untouched',
+  );
+  parameters[0]!.data = new Float32Array([0, Number.NaN]);
+  await assert.rejects(
+    checkFinite(7, { x: Number.NaN }, parameters),
+    /largest parameter is in V \(not finite\)/,
+  );
+});
+
+// ---- signals ----
+
+/** Runs steps of 300 ms that never wait, as a native call would, and reports each; it "saves" in 300 ms as well. */
+const loop = `
+import fs from 'node:fs';
+import { watchSignals } from ${JSON.stringify(new URL('/tmp/drafts/checkpoint.ts', import.meta.url).pathname)};
+const say = (line: string) => fs.writeSync(1, line + '\\n');
+const busy = () => Atomics.wait(new Int32Array(new SharedArrayBuffer(4)), 0, 0, 300);
+async function main() {
+  const { interrupted } = watchSignals(say);
+  for (let step = 1; step < 30; step++) {
+    say('step ' + step);
+    busy();
+    const code = await interrupted();
+    if (!code) continue;
+    say('saving');
+    busy();
+    say('saved');
+    process.exit(code);
+  }
+}
+main();
+`;
+
+/** Starts the loop, sends each signal when the output contains its cue, returns how it ended. */
+async function runLoop(...signals: [cue: string, signal: NodeJS.Signals][]) {
+  const script = path.join(dir, 'loop.ts');
+  fs.writeFileSync(script, loop);
+  const child = spawn(process.execPath, ['--import', 'tsx', script], {
+    stdio: ['ignore', 'pipe', 'inherit'],
+  });
+  let output = '';
+  child.stdout.on('data', data => {
+    output += data;
+    while (signals[0] && output.includes(signals[0][0])) child.kill(signals.shift()![1]);
+  });
+  const [code, signal] = await once(child, 'close');
+  return { code, signal, output };
+}
+
+const posix = { skip: process.platform === 'win32' && 'Windows has no POSIX signals' };
+for (const [signal, expected] of [
+  ['SIGINT', 130],
+  ['SIGTERM', 143],
+] as const) {
+  test(`${signal} finishes the step, saves and exits with ${expected}`, posix, async () => {
+    const { code, output } = await runLoop(['step 2', signal]);
+    assert.equal(code, expected);
+    assert.match(
+      output,
+      new RegExp(`step 2\n${signal}: saving after this step; once more stops at once\nsaving\nsaved\n$`),
+    );
+  });
+  test(`a second ${signal} stops at once, even inside a save`, posix, async () => {
+    const { code, signal: by, output } = await runLoop(['step 2', signal], ['saving\n', signal]);
+    assert(by === signal || code === expected);
+    assert.doesNotMatch(output, /saved/);
+  });
+}
+test('two signals inside one step stop after it, without a save', posix, async () => {
+  const { code, output } = await runLoop(['step 2', 'SIGTERM'], ['step 2', 'SIGINT']);
+  assert(code === 130 || code === 143);
+  assert.doesNotMatch(output, /saving\n/);
+});
