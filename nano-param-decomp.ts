@@ -6,9 +6,9 @@
  * removed, at random or by an adversary, and the model must still say the same. What is left is the network taken
  * apart into small mechanisms that can be looked at one by one.
  *
- *   npm install && npm start                        the bundled toy target: decompose, evaluate, harvest, page
- *   npx tsx nano-param-decomp.ts --model M --data D  your own: a Hugging Face folder or hub id, and a text file
- *   npx tsx nano-param-decomp.ts --help              every field of the config is a flag
+ *   npm install && npm start                         the bundled toy: decompose, evaluate, harvest, page
+ *   npx tsx nano-param-decomp.ts --model M --data D   your own: a Hugging Face folder or hub id, and a text file
+ *   npx tsx nano-param-decomp.ts --help               every field of the config is a flag
  *
  * Contents (the letters are the rulers below; "method n" is the section of the method in README.md)
  *   A. Config            one record: type, default, flag, help
@@ -19,22 +19,22 @@
  *   F. CI function       the causal-importance transformer, the two sigmoids      method 2
  *   G. Losses            faithfulness, importance minimality, reconstruction      method 3
  *   H. Persistent PGD    the adversary                                            method 4
- *   I. Optimisation      schedules, Adam, the training step, the loop             method 5
+ *   I. Optimisation      schedules, Adam, the training step                       method 5
  *   J. Evaluation        the original's metrics, and ours                         method 6
- *   K. Run folder        checkpoints, metrics, resume
- *   L. Harvest           what every component does
- *   M. Report            harvest.json and report.html
- *   N. Command line
+ *   K. Run folder        config, metrics, checkpoints
+ *   L. Harvest           what every component does; the scoreboard of known rules
+ *   M. Report            the page
+ *   N. Command line      the jobs: decompose, eval, harvest
  *
  * Left out on purpose: several GPUs, embeddings and unembeddings as modules, targets other than decoder language
  * models, hyperparameter search, experiment trackers.
  *
- * Conventions: N = B·S positions, all activations are [N, ·] matrices (only attention unfolds B and S). C components
- * per module; ΣC are the components of all M modules side by side, modules sorted by path ("wide" tensors).
+ * Conventions: N = B·S positions; activations are [N, ·] matrices (only attention unfolds B and S). A module has C
+ * components; ΣC are those of all M modules side by side, modules sorted by path ("wide" tensors).
  */
-
 import * as crypto from 'node:crypto';
 import * as fs from 'node:fs';
+import * as os from 'node:os';
 import * as path from 'node:path';
 import { fileURLToPath } from 'node:url';
 import { parseArgs } from 'node:util';
@@ -47,10 +47,14 @@ type Tensors = Record<string, tf.Tensor>;
 
 /** Wrong input (a flag, a file, a folder): reported in one line, exit code 2. */
 export class UsageError extends Error {}
+/** Refuses it. Parts of the message may be a stranger's text: one line, no control or direction marks. */
+function refuse(message: string): never {
+  throw new UsageError(message.slice(0, 500).replace(/[\p{C}\p{Zl}\p{Zp}]/gu, '?'));
+}
 
 // ---- A. Config ------------------------------------------------------------------------------------------------------
-// One record gives every field its type, default, flag (kebab-case), bounds and line in --help. The defaults are the
-// paper's run (method 5); "0 = auto" are sizes that follow the target by a rule that gives the paper's at its target.
+// One record gives each field its type, default, bounds, flag (kebab-case) and line in --help. Defaults are the paper's
+// run (method 5); "0 = auto" are sizes that follow the target, by a rule that gives the paper's at the paper's target.
 
 interface Field<V> {
   value: V;
@@ -58,55 +62,37 @@ interface Field<V> {
   min?: number;
   max?: number;
   integer?: boolean;
-  choices?: readonly string[];
+  choices?: string;
 }
-const int = (value: number, help: string, min = 0, max = 1e9): Field<number> => ({
-  value,
-  help,
-  min,
-  max,
+const real = (value: number, help: string, min = 0, max = 1e12): Field<number> => ({ value, help, min, max });
+const int = (value: number, help: string, min = 0, max = 1e9) => ({
+  ...real(value, help, min, max),
   integer: true,
 });
-const real = (value: number, help: string, min = 0, max = 1e12): Field<number> => ({ value, help, min, max });
-const text = (value: string, help: string): Field<string> => ({ value, help });
-const choice = (value: string, choices: readonly string[], help: string): Field<string> => ({
-  value,
-  help,
-  choices,
-});
+const text = (value: string, help: string, choices = ''): Field<string> => ({ value, help, choices });
 const flag = (value: boolean, help: string): Field<boolean> => ({ value, help });
 
-export const FIELD_GROUPS = {
+const GROUPS = {
   'Target and data': {
-    model: text(
-      '',
-      'Hugging Face folder (config.json, *.safetensors, tokenizer.json) or hub id org/name[@revision]',
-    ),
-    data: text('', 'training data: .txt, .jsonl or .json rows of ids'),
+    model: text('', 'Hugging Face folder, or hub id org/name[@revision]'),
+    data: text('', 'training data: .txt, .jsonl, .json rows of ids, or a hub dataset org/name'),
     evalData: text('', 'held-out data; without it the last 5 % of the documents, never trained on'),
-    labels: text(
-      '',
-      'JSON: the rules in force at every position of --eval-data, for the mechanism scoreboard',
-    ),
-    seqLen: int(512, 'tokens in a row (no longer than the target allows)', 2, 1 << 20),
+    labels: text('', 'JSON with the rules in force in the rows of --eval-data: adds a scoreboard'),
+    seqLen: int(512, 'tokens in a row, at most what the target allows', 2, 1 << 20),
     components: text(
       'auto',
-      'modules and their C, first match wins: "*.q_proj=64,*.mlp.*=172"; auto: every linear layer of the blocks, C = max(dIn, dOut)',
+      'pattern=C, first match wins: "*.q_proj=64,*.mlp.*=172"; auto: all, C = max(dIn, dOut)',
     ),
     out: text('', 'run folder; without it runs/<model>-<time>'),
   },
   Training: {
     nSteps: int(400_000, 'training steps', 1),
-    batchSize: int(64, 'rows in a batch (not given on a CPU engine: 4)', 1),
-    microBatches: int(
-      1,
-      'shards that a batch is split into, one after another (R of the importance loss)',
-      1,
-    ),
-    seed: int(0, 'every random number comes from (seed, step, purpose)', 0, 2 ** 31 - 1),
+    batchSize: int(64, 'rows in a batch; if not given, 4 on a CPU engine', 1),
+    microBatches: int(1, 'shards of a batch, one after another (R of the importance loss)', 1),
+    seed: int(0, 'every random number is a function of (seed, step, purpose)', 0, 2 ** 31 - 1),
     mainLr: real(5e-5, 'AdamW learning rate of V, U and the CI function'),
     mainLrFinalFrac: real(0.1, 'where its cosine ends', 0, 1),
-    gradClipComponents: real(0.01, 'joint gradient norm of all V and U is clipped to this; 0 = off'),
+    gradClipComponents: real(0.01, 'clips the joint gradient norm of all V and U; 0 = off'),
     gradClipCi: real(0, "the same for the CI function; 0 = off, the paper's choice"),
     faithfulnessWarmupSteps: int(400, 'steps on the faithfulness loss alone, before training'),
     faithfulnessWarmupLr: real(1e-3, 'their learning rate'),
@@ -114,23 +100,20 @@ export const FIELD_GROUPS = {
   },
   Losses: {
     coeffFaith: real(1e7, 'coefficient of the faithfulness loss'),
-    coeffImp: real(2e-4, 'coefficient of the importance-minimality loss'),
-    coeffStoch: real(0.5, 'coefficient of the stochastic reconstruction loss'),
-    coeffPpgd: real(0.5, 'coefficient of the adversarial reconstruction loss; 0 = no adversary'),
-    pStart: real(2, 'exponent p of the importance loss at the start', 0, 10),
-    pEnd: real(0.4, 'and at the end (linear)', 0, 10),
-    impEps: real(1e-12, 'added to g before the power: its slope at 0 is infinite when p < 1'),
+    coeffImp: real(2e-4, 'of the importance-minimality loss'),
+    coeffStoch: real(0.5, 'of the stochastic reconstruction loss'),
+    coeffPpgd: real(0.5, 'of the adversarial reconstruction loss; 0 = no adversary'),
+    pStart: real(2, 'exponent p of the importance loss at the start', 0.01, 10),
+    pEnd: real(0.4, 'and at the end (linear)', 0.01, 10),
+    impEps: real(1e-12, 'added to g before the power'),
     impBeta: real(0.5, 'weight of the frequency term'),
     leakyAlpha: real(0.01, 'slope of the leaky sigmoids outside [0, 1]', 0, 1),
   },
   'CI function': {
-    ciDModel: int(
-      0,
-      'width; 0 = auto: 8/3 of the target width (paper: 2048 at 768), a multiple of 16 a head',
-    ),
-    ciNBlocks: int(0, 'blocks; 0 = auto: twice the target layers (paper: 8 at 4)'),
-    ciNHeads: int(0, 'heads; 0 = auto: one per 64 of width, at least 4, at most 16'),
-    ciMlpHidden: int(0, 'MLP width; 0 = auto: 4 times the width'),
+    ciDModel: int(0, 'width; 0 = auto: 8/3 of the target width (paper: 2048 at 768)', 0, 1 << 17),
+    ciNBlocks: int(0, 'blocks; 0 = auto: twice the target layers (paper: 8 at 4)', 0, 4096),
+    ciNHeads: int(0, 'heads; 0 = auto: one per 64 of width, at least 4, at most 16', 0, 4096),
+    ciMlpHidden: int(0, 'MLP width; 0 = auto: 4 times the width', 0, 1 << 20),
     ciRopeBase: real(10_000, 'base of its rotary embedding', 1),
   },
   'Persistent PGD': {
@@ -145,7 +128,7 @@ export const FIELD_GROUPS = {
   Evaluation: {
     evalFreq: int(1000, 'steps between evaluations; 0 = only at the end'),
     slowEvalFreq: int(5000, 'steps between slow evaluations; 0 = only at the end'),
-    evalBatchSize: int(0, 'rows of an evaluation batch; 0 = auto: the batch size', 0),
+    evalBatchSize: int(0, 'rows of an evaluation batch; 0 = auto: the batch size'),
     ciAliveThreshold: real(0, 'a component counts in L0 where g is above this', 0, 1),
     roundingThreshold: real(0, 'rounded masks are 1 where g is above this', 0, 1),
     pgdEvalStepSize: real(0.1, 'step of the fresh sign-PGD adversary'),
@@ -154,76 +137,53 @@ export const FIELD_GROUPS = {
   Run: {
     logEvery: int(100, 'steps between lines of metrics.jsonl', 1),
     saveEvery: int(5000, 'steps between checkpoints; 0 = only at the end'),
-    harvest: flag(true, 'harvest and write the page at the end'),
-    harvestRows: int(2000, 'rows that the harvest reads; 0 = all'),
+    harvest: flag(true, 'harvest and write the page at the end (--no-harvest leaves it out)'),
+    harvestRows: int(4096, 'training rows that the harvest reads; 0 = all'),
   },
   Engine: {
-    engine: choice(
-      'auto',
-      ['auto', 'tensorflow', 'webgpu', 'wasm'],
-      'auto: TensorFlow if it loads, else WASM',
-    ),
-    precision: choice(
-      'auto',
-      ['auto', 'float32', 'tf32', 'bf16'],
-      'of matrix products; auto: tf32 on CUDA, else float32',
-    ),
-    graph: flag(true, 'trace the step into a TensorFlow graph (6x faster); --no-graph runs it op by op'),
-    xla: choice(
-      'auto',
-      ['auto', 'on', 'off'],
-      'compile the graph with XLA; auto: when enough steps follow to pay for it',
-    ),
+    engine: text('auto', 'auto: TensorFlow if it loads, else WASM', 'auto tensorflow webgpu wasm'),
+    precision: text('auto', 'of matrix products; auto: tf32 on CUDA, else float32', 'auto float32 tf32 bf16'),
+    graph: flag(true, 'trace the step into a TensorFlow graph (--no-graph runs it op by op)'),
+    xla: text('auto', 'compile the graph with XLA; auto: where it was measured to pay', 'auto on off'),
     threads: int(0, 'threads of the TensorFlow CPU engine; 0 = all cores', 0, 1024),
   },
-} as const;
-
-type Groups = typeof FIELD_GROUPS;
-type Merge<U> = (U extends unknown ? (u: U) => void : never) extends (i: infer I) => void ? I : never;
-type Fields = Merge<Groups[keyof Groups]>;
+};
+type Merged<U> = (U extends unknown ? (u: U) => void : never) extends (merged: infer I) => void ? I : never;
+type Fields = Merged<(typeof GROUPS)[keyof typeof GROUPS]>;
 /** Every field with its value: what config.json stores. */
-export type Config = { -readonly [K in keyof Fields]: Fields[K] extends Field<infer V> ? V : never };
-
-const FIELDS = Object.assign({}, ...Object.values(FIELD_GROUPS)) as Record<
-  keyof Config,
-  Field<string | number | boolean>
->;
+export type Config = { [K in keyof Fields]: Fields[K] extends Field<infer V> ? V : never };
+type Value = string | number | boolean;
+const FIELDS: Record<string, Field<Value>> = Object.assign({}, ...Object.values(GROUPS));
 export const DEFAULTS = Object.fromEntries(Object.entries(FIELDS).map(([k, f]) => [k, f.value])) as Config;
 
-/** Named settings. Each is the difference to the defaults; its source stands beside it and in --help. */
+const bundled = (file: string) => fileURLToPath(new URL(`assets/toy/${file}`, import.meta.url));
+/** Named settings: the difference to the defaults, with its source. */
 export const PRESETS: Record<string, { source: string; config: Partial<Config> }> = {
   toy: {
-    source: 'ours: the bundled one-layer target with known rules, 2,000 steps (README.md, "Results")',
+    source: 'ours: the bundled one-layer target with known rules',
     config: {
-      model: fileURLToPath(new URL('assets/toy', import.meta.url)),
-      data: fileURLToPath(new URL('assets/toy/corpus.txt', import.meta.url)),
-      evalData: fileURLToPath(new URL('assets/toy/eval.json', import.meta.url)),
-      labels: fileURLToPath(new URL('assets/toy/labels.json', import.meta.url)),
-      components: '*.attn.*=48,*.mlp.*=128',
       ...{
-        seqLen: 32,
-        batchSize: 16,
-        nSteps: 2000,
-        mainLr: 1e-2,
-        coeffFaith: 1e4,
-        coeffImp: 5e-4,
-        impBeta: 4,
+        model: bundled(''),
+        data: bundled('corpus.txt'),
+        evalData: bundled('eval.json'),
+        labels: bundled('labels.json'),
       },
-      ...{ faithfulnessWarmupLr: 5e-3, faithfulnessWarmupLrFinalFrac: 0.05, ppgdLr: 0.05 },
+      ...{ components: '*.attn.*=48,*.mlp.*=128', seqLen: 32, batchSize: 16, nSteps: 2000, mainLr: 1e-2 },
+      ...{ coeffFaith: 1e4, coeffImp: 5e-4, impBeta: 4, ppgdLr: 0.05, seed: 0 },
+      ...{ faithfulnessWarmupLr: 5e-3, faithfulnessWarmupLrFinalFrac: 0.05 },
       ...{ ciDModel: 64, ciNBlocks: 1, ciNHeads: 4, ciMlpHidden: 256 },
       ...{ evalFreq: 500, slowEvalFreq: 0, evalBatchSize: 256, saveEvery: 1000 },
     },
   },
   'simplestories-2L': {
-    source: "the original's small public preset (SimpleStories, 2 layers); method 5",
+    source: "the original's small public preset for its 2-layer SimpleStories target; method 5",
     config: {
-      components:
-        '*.q_proj=288,*.k_proj=288,*.v_proj=384,*.o_proj=480,*.c_fc=1152,*.down_proj=960,*.up_proj=1152,*.gate_proj=1152',
+      components: '*.q_proj=288,*.k_proj=288,*.v_proj=384,*.o_proj=480,*.c_fc=1152,*.down_proj=960',
       ...{ ciDModel: 512, ciNBlocks: 4, ciNHeads: 8, ciMlpHidden: 2048, coeffImp: 1e-3, mainLr: 3e-4 },
     },
   },
   'pile-4L': {
-    source: "the paper's run (4-layer LlamaSimpleMLP on the Pile, 400k steps of 64 x 512 tokens); method 5",
+    source: "the paper's run on its 4-layer Pile target, 400k steps of 64 x 512 tokens; method 5",
     config: {
       components: '*.q_proj=512,*.k_proj=512,*.v_proj=1024,*.o_proj=1024,*.c_fc=3072,*.down_proj=3584',
       ...{ batchSize: 64, seqLen: 512, ciDModel: 2048, ciNBlocks: 8, ciNHeads: 16, ciMlpHidden: 8192 },
@@ -233,35 +193,29 @@ export const PRESETS: Record<string, { source: string; config: Partial<Config> }
 
 const kebab = (name: string) => name.replace(/[A-Z]/g, c => `-${c.toLowerCase()}`);
 
-/** Checks one value against its field; throws a UsageError that names the flag, what it got and what it takes. */
-function checkField(name: keyof Config, raw: string | number | boolean): string | number | boolean {
-  const field = FIELDS[name];
-  const refuse = (takes: string): never => {
-    throw new UsageError(`--${kebab(name)}: got ${JSON.stringify(raw)}, takes ${takes}`);
-  };
-  if (typeof field.value === 'boolean') return typeof raw === 'boolean' ? raw : refuse('no value');
-  if (typeof field.value === 'string') {
-    if (typeof raw !== 'string') return refuse('a text');
-    return !field.choices || field.choices.includes(raw) ? raw : refuse(`one of ${field.choices.join(', ')}`);
+/** A field's value from the text of its flag. @throws UsageError naming the flag, what it got and what it takes */
+function fieldValue(name: string, raw: Value): Value {
+  const { value: standard, choices, min = 0, max = 0, integer } = FIELDS[name]!;
+  const takes = (what: string) => refuse(`--${kebab(name)}: got ${JSON.stringify(raw)}, takes ${what}`);
+  if (typeof standard === 'boolean') return typeof raw === 'boolean' ? raw : takes('no value');
+  if (typeof standard === 'string') {
+    const fits = typeof raw === 'string' && (!choices || choices.split(' ').includes(raw));
+    return fits ? raw : takes(`one of ${choices}`);
   }
-  const { min = 0, max = Infinity, integer } = field;
-  const value =
-    typeof raw === 'number' ? raw : typeof raw === 'string' && raw.trim() !== '' ? Number(raw) : Number.NaN;
-  const fits =
-    Number.isFinite(value) && value >= min && value <= max && (!integer || Number.isInteger(value));
-  return fits ? value : refuse(`${integer ? 'an integer' : 'a number'} from ${min} to ${max}`);
+  const value = typeof raw === 'string' && raw.trim() === '' ? Number.NaN : Number(raw);
+  const fits = value >= min && value <= max && (!integer || Number.isInteger(value));
+  return fits ? value : takes(`${integer ? 'an integer' : 'a number'} from ${min} to ${max}`);
 }
 
 // ---- B. Engine ------------------------------------------------------------------------------------------------------
-// The maths is plain TFJS. What makes an engine fast (the traced graph, better WASM kernels) is in engine/ and optional:
-// without that folder everything runs op by op.
+// The maths is plain TFJS. What makes an engine fast (the traced graph, better WASM kernels) is in engine/ and
+// optional: without that folder everything runs op by op.
 
 export interface Engine {
-  readonly name: 'tensorflow' | 'webgpu' | 'wasm' | 'cpu';
-  /** One line for people: what was taken, and why. */
-  readonly description: string;
+  readonly name: string;
   readonly gpu: boolean;
-  readonly version: string;
+  /** One line for people: which engine, and why. */
+  readonly description: string;
   /**
    * A function with the same meaning as `fn`, and faster where the engine can trace it: `fn` is then run once as it is
    * and from then on as one graph. So whatever changes from call to call must enter through `feeds`, and no branch of
@@ -269,161 +223,134 @@ export interface Engine {
    */
   compile<F extends Tensors, O extends Tensors>(name: string, fn: (feeds: F) => O): (feeds: F) => Promise<O>;
 }
+/** Right on every engine, and what a traced graph is compared with. */
+const opByOp: Pick<Engine, 'compile'> = { compile: (_name, fn) => async feeds => tf.tidy(() => fn(feeds)) };
 
-/** import() of a part that may be missing; any failure but its absence is passed on. */
-async function optionalImport<M>(specifier: string): Promise<M | undefined> {
+/** import() of a part that may be missing. */
+async function optional<M>(part: Promise<M>): Promise<M | undefined> {
   try {
-    return (await import(specifier)) as M;
+    return await part;
   } catch (error) {
-    const code = (error as NodeJS.ErrnoException).code;
-    if (code === 'ERR_MODULE_NOT_FOUND' || code === 'MODULE_NOT_FOUND') return undefined;
-    throw error;
+    if ((error as NodeJS.ErrnoException).code !== 'ERR_MODULE_NOT_FOUND') throw error;
   }
 }
 
-/** Runs every function op by op: right on every engine, and what the traced graph is compared with. */
-const opByOp: Pick<Engine, 'compile'> = { compile: (_name, fn) => async feeds => tf.tidy(() => fn(feeds)) };
+type EngineOptions = Pick<Config, 'engine' | 'precision' | 'graph' | 'xla' | 'threads'>;
 
-type EngineOptions = Pick<Config, 'engine' | 'precision' | 'graph' | 'xla' | 'threads' | 'nSteps'>;
-
-/** Starts the engine that the config asks for. @throws UsageError if that one is not there */
+/** Starts the engine that the config asks for. @throws UsageError if it isn't there */
 export async function startEngine(options: EngineOptions): Promise<Engine> {
   let why = '';
-  if (options.engine === 'auto' || options.engine === 'tensorflow') {
+  if (options.engine === 'webgpu') return startWebGpu();
+  if (options.engine !== 'wasm') {
     try {
       return await startTensorFlow(options);
     } catch (error) {
-      why = (error as Error).message.split('\n')[0] ?? '';
-      if (options.engine === 'tensorflow') throw new UsageError(`--engine tensorflow: ${why}`);
+      why = `; ${(error as Error).message.split('\n')[0]}`;
+      if (options.engine === 'tensorflow') refuse(`--engine tensorflow${why}`);
     }
   }
-  if (options.precision === 'tf32' || options.precision === 'bf16') {
-    throw new UsageError(
-      `--precision ${options.precision}: only on the TensorFlow engine (${why || options.engine})`,
-    );
-  }
-  return options.engine === 'webgpu' ? startWebGpu() : startWasm(why);
+  if (/tf32|bf16/.test(options.precision))
+    refuse(`--precision ${options.precision}: only on TensorFlow${why}`);
+  const name = (await startWasm()) ? 'wasm' : 'cpu';
+  if (name === 'cpu') await tf.setBackend('cpu');
+  const what = name === 'wasm' ? 'WASM' : 'plain JavaScript, slow (no @tensorflow/tfjs-backend-wasm)';
+  return { name, gpu: false, ...opByOp, description: `TFJS ${tf.version.tfjs} on ${what}${why}` };
 }
 
-async function startTensorFlow(options: EngineOptions): Promise<Engine> {
-  const parts = await optionalImport<typeof import('./engine/tensorflow.ts')>('./engine/tensorflow.ts');
-  const graphs = await optionalImport<typeof import('./engine/graph.ts')>('./engine/graph.ts');
-  // XLA compiles for some seconds and then saves a fifth to a third of each step
-  const xla =
-    options.graph &&
-    graphs !== undefined &&
-    (options.xla === 'on' || (options.xla === 'auto' && options.nSteps >= 1000));
-  let version = '';
-  let gpu = false;
-  if (parts) {
-    const precision =
-      options.precision === 'auto' ? {} : { precision: options.precision as 'float32' | 'tf32' | 'bf16' };
-    ({ version, gpu } = await parts.loadTensorFlow({ threads: options.threads, xla, ...precision }));
-    if (options.precision === 'bf16') parts.useBf16Products();
-  } else {
+async function startTensorFlow({ precision, graph, xla, threads }: EngineOptions): Promise<Engine> {
+  const engine = await optional(import('./engine/tensorflow.ts'));
+  if (!engine) {
     await import('@tensorflow/tfjs-node-gpu' as string);
     await tf.setBackend('tensorflow');
+    return {
+      name: 'tensorflow',
+      gpu: false,
+      ...opByOp,
+      description: 'TensorFlow, op by op (no engine/ folder)',
+    };
   }
-  const graph = graphs && options.graph ? new graphs.Graph({ xla, tolerance: 0.02 }) : undefined;
-  const how = graph ? `traced graph${xla ? ', XLA' : ''}` : 'op by op';
-  const run = graph ? { compile: graph.compile.bind(graph) as Engine['compile'] } : opByOp;
+  const { loadTensorFlow, useBf16Products } = engine;
+  const { Graph } = await import('./engine/graph.ts');
+  const compiled = graph && xla === 'on';
+  const products = precision === 'auto' ? {} : { precision: precision as 'float32' | 'tf32' | 'bf16' };
+  const { version, gpu } = await loadTensorFlow({
+    xla: compiled,
+    ...products,
+    ...(threads > 0 ? { threads } : {}),
+  });
+  if (precision === 'bf16') useBf16Products();
+  const session = graph ? new Graph({ xla: compiled }) : undefined;
+  const run: Pick<Engine, 'compile'> = session
+    ? { compile: (name, fn) => session.compile(name, fn) }
+    : opByOp;
+  const how = session ? `traced graph${compiled ? ', XLA' : ''}` : 'op by op';
   return {
     name: 'tensorflow',
     gpu,
-    version,
     ...run,
-    description: `TensorFlow ${version} on ${gpu ? 'CUDA' : 'the CPU'} (${how})`,
+    description: `TensorFlow ${version} on ${gpu ? 'CUDA' : 'the CPU'}, ${how}`,
   };
 }
 
-async function startWasm(why: string): Promise<Engine> {
-  const because = why ? `; TensorFlow: ${why}` : '';
-  const parts = await optionalImport<typeof import('./engine/wasm.ts')>('./engine/wasm.ts');
-  try {
-    if (parts) {
-      await parts.loadWasm();
-      parts.fastWasmKernels();
-    } else {
-      await import('@tensorflow/tfjs-backend-wasm');
-      await tf.setBackend('wasm');
-    }
-    return {
-      name: 'wasm',
-      gpu: false,
-      version: tf.version.tfjs,
-      ...opByOp,
-      description: `TFJS ${tf.version.tfjs} on WASM${because}`,
-    };
-  } catch (error) {
-    if ((error as NodeJS.ErrnoException).code !== 'ERR_MODULE_NOT_FOUND') throw error;
-    await tf.setBackend('cpu');
-    const description = `TFJS ${tf.version.tfjs} in plain JavaScript, slow: no @tensorflow/tfjs-backend-wasm${because}`;
-    return { name: 'cpu', gpu: false, version: tf.version.tfjs, ...opByOp, description };
-  }
+async function startWasm(): Promise<boolean> {
+  const engine = await optional(import('./engine/wasm.ts'));
+  if (!engine)
+    return (await optional(import('@tensorflow/tfjs-backend-wasm'))) !== undefined && tf.setBackend('wasm');
+  await engine.loadWasm();
+  engine.fastWasmKernels();
+  return true;
 }
 
+/** Node has no GPU object of its own: the npm package `webgpu` (Dawn) brings one. */
 async function startWebGpu(): Promise<Engine> {
   try {
-    // Node has no GPU object of its own: the npm package `webgpu` (Dawn) brings one
     const { create, globals } = (await import('webgpu' as string)) as {
       create(o: string[]): unknown;
       globals: object;
     };
     Object.assign(globalThis, globals);
-    Object.defineProperty(globalThis.navigator ?? {}, 'gpu', { value: create([]) });
+    Object.defineProperty(globalThis, 'navigator', { value: { gpu: create([]) }, configurable: true });
     await import('@tensorflow/tfjs-backend-webgpu' as string);
     if (!(await tf.setBackend('webgpu'))) throw new Error('no adapter');
   } catch (error) {
     const reason = (error as Error).message.split('\n')[0];
-    throw new UsageError(
-      `--engine webgpu: ${reason} (npm install --no-save webgpu @tensorflow/tfjs-backend-webgpu)`,
-    );
+    refuse(`--engine webgpu: ${reason} (npm install --no-save webgpu @tensorflow/tfjs-backend-webgpu)`);
   }
-  return {
-    name: 'webgpu',
-    gpu: true,
-    version: tf.version.tfjs,
-    ...opByOp,
-    description: `TFJS ${tf.version.tfjs} on WebGPU`,
-  };
+  return { name: 'webgpu', gpu: true, ...opByOp, description: `TFJS ${tf.version.tfjs} on WebGPU` };
 }
 
 /** What a random number is for. With the seed and the step it is its whole address, so a step can be replayed. */
 const PURPOSE = {
-  stochMask: 1,
-  stochDelta: 2,
+  mask: 1,
+  delta: 2,
   route: 3,
   routeCount: 4,
   randomMask: 5,
-  pgdInit: 6,
+  pgd: 6,
   shuffle: 7,
   sources: 8,
   init: 16,
-} as const;
+};
 
-/** The part of the address that changes from step to step: a tensor, because it must enter a traced graph as a feed. */
+/** The part of the address that changes from step to step: a tensor, since it must enter a traced graph as a feed. */
 export const randomKey = (seed: number, step: number): tf.Tensor1D =>
-  tf.tensor1d([mix(seed, 0x9e3779b9), step], 'int32');
+  tf.tensor1d([mix(seed, 0), step], 'int32');
 
-/** Uniform numbers in [0, 1) of the given shape, a function of (key, purpose) alone; each engine has its own bits. */
+/** Uniform numbers in [0, 1), a function of (key, purpose) alone; each engine has its own bits. */
 export function uniform(shape: number[], key: tf.Tensor, purpose: number): tf.Tensor {
   if (tf.getBackend() !== 'tensorflow') {
     const [seed = 0, step = 0] = key.dataSync();
     return tf.tensor(uniformArray(tf.util.sizeFromShape(shape), seed, step, purpose), shape);
   }
-  const backend = tf.backend() as unknown as TensorFlowBackend;
+  const backend = tf.backend() as unknown as {
+    binding: Record<'TF_ATTR_TYPE' | 'TF_FLOAT' | 'TF_INT32', number>;
+    executeSingleOutput(op: string, attrs: object[], inputs: tf.Tensor[]): tf.Tensor;
+  };
   const { TF_ATTR_TYPE: type, TF_FLOAT, TF_INT32 } = backend.binding;
-  const attrs = Object.entries({ dtype: TF_FLOAT, T: TF_INT32, Tseed: TF_INT32 }).map(([name, value]) => ({
-    name,
-    type,
-    value,
-  }));
+  const types = Object.entries({ dtype: TF_FLOAT, T: TF_INT32, Tseed: TF_INT32 });
+  const attrs = types.map(([name, value]) => ({ name, type, value }));
   const seed = tf.add(key, tf.tensor1d([purpose, 0], 'int32'));
   return backend.executeSingleOutput('StatelessRandomUniform', attrs, [tf.tensor1d(shape, 'int32'), seed]);
-}
-interface TensorFlowBackend {
-  binding: Record<'TF_ATTR_TYPE' | 'TF_FLOAT' | 'TF_INT32', number>;
-  executeSingleOutput(op: string, attrs: object[], inputs: tf.Tensor[]): tf.Tensor;
 }
 
 /** A good 32-bit mix of two integers. */
@@ -449,8 +376,7 @@ export function uniformArray(n: number, seed: number, step: number, purpose: num
 }
 
 // ---- C. Target model ------------------------------------------------------------------------------------------------
-
-// A safetensors file is 8 bytes of header length, a JSON header, then the tensors' bytes side by side.
+// A safetensors file: 8 bytes of header length, a JSON header, then the tensors' bytes side by side.
 
 const DTYPES = 'BOOL U8 I8 F8_E5M2 F8_E4M3 U16 I16 F16 BF16 U32 I32 F32 U64 I64 F64 C64'.split(' ');
 const dtypeBytes = (dtype: string) => Number(/\d+/.exec(dtype)?.[0] ?? 8) / 8; // BOOL takes a byte
@@ -474,11 +400,6 @@ export interface SafetensorsFile {
   close(): void;
 }
 
-/** Refuses a file of the user's. The text may be a stranger's: no control or direction marks get through. */
-function refuse(file: string, what: string): never {
-  throw new UsageError(`${file}: ${what}`.slice(0, 500).replace(/[\p{C}\p{Zl}\p{Zp}]/gu, '?'));
-}
-
 /** JSON.parse, stricter: keys that come twice (it would keep the last), lone surrogates and 1.0 or 1e3 throw. */
 function parseStrictJson(text: string): unknown {
   const value = JSON.parse(text);
@@ -500,7 +421,7 @@ function parseStrictJson(text: string): unknown {
 function readFully(file: string, fd: number, into: Uint8Array, position: number): void {
   for (let done = 0; done < into.length; ) {
     const n = fs.readSync(fd, into, done, Math.min(into.length - done, 2 ** 30), position + done);
-    if (n === 0) refuse(file, 'ends too early for a safetensors file');
+    if (n === 0) refuse(`${file}: ends too early for a safetensors file`);
     done += n;
   }
 }
@@ -512,7 +433,7 @@ function readHeader(file: string, fd: number, fileBytes: number) {
   const headerBytes = Number(prefix.readBigUInt64LE());
   const dataBegin = 8 + headerBytes;
   if (headerBytes > 100e6 || dataBegin > fileBytes)
-    refuse(file, `header of ${headerBytes} bytes; at most 100 MB within the file's ${fileBytes} are read`);
+    refuse(`${file}: header of ${headerBytes} bytes; at most 100 MB within the file's ${fileBytes} are read`);
   const bytes = new Uint8Array(headerBytes);
   readFully(file, fd, bytes, 8);
   let header: Record<string, { dtype?: string; shape?: unknown; data_offsets?: unknown } | null>;
@@ -520,32 +441,35 @@ function readHeader(file: string, fd: number, fileBytes: number) {
     if (bytes[0] !== 0x7b) throw new Error("it must start with '{'");
     header = parseStrictJson(new TextDecoder('utf-8', { fatal: true }).decode(bytes)) as typeof header;
   } catch (error) {
-    refuse(file, `the header is not strict JSON in UTF-8: ${(error as Error).message}`);
+    refuse(`${file}: the header is not strict JSON in UTF-8: ${(error as Error).message}`);
   }
   const { __metadata__: metadata = {}, ...entries } = header;
   const texts: unknown[] = metadata && !Array.isArray(metadata) ? Object.values(metadata) : [metadata];
   if (typeof metadata !== 'object' || texts.some(text => typeof text !== 'string'))
-    refuse(file, '__metadata__ is not an object of strings');
+    refuse(`${file}: __metadata__ is not an object of strings`);
 
   const tensors = new Map<string, TensorInfo>(); // to a Map no name is special, not even __proto__
   for (const [name, entry] of Object.entries(entries)) {
     const { dtype, shape, data_offsets: offsets, ...others } = entry ?? {};
     const tensor = `tensor "${name.slice(0, 80)}"`;
-    if (!dtype || !DTYPES.includes(dtype)) refuse(file, `${tensor}: its dtype is none of ${DTYPES}`);
+    if (!dtype || !DTYPES.includes(dtype)) refuse(`${file}: ${tensor}: its dtype is none of ${DTYPES}`);
     if (!isSizes(shape) || !isSizes(offsets) || offsets.length !== 2 || Object.keys(others).length)
-      refuse(file, `${tensor} takes dtype, shape and two data_offsets, all whole numbers, and nothing else`);
+      refuse(
+        `${file}: ${tensor} takes dtype, shape and two data_offsets, all whole numbers, and nothing else`,
+      );
     const [begin, end] = offsets as [number, number];
     if (sizeOf(shape) * dtypeBytes(dtype) !== end - begin)
-      refuse(file, `${tensor}: bytes ${begin} to ${end} are not what ${dtype} of shape [${shape}] takes`);
+      refuse(`${file}: ${tensor}: bytes ${begin} to ${end} are not what ${dtype} of shape [${shape}] takes`);
     tensors.set(name, { dtype, shape, begin: dataBegin + begin, end: dataBegin + end });
   }
   let covered = dataBegin;
   for (const { begin, end } of [...tensors.values()].sort((a, b) => a.begin - b.begin || a.end - b.end)) {
-    if (begin !== covered) refuse(file, `overlap or hole at byte ${covered}; tensors must lie side by side`);
+    if (begin !== covered)
+      refuse(`${file}: overlap or hole at byte ${covered}; tensors must lie side by side`);
     covered = end;
   }
   if (covered !== fileBytes)
-    refuse(file, `tensors end at byte ${covered}, not with the file at ${fileBytes}`);
+    refuse(`${file}: tensors end at byte ${covered}, not with the file at ${fileBytes}`);
   return { tensors, metadata: new Map(Object.entries(metadata as Record<string, string>)) };
 }
 
@@ -560,7 +484,7 @@ let halfFloats: Float32Array | undefined;
 /** Opens a safetensors file, its header checked; tensors are read one at a time. Throws UsageError. */
 export function openSafetensors(file: string): SafetensorsFile {
   const stat = fs.statSync(file, { throwIfNoEntry: false });
-  if (!stat?.isFile()) refuse(file, 'is not a file; a .safetensors file is expected here');
+  if (!stat?.isFile()) refuse(`${file}: is not a file; a .safetensors file is expected here`);
   const fd = fs.openSync(file, 'r');
   let header: ReturnType<typeof readHeader>;
   try {
@@ -570,9 +494,9 @@ export function openSafetensors(file: string): SafetensorsFile {
     throw error;
   }
   const find = (name: string, accepted: string[]) => {
-    const tensor = header.tensors.get(name) ?? refuse(file, `has no tensor "${name}"`);
+    const tensor = header.tensors.get(name) ?? refuse(`${file}: has no tensor "${name}"`);
     if (!accepted.includes(tensor.dtype))
-      refuse(file, `"${name}" is ${tensor.dtype}; ${accepted} can be read here`);
+      refuse(`${file}: "${name}" is ${tensor.dtype}; ${accepted} can be read here`);
     return tensor;
   };
   return {
@@ -616,10 +540,10 @@ export interface TensorToWrite {
   dtype?: 'F32' | 'I32';
 }
 
-/** A rename survives a power cut only once its folder is on disk too. (Windows can't open folders.) */
-export function syncFolder(folder: string): void {
+/** For files, and for folders after a rename, which only then survives a power cut. (Windows has no such call.) */
+export function syncToDisk(fileOrFolder: string): void {
   if (process.platform === 'win32') return;
-  const fd = fs.openSync(folder, 'r');
+  const fd = fs.openSync(fileOrFolder, 'r');
   fs.fsyncSync(fd);
   fs.closeSync(fd);
 }
@@ -671,7 +595,7 @@ export async function writeSafetensors(
     fs.closeSync(fd);
     fs.rmSync(beside, { force: true }); // after the rename there is nothing to remove
   }
-  syncFolder(path.dirname(file));
+  syncToDisk(path.dirname(file));
   return hash.digest('hex');
 }
 
@@ -685,260 +609,218 @@ export interface Architecture {
   nHeads: number;
   nKvHeads: number;
   headDim: number;
-  /** longest row: positions the model has, or its sliding window (up to which it is plain causal attention) */
+  /** longest row: the positions that the model has, or its sliding window (up to which attention is plain) */
   context: number;
   contextField: string;
-  eps: number;
   norm: 'rms' | 'layer';
-  /** inverse wavelengths of the rotated pairs of a head [rotaryDims/2]; none: learned positions */
-  rotary?: Float32Array;
-  qkv: 'separate' | 'concatenated' | 'per-head';
-  activation: keyof typeof ACTIVATIONS;
+  eps: number;
+  /** inverse wavelength of each rotated pair of a head; undefined: learned positions */
+  rotary: Float32Array | undefined;
+  qkv: 'separate' | 'concatenated' | 'by head';
+  activation: string;
   parallelResidual: boolean;
+  /** linear layers that must have a bias; others may */
+  biased: RegExp;
   tied: boolean;
-  names: Names;
+  names: Record<Part, string>;
 }
 
-/** State-dict names without `.weight`; {i} is the layer. */
-interface Names {
-  embed: string;
-  positions?: string;
-  norm1: string;
-  q: string; // the fused projection where there is one
-  k?: string;
-  v?: string;
-  o: string;
-  norm2: string;
-  gate?: string;
-  up: string;
-  down: string;
-  finalNorm: string;
-  head: string;
+/** State-dict names without `.weight`, layer {i}; '' where an architecture lacks the part. `q` is also the fused qkv. */
+const PARTS = [
+  'embed',
+  'positions',
+  'norm1',
+  'q',
+  'k',
+  'v',
+  'o',
+  'norm2',
+  'gate',
+  'up',
+  'down',
+  'last',
+  'head',
+] as const;
+type Part = (typeof PARTS)[number];
+const BLOCK: Record<string, [outside: string, prefix: string, inside: string]> = {
+  llama: [
+    'model.embed_tokens - model.norm lm_head',
+    'model.layers.{i}.',
+    'input_layernorm self_attn.q_proj self_attn.k_proj self_attn.v_proj self_attn.o_proj post_attention_layernorm mlp.gate_proj mlp.up_proj mlp.down_proj',
+  ],
+  llama_simple_mlp: [
+    'wte - ln_f lm_head',
+    'h.{i}.',
+    'rms_1 attn.q_proj attn.k_proj attn.v_proj attn.o_proj rms_2 - mlp.c_fc mlp.down_proj',
+  ],
+  gpt2: ['wte wpe ln_f lm_head', 'h.{i}.', 'ln_1 attn.c_attn - - attn.c_proj ln_2 - mlp.c_fc mlp.c_proj'],
+  gpt_neox: [
+    'gpt_neox.embed_in - gpt_neox.final_layer_norm embed_out',
+    'gpt_neox.layers.{i}.',
+    'input_layernorm attention.query_key_value - - attention.dense post_attention_layernorm - mlp.dense_h_to_4h mlp.dense_4h_to_h',
+  ],
+};
+for (const family of ['mistral', 'qwen2', 'qwen3']) BLOCK[family] = BLOCK.llama!;
+
+function partNames(type: string): Record<Part, string> {
+  const [outside, prefix, inside] = BLOCK[type]!;
+  const [embed, positions, last, head] = outside.split(' ');
+  const block = inside.split(' ').map(name => (name === '-' ? '' : prefix + name));
+  const names = [embed!, positions === '-' ? '' : positions!, ...block, last!, head!];
+  return Object.fromEntries(PARTS.map((part, i) => [part, names[i]!])) as Record<Part, string>;
 }
 
-const LLAMA_NAMES: Names = {
-  ...{
-    embed: 'model.embed_tokens',
-    norm1: 'model.layers.{i}.input_layernorm',
-    norm2: 'model.layers.{i}.post_attention_layernorm',
-  },
-  ...{
-    q: 'model.layers.{i}.self_attn.q_proj',
-    k: 'model.layers.{i}.self_attn.k_proj',
-    v: 'model.layers.{i}.self_attn.v_proj',
-  },
-  ...{
-    o: 'model.layers.{i}.self_attn.o_proj',
-    gate: 'model.layers.{i}.mlp.gate_proj',
-    up: 'model.layers.{i}.mlp.up_proj',
-  },
-  ...{ down: 'model.layers.{i}.mlp.down_proj', finalNorm: 'model.norm', head: 'lm_head' },
-};
-const ARCHITECTURES: Record<string, Names> = {
-  llama: LLAMA_NAMES,
-  mistral: LLAMA_NAMES,
-  qwen2: LLAMA_NAMES,
-  qwen3: LLAMA_NAMES,
-  llama_simple_mlp: {
-    ...{
-      embed: 'wte',
-      norm1: 'h.{i}.rms_1',
-      q: 'h.{i}.attn.q_proj',
-      k: 'h.{i}.attn.k_proj',
-      v: 'h.{i}.attn.v_proj',
-    },
-    ...{
-      o: 'h.{i}.attn.o_proj',
-      norm2: 'h.{i}.rms_2',
-      up: 'h.{i}.mlp.c_fc',
-      down: 'h.{i}.mlp.down_proj',
-      finalNorm: 'ln_f',
-      head: 'lm_head',
-    },
-  },
-  gpt2: {
-    ...{
-      embed: 'wte',
-      positions: 'wpe',
-      norm1: 'h.{i}.ln_1',
-      q: 'h.{i}.attn.c_attn',
-      o: 'h.{i}.attn.c_proj',
-      norm2: 'h.{i}.ln_2',
-    },
-    ...{ up: 'h.{i}.mlp.c_fc', down: 'h.{i}.mlp.c_proj', finalNorm: 'ln_f', head: 'lm_head' },
-  },
-  gpt_neox: {
-    ...{
-      embed: 'gpt_neox.embed_in',
-      norm1: 'gpt_neox.layers.{i}.input_layernorm',
-      norm2: 'gpt_neox.layers.{i}.post_attention_layernorm',
-    },
-    ...{ q: 'gpt_neox.layers.{i}.attention.query_key_value', o: 'gpt_neox.layers.{i}.attention.dense' },
-    ...{ up: 'gpt_neox.layers.{i}.mlp.dense_h_to_4h', down: 'gpt_neox.layers.{i}.mlp.dense_4h_to_h' },
-    ...{ finalNorm: 'gpt_neox.final_layer_norm', head: 'embed_out' },
-  },
-};
-
-/** tanh GELU: the same function under the names gelu_new, gelu_pytorch_tanh, gelu_fast. */
 const geluTanh = (x: T): T => {
   const inner = tf.mul(Math.sqrt(2 / Math.PI), tf.add(x, tf.mul(0.044715, tf.mul(x, tf.mul(x, x)))));
   return tf.mul(tf.mul(0.5, x), tf.add(1, tf.tanh(inner)));
 };
 const gelu = (x: T): T => tf.mul(tf.mul(0.5, x), tf.add(1, tf.erf(tf.mul(x, Math.SQRT1_2))));
 const silu = (x: T): T => tf.mul(x, tf.sigmoid(x));
-const ACTIVATIONS = {
-  ...{ silu, swish: silu, relu: (x: T): T => tf.relu(x), gelu, gelu_python: gelu },
-  ...{
-    gelu_new: geluTanh,
-    gelu_pytorch_tanh: geluTanh,
-    gelu_python_tanh: geluTanh,
-    gelu_fast: geluTanh,
-    gelu_accurate: geluTanh,
-  },
+const ACTIVATIONS: Record<string, (x: T) => T> = {
+  silu,
+  swish: silu,
+  relu: tf.relu,
+  gelu,
+  gelu_python: gelu,
 };
+for (const name of ['new', 'pytorch_tanh', 'python_tanh', 'fast', 'accurate'])
+  ACTIVATIONS[`gelu_${name}`] = geluTanh;
 
-/** What a config may ask for that is not done here: [field, when it is harmless, what it means]. */
-const isUnset = (v: unknown) => v === undefined || v === null || v === false || v === 0;
-const isUnsetOr = (neutral: unknown) => (v: unknown) => v === undefined || v === null || v === neutral;
-const NOT_DONE: [field: string, harmless: (value: unknown) => boolean, meaning: string][] = [
-  ['quantization_config', isUnset, 'quantised weights'],
-  ['use_sliding_window', isUnset, 'sliding-window attention'],
+/** Fields of a config that ask for something not done here, unless their value is one of these (or absent or null). */
+const NOT_DONE: [meaning: string, fields: string, harmless: unknown[]][] = [
+  ['quantised weights', 'quantization_config', []],
+  ['sliding-window attention', 'use_sliding_window', [false]],
+  ['ALiBi or other positions', 'alibi position_embedding_type', [false, 'rope', 'absolute']],
+  ['a mixture of experts', 'num_local_experts num_experts n_routed_experts moe_intermediate_size', [0]],
+  ['soft-capped logits', 'attn_logit_softcapping final_logit_softcapping logit_softcapping', []],
+  ['another rotary embedding', 'rope_interleaved rotary_adjacent_pairs', [false]],
+  ['attention other than grouped queries', 'use_grouped_query_attention', [true]],
+  ['attention sinks', 'attention_sinks', [false]],
+  ['cross-attention or an encoder', 'add_cross_attention is_encoder_decoder', [false]],
   [
-    'layer_types',
-    v => isUnset(v) || (Array.isArray(v) && v.every(t => t === 'full_attention')),
-    'layers without full attention',
+    'another attention scale',
+    'scale_attn_by_inverse_layer_idx attention_multiplier query_pre_attn_scalar',
+    [false],
   ],
-  ['alibi', isUnset, 'ALiBi positions'],
-  ['position_embedding_type', v => isUnset(v) || v === 'rope' || v === 'absolute', 'other positions'],
-  ['num_local_experts', isUnset, 'a mixture of experts'],
-  ['num_experts', isUnset, 'a mixture of experts'],
-  ['n_routed_experts', isUnset, 'a mixture of experts'],
-  ['moe_intermediate_size', isUnset, 'a mixture of experts'],
-  ['attn_logit_softcapping', isUnset, 'soft-capped logits'],
-  ['final_logit_softcapping', isUnset, 'soft-capped logits'],
-  ['logit_softcapping', isUnset, 'soft-capped logits'],
-  ['rope_interleaved', isUnset, 'interleaved rotary embedding'],
-  [
-    'no_rope_layers',
-    v => isUnset(v) || (Array.isArray(v) && !v.includes(0)),
-    'layers without rotary embedding',
-  ],
-  ['scale_attn_by_inverse_layer_idx', isUnset, 'attention scaled by layer'],
-  ['scale_attn_weights', isUnsetOr(true), 'unscaled attention'],
-  ['add_cross_attention', isUnset, 'cross-attention'],
-  ['is_encoder_decoder', isUnset, 'an encoder'],
-  ['clip_qkv', isUnset, 'clipped q, k, v'],
-  ['logits_scaling', isUnsetOr(1), 'scaled logits'],
-  ['embedding_multiplier', isUnsetOr(1), 'scaled embeddings'],
-  ['residual_multiplier', isUnsetOr(1), 'scaled residuals'],
-  ['attention_multiplier', isUnset, 'another attention scale'],
-  ['query_pre_attn_scalar', isUnset, 'another attention scale'],
+  ['unscaled attention', 'scale_attn_weights', [true]],
+  ['clipped q, k, v', 'clip_qkv', []],
+  ['scaled streams', 'logits_scaling embedding_multiplier residual_multiplier', [1]],
 ];
 
-/** Reads a Hugging Face config. @throws UsageError naming the field that is wrong or not done here */
+/** Reads a Hugging Face config.json. @throws UsageError naming the field that is wrong or not done here */
 export function readArchitecture(config: Record<string, unknown>, file: string): Architecture {
-  const refuse = (field: string, got: unknown, takes: string): never => {
-    throw new UsageError(`${file}: ${field} is ${JSON.stringify(got) ?? 'missing'}; ${takes}`);
-  };
+  const wrong = (field: string, takes: string) =>
+    refuse(`${file}: ${field} is ${JSON.stringify(config[field]) ?? 'missing'}; ${takes}`);
   const type = String(config.model_type);
-  const names = Object.hasOwn(ARCHITECTURES, type) ? ARCHITECTURES[type] : undefined;
-  if (!names)
-    return refuse('model_type', config.model_type, `done here are ${Object.keys(ARCHITECTURES).join(', ')}`);
-  for (const [field, harmless, meaning] of NOT_DONE) {
-    if (!harmless(config[field])) refuse(field, config[field], `${meaning}: not done here`);
+  if (!Object.hasOwn(BLOCK, type)) wrong('model_type', `done here are ${Object.keys(BLOCK).join(', ')}`);
+  for (const [meaning, fields, harmless] of NOT_DONE) {
+    for (const field of fields.split(' ')) {
+      if (![undefined, null, ...harmless].includes(config[field] as null))
+        wrong(field, `${meaning}: not done here`);
+    }
   }
-  const number = (fields: string[], fallback?: number, min = 0, max = 1e9): number => {
-    const field = fields.find(f => config[f] !== undefined && config[f] !== null) ?? fields[0]!;
-    const value = config[field] ?? fallback;
+  for (const [field, done] of [
+    ['layer_types', 'full_attention'],
+    ['no_rope_layers', 1],
+  ] as const) {
+    if (![config[field] ?? []].flat().every(layer => layer === done))
+      wrong(field, `not done here other than ${done}`);
+  }
+  const number = (field: string, standard?: number, min = 0, max = 1): number => {
+    const value = config[field] ?? standard;
     return typeof value === 'number' && value >= min && value <= max
       ? value
-      : refuse(field, value, `a number from ${min} to ${max}`);
+      : wrong(field, `takes ${min} to ${max}`);
   };
-  const count = (fields: string[], fallback?: number, max = 1 << 24): number => {
-    const value = number(fields, fallback, 1, max);
-    return Number.isInteger(value) ? value : refuse(fields[0]!, value, 'an integer');
+  const count = (field: string, standard?: number, max = 1 << 24): number => {
+    const value = number(field, standard, 1, max);
+    return Number.isInteger(value) ? value : wrong(field, 'takes an integer');
   };
-  const gpt2 = type === 'gpt2';
-  const neox = type === 'gpt_neox';
-  const dModel = count([gpt2 ? 'n_embd' : 'hidden_size'], undefined, 1 << 17);
-  const nHeads = count([gpt2 ? 'n_head' : 'num_attention_heads'], undefined, 1 << 12);
-  const nKvHeads = count(['num_key_value_heads'], nHeads, 1 << 12);
-  if (nHeads % nKvHeads !== 0) refuse('num_key_value_heads', nKvHeads, `a divisor of the ${nHeads} heads`);
-  if (typeof config.head_dim !== 'number' && type !== 'qwen3' && dModel % nHeads !== 0)
-    refuse('num_attention_heads', nHeads, `a divisor of ${dModel}`);
-  const headDim = count(['head_dim'], type === 'qwen3' ? 128 : dModel / nHeads, 1 << 12);
+  const [gpt2, neox, simple] = [type === 'gpt2', type === 'gpt_neox', type === 'llama_simple_mlp'];
+  const dModel = count(gpt2 ? 'n_embd' : 'hidden_size', undefined, 1 << 17);
+  const headField = gpt2 ? 'n_head' : 'num_attention_heads';
+  const nHeads = count(headField, undefined, 4096);
+  const nKvHeads = count('num_key_value_heads', nHeads, 4096);
+  if (nHeads % nKvHeads !== 0) wrong('num_key_value_heads', `takes a divisor of the ${nHeads} heads`);
+  const headDim = count('head_dim', type === 'qwen3' ? 128 : Math.floor(dModel / nHeads), 4096);
+  if (!config.head_dim && type !== 'qwen3' && dModel % nHeads !== 0)
+    wrong(headField, `takes a divisor of ${dModel}`);
+  const activationField = gpt2 ? 'activation_function' : 'hidden_act';
   const activation = String(
-    config[gpt2 ? 'activation_function' : 'hidden_act'] ??
-      (gpt2 || type === 'llama_simple_mlp' ? 'gelu_new' : neox ? 'gelu' : 'silu'),
+    config[activationField] ?? (gpt2 || simple ? 'gelu_new' : neox ? 'gelu' : 'silu'),
   );
   if (!Object.hasOwn(ACTIVATIONS, activation))
-    refuse(
-      gpt2 ? 'activation_function' : 'hidden_act',
-      activation,
-      `done here are ${Object.keys(ACTIVATIONS).join(', ')}`,
-    );
-  const positions = count([gpt2 ? 'n_positions' : 'max_position_embeddings'], gpt2 ? 1024 : 2048);
-  // absent means 4096 in mistral; null means none
+    wrong(activationField, `done here: ${Object.keys(ACTIVATIONS).join(', ')}`);
+  const positionsField = gpt2 ? 'n_positions' : 'max_position_embeddings';
+  const positions = count(positionsField, gpt2 ? 1024 : 2048);
+  // absent means 4096 in mistral, null means none
   const window =
-    type === 'mistral' && config.sliding_window !== null ? count(['sliding_window'], 4096) : Infinity;
+    type === 'mistral' && config.sliding_window !== null ? count('sliding_window', 4096) : Infinity;
   return {
-    ...{ type, dModel, nHeads, nKvHeads, headDim, names },
-    vocab: count(['vocab_size']),
-    dMlp: count([gpt2 ? 'n_inner' : 'intermediate_size'], gpt2 ? 4 * dModel : undefined),
-    nLayers: count([gpt2 ? 'n_layer' : 'num_hidden_layers'], undefined, 4096),
+    ...{ type, dModel, nHeads, nKvHeads, headDim, activation, names: partNames(type) },
+    vocab: count('vocab_size'),
+    dMlp: count(gpt2 ? 'n_inner' : 'intermediate_size', gpt2 ? 4 * dModel : undefined),
+    nLayers: count(gpt2 ? 'n_layer' : 'num_hidden_layers', undefined, 4096),
     context: Math.min(positions, window),
-    contextField: window < positions ? 'sliding_window' : gpt2 ? 'n_positions' : 'max_position_embeddings',
-    eps: number(
-      [gpt2 ? 'layer_norm_epsilon' : neox ? 'layer_norm_eps' : 'rms_norm_eps'],
-      gpt2 || neox ? 1e-5 : 1e-6,
-      0,
-      1,
-    ),
+    contextField: window < positions ? 'sliding_window' : positionsField,
     norm: gpt2 || neox ? 'layer' : 'rms',
-    ...(gpt2 ? {} : { rotary: rotaryFrequencies(config, headDim, positions, file) }),
-    qkv: gpt2 ? 'concatenated' : neox ? 'per-head' : 'separate',
-    activation: activation as keyof typeof ACTIVATIONS,
+    eps: number(
+      gpt2 ? 'layer_norm_epsilon' : neox ? 'layer_norm_eps' : 'rms_norm_eps',
+      gpt2 || neox ? 1e-5 : 1e-6,
+    ),
+    rotary: gpt2 ? undefined : rotaryFrequencies(config, headDim, positions, file),
+    qkv: gpt2 ? 'concatenated' : neox ? 'by head' : 'separate',
     parallelResidual: neox && config.use_parallel_residual !== false,
-    tied: Boolean(config.tie_word_embeddings ?? (gpt2 || type === 'llama_simple_mlp')),
+    biased: biasedLayers(config, type),
+    tied: Boolean(config.tie_word_embeddings ?? (gpt2 || simple)),
   };
 }
 
-/** Inverse wavelengths θ^(−2i/dims), with the `linear` and `llama3` scalings; both the old and the new config keys. */
+/** gpt2 has biases everywhere, gpt_neox in its MLPs, qwen2 on q, k, v; the rest is as the config says. */
+function biasedLayers({ attention_bias, mlp_bias }: Record<string, unknown>, type: string): RegExp {
+  if (type === 'gpt2') return /./;
+  const neox = type === 'gpt_neox';
+  const attention =
+    type === 'qwen2' ? '[qkv]_proj$' : (attention_bias ?? neox) ? '[qkvo]_proj$|\\.attention\\.' : '^$';
+  return new RegExp(`${attention}|${mlp_bias || neox ? '\\.mlp\\.' : '^$'}`);
+}
+
+/** Inverse wavelengths θ^(−2i/dims), with the `linear` and `llama3` scalings; under the old and the new config keys. */
 function rotaryFrequencies(
   config: Record<string, unknown>,
   headDim: number,
   positions: number,
   file: string,
-): Float32Array {
+) {
   const neox = config.model_type === 'gpt_neox';
+  for (const field of ['rope_scaling', 'rope_parameters']) {
+    const values = Object.values(config[field] ?? {});
+    if (values.some(v => v && typeof v === 'object'))
+      refuse(`${file}: ${field} by layer; takes one for all layers`);
+  }
   const rope: Record<string, unknown> = {
     rope_theta: config.rope_theta ?? config.rotary_emb_base ?? 10_000,
     partial_rotary_factor: config.rotary_pct ?? config.partial_rotary_factor ?? (neox ? 0.25 : 1),
     ...(config.rope_scaling as object | null | undefined),
     ...(config.rope_parameters as object | null | undefined),
   };
-  const refuse = (field: string, takes: string): never => {
-    throw new UsageError(
-      `${file}: the rotary embedding's ${field} is ${JSON.stringify(rope[field]) ?? 'missing'}; ${takes}`,
-    );
-  };
+  const wrong = (field: string, takes: string) =>
+    refuse(`${file}: the rotary ${field} is ${JSON.stringify(rope[field]) ?? 'missing'}; ${takes}`);
   const number = (field: string, min: number): number => {
     const value = rope[field];
     return typeof value === 'number' && value >= min && value < 1e12
       ? value
-      : refuse(field, `a number of at least ${min}`);
+      : wrong(field, `takes at least ${min}`);
   };
   const kind = rope.rope_type ?? rope.type ?? 'default';
-  if (kind !== 'default' && kind !== 'linear' && kind !== 'llama3')
-    refuse(rope.rope_type ? 'rope_type' : 'type', 'done here are default, linear, llama3');
-  const part = number('partial_rotary_factor', 0);
-  if (part > 1 || (!neox && part !== 1)) refuse('partial_rotary_factor', 'partial only in gpt_neox');
-  const dims = Math.floor(headDim * part);
+  const kindField = rope.rope_type === undefined ? 'type' : 'rope_type';
+  if (!['default', 'linear', 'llama3'].includes(String(kind)))
+    wrong(kindField, 'done here: default, linear, llama3');
+  const share = number('partial_rotary_factor', 0);
+  if (share > 1 || (!neox && share !== 1)) wrong('partial_rotary_factor', 'partial is done in gpt_neox only');
+  const dims = Math.floor(headDim * share);
   if (dims % 2 !== 0)
-    refuse(
-      'partial_rotary_factor',
-      `of head_dim ${headDim} it leaves an odd number of rotated dims, ${dims}`,
-    );
+    wrong('partial_rotary_factor', `of head_dim ${headDim} it leaves ${dims} dims, an odd number`);
   const theta = number('rope_theta', 1);
   return Float32Array.from({ length: dims / 2 }, (_, i) => {
     const frequency = theta ** ((-2 * i) / dims);
@@ -947,11 +829,9 @@ function rotaryFrequencies(
     if (kind === 'linear') return frequency / factor;
     // llama3: long wavelengths are divided by the factor, short ones kept, a linear blend in between
     const [low, high] = [number('low_freq_factor', 0), number('high_freq_factor', 0)];
-    const context =
-      rope.original_max_position_embeddings === undefined
-        ? positions
-        : number('original_max_position_embeddings', 1);
-    const keep = Math.min(1, Math.max(0, ((context * frequency) / (2 * Math.PI) - low) / (high - low)));
+    rope.original_max_position_embeddings ??= positions;
+    const turns = (number('original_max_position_embeddings', 1) * frequency) / (2 * Math.PI);
+    const keep = Math.min(1, Math.max(0, (turns - low) / (high - low)));
     return frequency * (keep + (1 - keep) / factor);
   });
 }
@@ -963,221 +843,223 @@ export interface LinearLayer {
   dOut: number;
 }
 
-/** The frozen network. `weights` are keyed by state-dict name; linear layers hold Wᵀ [dIn,dOut] under their path. */
+/** The frozen network. */
 export interface Target {
   readonly arch: Architecture;
   /** every linear layer of the blocks, in network order */
   readonly linears: readonly LinearLayer[];
-  /** tf.Variables (not trainable), so that a traced graph keeps them as state on the device */
+  /** by state-dict name; a linear layer's Wᵀ [dIn,dOut] under its path. Variables: state of a traced graph */
   readonly weights: ReadonlyMap<string, tf.Variable>;
   readonly dir: string;
   readonly sha256: string;
 }
+const nameOf = ({ names }: Architecture, part: Part, i = 0) => names[part].replace('{i}', String(i));
+const headNorm = (arch: Architecture, part: 'q' | 'k', i: number) =>
+  `${nameOf(arch, 'q', i).replace(/[^.]*$/, `${part}_norm`)}.weight`;
 
-const layerName = (template: string, i: number) => template.replace('{i}', String(i));
-
-/** The linear layers that an architecture's blocks have, in network order. */
+/** The linear layers of an architecture's blocks, in network order. */
 export function linearLayers(arch: Architecture): LinearLayer[] {
-  const { names, dModel, dMlp, nHeads, nKvHeads, headDim } = arch;
+  const { dModel, dMlp, nLayers, nHeads, nKvHeads, headDim } = arch;
   const [dQ, dKv] = [nHeads * headDim, nKvHeads * headDim];
-  const fused = arch.qkv !== 'separate';
-  return Array.from({ length: arch.nLayers }, (_, i) => {
-    const layers: [string | undefined, number, number][] = [
-      [names.q, dModel, fused ? 3 * dQ : dQ],
-      [names.k, dModel, dKv],
-      [names.v, dModel, dKv],
-      [names.o, dQ, dModel],
-      [names.gate, dModel, dMlp],
-      [names.up, dModel, dMlp],
-      [names.down, dMlp, dModel],
-    ];
-    return layers.flatMap(([name, dIn, dOut]) => (name ? [{ path: layerName(name, i), dIn, dOut }] : []));
-  }).flat();
+  const sizes: [Part, number, number][] = [
+    ['q', dModel, arch.qkv === 'separate' ? dQ : 3 * dQ],
+    ...([
+      ['k', dModel, dKv],
+      ['v', dModel, dKv],
+      ['o', dQ, dModel],
+    ] as [Part, number, number][]),
+    ...([
+      ['gate', dModel, dMlp],
+      ['up', dModel, dMlp],
+      ['down', dMlp, dModel],
+    ] as [Part, number, number][]),
+  ];
+  const has = sizes.filter(([part]) => arch.names[part]);
+  const layer = (i: number) => has.map(([part, dIn, dOut]) => ({ path: nameOf(arch, part, i), dIn, dOut }));
+  return Array.from({ length: nLayers }, (_, i) => layer(i)).flat();
 }
 
-/** Buffers that old checkpoints carry and no forward needs. */
-const IGNORED_TENSORS =
+/** Buffers in old checkpoints that no forward needs. */
+const IGNORED =
   /\.(rotary_emb\.inv_freq|attn\.bias|attn\.masked_bias|attention\.bias|attention\.masked_bias)$/;
+
+/** config.json, or what the original's trainer leaves beside its weights: model_config.yaml, lines of `key: scalar`. */
+function readConfig(dir: string): [file: string, config: Record<string, unknown>] {
+  const [json, yaml] = [path.join(dir, 'config.json'), path.join(dir, 'model_config.yaml')];
+  if (fs.existsSync(json) || !fs.existsSync(yaml)) return [json, readJson(json)];
+  const config: Record<string, unknown> = {};
+  for (const [, key = '', value = ''] of readText(yaml).matchAll(/^(\w+): *(.*?) *\r?$/gm)) {
+    config[YAML_KEYS[key] ?? key] = /^(-?[\d.]+(e-?\d+)?|true|false|null)$/.test(value)
+      ? JSON.parse(value)
+      : value;
+  }
+  if (config.model_type === 'LlamaSimpleMLP') config.model_type = 'llama_simple_mlp';
+  return [yaml, config];
+}
+const YAML_KEYS: Record<string, string> = {
+  ...{ n_embd: 'hidden_size', n_intermediate: 'intermediate_size', n_layer: 'num_hidden_layers' },
+  ...{
+    n_head: 'num_attention_heads',
+    n_key_value_heads: 'num_key_value_heads',
+    n_ctx: 'max_position_embeddings',
+  },
+  ...{ rotary_base: 'rope_theta', attn_bias: 'attention_bias' },
+};
 
 /** Loads a Hugging Face folder. @throws UsageError naming the file and what is wrong with it */
 export function loadTarget(dir: string): Target {
-  const configFile = path.join(dir, 'config.json');
-  const arch = readArchitecture(readJson(configFile), configFile);
+  const [configFile, config] = readConfig(dir);
+  const arch = readArchitecture(config, configFile);
   const linears = linearLayers(arch);
   const weights = new Map<string, tf.Variable>();
+  const sha256 = crypto.createHash('sha256').update(fs.readFileSync(configFile));
   const files = weightFiles(dir);
-  const hash = crypto.createHash('sha256').update(fs.readFileSync(configFile));
   try {
     const where = new Map(files.flatMap(file => [...file.tensors.keys()].map(name => [name, file] as const)));
-    // gpt2 is published with and without a prefix, gpt_neox with two names of its head
-    const alias = (name: string) =>
-      [name, `transformer.${name}`, name.replace('embed_out', 'lm_head')].find(n => where.has(n));
     const used = new Set<string>();
-    const load = (
-      name: string,
-      shape: number[],
-      options: { key?: string; transpose?: boolean } = {},
-    ): void => {
-      const stored = alias(name);
-      if (!stored) throw new UsageError(`${dir}: no tensor ${name} in the safetensors files`);
-      const file = where.get(stored)!;
-      const got = file.tensors.get(stored)!.shape;
+    // gpt2 is published with and without a prefix, gpt_neox with two names of its head
+    const stored = (name: string) =>
+      [name, `transformer.${name}`, name.replace('embed_out', 'lm_head')].find(n => where.has(n));
+    const load = (name: string, shape: number[], key = name, transposed = false): void => {
+      const source = stored(name) ?? refuse(`${dir}: the safetensors files have no tensor ${name}`);
+      const file = where.get(source)!;
+      const got = file.tensors.get(source)!.shape;
       if (got.join() !== shape.join())
-        throw new UsageError(`${dir}: ${stored} has shape [${got}], config.json implies [${shape}]`);
-      used.add(stored);
-      const data = file.readFloat32(stored);
-      hash.update(stored).update(data);
-      const value = tf.tidy(() =>
-        options.transpose ? tf.transpose(tf.tensor(data, shape)) : tf.tensor(data, shape),
-      );
-      weights.set(options.key ?? name, tf.variable(value, false));
-      value.dispose();
+        refuse(`${dir}: ${source} is [${got}], config.json implies [${shape}]`);
+      used.add(source);
+      const data = file.readFloat32(source);
+      sha256.update(source).update(data);
+      weights.set(key, frozen(data, shape, transposed));
     };
-    const loadIfThere = (name: string, shape: number[]) => alias(name) !== undefined && load(name, shape);
-    const loadNorm = (name: string, size: number) => {
-      load(`${name}.weight`, [size]);
-      if (arch.norm === 'layer') load(`${name}.bias`, [size]);
+    const loadNorm = (name: string) => {
+      load(`${name}.weight`, [arch.dModel]);
+      if (arch.norm === 'layer') load(`${name}.bias`, [arch.dModel]);
     };
-
-    const { names, dModel, vocab, headDim } = arch;
-    load(`${names.embed}.weight`, [vocab, dModel]);
-    if (names.positions) load(`${names.positions}.weight`, [arch.context, dModel]);
+    load(`${arch.names.embed}.weight`, [arch.vocab, arch.dModel]);
+    if (arch.names.positions) load(`${arch.names.positions}.weight`, [arch.context, arch.dModel]);
     for (const { path: name, dIn, dOut } of linears) {
-      // gpt2's Conv1D stores [dIn,dOut], every nn.Linear [dOut,dIn]; we keep Wᵀ [dIn,dOut]: no transposed product later
+      // nn.Linear stores [dOut,dIn], gpt2's Conv1D [dIn,dOut]; kept as Wᵀ [dIn,dOut]: no transposed product later
       const conv1d = arch.type === 'gpt2';
-      load(`${name}.weight`, conv1d ? [dIn, dOut] : [dOut, dIn], { key: name, transpose: !conv1d });
-      loadIfThere(`${name}.bias`, [dOut]);
+      load(`${name}.weight`, conv1d ? [dIn, dOut] : [dOut, dIn], name, !conv1d);
+      if (arch.biased.test(name) || stored(`${name}.bias`)) load(`${name}.bias`, [dOut]);
     }
     for (let i = 0; i < arch.nLayers; i++) {
-      loadNorm(layerName(names.norm1, i), dModel);
-      loadNorm(layerName(names.norm2, i), dModel);
-      for (const norm of ['q_norm', 'k_norm']) loadIfThere(headNorm(arch, i, norm), [headDim]);
+      for (const part of ['norm1', 'norm2'] as const) loadNorm(nameOf(arch, part, i));
+      if (arch.type === 'qwen3')
+        for (const part of ['q', 'k'] as const) load(headNorm(arch, part, i), [arch.headDim]);
     }
-    loadNorm(names.finalNorm, dModel);
-    if (alias(`${names.head}.weight`)) load(`${names.head}.weight`, [vocab, dModel]);
-    else if (!arch.tied)
-      throw new UsageError(`${dir}: ${names.head}.weight is missing and tie_word_embeddings is false`);
-    const leftOver = [...where.keys()].filter(name => !used.has(name) && !IGNORED_TENSORS.test(name));
-    if (leftOver.length > 0)
-      throw new UsageError(
-        `${dir}: tensors that ${arch.type} does not use: ${leftOver.slice(0, 5).join(', ')}`,
-      );
+    loadNorm(arch.names.last);
+    const head = `${arch.names.head}.weight`;
+    if (stored(head)) load(head, [arch.vocab, arch.dModel]);
+    else if (!arch.tied) refuse(`${dir}: ${head} is missing and tie_word_embeddings is false`);
+    const others = [...where.keys()].filter(name => !used.has(name) && !IGNORED.test(name));
+    if (others.length > 0)
+      refuse(`${dir}: ${arch.type} has no use for the tensors ${others.slice(0, 5).join(', ')}`);
   } finally {
     for (const file of files) file.close();
   }
-  return { arch, linears, weights, dir, sha256: hash.digest('hex') };
+  return { arch, linears, weights, dir, sha256: sha256.digest('hex') };
 }
 
-const headNorm = (arch: Architecture, i: number, norm: string) =>
-  `${layerName(arch.names.q, i).replace(/[^.]*$/, norm)}.weight`;
+function frozen(data: Float32Array, shape: number[], transposed = false): tf.Variable {
+  return tf.tidy(() => {
+    const value = tf.tensor(data, shape);
+    return tf.variable(transposed ? tf.transpose(value) : value, false);
+  });
+}
 
-/** model.safetensors, or the shards that model.safetensors.index.json names, or the one model_step_<n>.safetensors. */
+/** model.safetensors, or the shards that its index names, or the paper's own model_step_<n>.safetensors. */
 function weightFiles(dir: string): SafetensorsFile[] {
-  const indexFile = path.join(dir, 'model.safetensors.index.json');
-  let names: string[] = fs.readdirSync(dir).filter(f => f === 'model.safetensors');
-  if (names.length === 0 && fs.existsSync(indexFile)) {
-    const map = readJson(indexFile).weight_map;
-    if (typeof map !== 'object' || map === null) throw new UsageError(`${indexFile}: no weight_map`);
-    names = [...new Set(Object.values(map).map(String))];
-    for (const name of names) {
-      if (!/^[\w.-]+\.safetensors$/.test(name))
-        throw new UsageError(
-          `${indexFile}: ${JSON.stringify(name)} is not the name of a shard in this folder`,
-        );
-    }
+  const all = fs.readdirSync(dir);
+  let names: string[] = all.filter(f => f === 'model.safetensors');
+  const index = path.join(dir, 'model.safetensors.index.json');
+  if (names.length === 0 && fs.existsSync(index)) {
+    names = [...new Set(Object.values(readJson(index).weight_map ?? {}).map(String))];
+    const odd = names.find(name => !/^[\w-][\w.-]*\.safetensors$/.test(name));
+    if (odd !== undefined)
+      refuse(`${index}: ${JSON.stringify(odd)} is not the name of a shard in this folder`);
   }
-  if (names.length === 0) names = fs.readdirSync(dir).filter(f => /^model_step_\d+\.safetensors$/.test(f));
-  if (names.length === 0)
-    throw new UsageError(`${dir}: no model.safetensors, no model.safetensors.index.json`);
-  if (names.length > 1 && names.every(n => n.startsWith('model_step_')))
-    throw new UsageError(`${dir}: several checkpoints (${names.join(', ')}); leave one`);
+  if (names.length === 0) names = all.filter(f => /^model_step_\d+\.safetensors$/.test(f)).slice(0, 1);
+  if (names.length === 0) refuse(`${dir}: no model.safetensors, and no model.safetensors.index.json`);
   return names.map(name => openSafetensors(path.join(dir, name)));
 }
 
-function readJson(file: string): Record<string, unknown> {
-  let value: unknown;
+function readText(file: string): string {
   try {
-    value = JSON.parse(fs.readFileSync(file, 'utf8'));
+    return fs.readFileSync(file, 'utf8');
   } catch (error) {
-    throw new UsageError(`${file}: ${(error as Error).message}`);
+    return refuse(`${file}: ${(error as Error).message}`);
   }
-  if (typeof value !== 'object' || value === null || Array.isArray(value))
-    throw new UsageError(`${file}: not a JSON object`);
-  return value as Record<string, unknown>;
+}
+function parseJson(content: string, where: string): unknown {
+  try {
+    return JSON.parse(content);
+  } catch (error) {
+    return refuse(`${where}: ${(error as Error).message}`);
+  }
+}
+function readJson(file: string): Record<string, unknown> {
+  const value = parseJson(readText(file), file);
+  return typeof value === 'object' && value && !Array.isArray(value)
+    ? (value as never)
+    : refuse(`${file}: not an object`);
 }
 
-/** How a linear layer is computed: the target's own, or one of the masked forwards of section E. */
+/** How a linear layer is computed: by the target itself, or in one of the masked forwards of section E. */
 export type Linear = (path: string, x: T<'N dIn'>) => T<'N dOut'>;
 
-function weight(target: Target, name: string): tf.Variable {
-  const variable = target.weights.get(name);
-  if (!variable) throw new Error(`no weight ${name}`);
-  return variable;
-}
-
-/** x Wᵀ, and + b where there is one. */
-const product = (target: Target, name: string, x: T<'N dIn'>): T<'N dOut'> =>
-  tf.matMul(x as tf.Tensor2D, weight(target, name) as unknown as tf.Tensor2D);
-const addBias = (target: Target, name: string, y: T<'N dOut'>): T<'N dOut'> => {
-  const bias = target.weights.get(`${name}.bias`);
+const weight = ({ weights }: Target, name: string): tf.Tensor =>
+  weights.get(name) ?? refuse(`no weight ${name}`);
+/** All products are [N,k] x [k,m]: TFJS's own 3-D x 2-D matMul has no gradient. */
+const matmul = (a: T<'n k'>, b: T<'k m'>, transposeB = false): T<'n m'> =>
+  tf.matMul(a as tf.Tensor2D, b as tf.Tensor2D, false, transposeB);
+const addBias = ({ weights }: Target, name: string, y: T<'N dOut'>): T<'N dOut'> => {
+  const bias = weights.get(`${name}.bias`);
   return bias ? tf.add(y, bias) : y;
 };
 export const ownLinear =
   (target: Target): Linear =>
   (name, x) =>
-    addBias(target, name, product(target, name, x));
+    addBias(target, name, matmul(x, weight(target, name)));
 
 /** x / rms(x) over the last axis. */
-export const rmsNormalize = <A extends string>(x: T<A>, eps: number): T<A> =>
+export const rmsNormalize = (x: T, eps: number): T =>
   tf.mul(x, tf.rsqrt(tf.add(tf.mean(tf.square(x), -1, true), eps)));
 
 function norm(target: Target, name: string, x: T<'N d'>): T<'N d'> {
-  const { arch } = target;
-  if (arch.norm === 'rms') return tf.mul(rmsNormalize(x, arch.eps), weight(target, `${name}.weight`));
+  const { eps } = target.arch;
+  if (target.arch.norm === 'rms') return tf.mul(rmsNormalize(x, eps), weight(target, `${name}.weight`));
   const centred = tf.sub(x, tf.mean(x, -1, true));
-  return tf.add(
-    tf.mul(rmsNormalize(centred, arch.eps), weight(target, `${name}.weight`)),
-    weight(target, `${name}.bias`),
-  );
+  return addBias(target, name, tf.mul(rmsNormalize(centred, eps), weight(target, `${name}.weight`)));
 }
 
-/** Half-split rotary embedding of the first 2·len(frequencies) dims of every head. x [B,H,S,hd] */
+/** Half-split rotary embedding of the first 2·len(frequencies) dims of each head. x [B,H,S,hd] */
 export function rotate(x: T<'B H S hd'>, frequencies: Float32Array): T<'B H S hd'> {
   const [S = 0, headDim = 0] = x.shape.slice(2);
   const half = frequencies.length;
-  const angle = tf.mul(tf.range(0, S, 1, 'float32').reshape([S, 1]), tf.tensor2d(frequencies, [1, half])); // [S,hd/2]
+  const angle = tf.mul(tf.range(0, S, 1, 'float32').reshape([S, 1]), tf.tensor2d(frequencies, [1, half])); // [S,half]
   const [cos, sin] = [tf.cos(angle), tf.sin(angle)];
   const rest = headDim - 2 * half;
-  const [a, b, ...untouched] = tf.split(x, rest > 0 ? [half, half, rest] : [half, half], 3) as [
-    tf.Tensor,
-    tf.Tensor,
-    ...tf.Tensor[],
-  ];
+  const [a, b, ...others] = tf.split(x, rest > 0 ? [half, half, rest] : [half, half], 3) as [T, T, ...T[]];
   return tf.concat(
-    [tf.sub(tf.mul(a, cos), tf.mul(b, sin)), tf.add(tf.mul(b, cos), tf.mul(a, sin)), ...untouched],
+    [tf.sub(tf.mul(a, cos), tf.mul(b, sin)), tf.add(tf.mul(b, cos), tf.mul(a, sin)), ...others],
     3,
   );
 }
 
-/** softmax(q kᵀ / √hd) v; with fewer k, v heads than q heads each of them serves a group. q [B,H,S,hd], k, v [B,H',S,hd] */
+/** softmax(q kᵀ / √hd) v; with fewer k, v heads (H') than q heads each serves a group. q [B,H,S,hd], k, v [B,H',S,hd] */
 function attend(q: T<'B H S hd'>, k: T<'B H S hd'>, v: T<'B H S hd'>, causal: boolean): T<'N d'> {
   const [B = 0, H = 0, S = 0, headDim = 0] = q.shape;
   const kvHeads = k.shape[1]!;
-  const grouped = q.reshape([B, kvHeads, (H / kvHeads) * S, headDim]); // the heads of a group, one below the other
-  let scores: tf.Tensor = tf
-    .mul(tf.matMul(grouped, k, false, true), 1 / Math.sqrt(headDim))
-    .reshape([B, H, S, S]);
+  const rows = (H / kvHeads) * S; // the q heads of a group, one below the other
+  let scores: T = tf.matMul(q.reshape([B, kvHeads, rows, headDim]), k, false, true);
+  scores = tf.mul(scores, 1 / Math.sqrt(headDim)).reshape([B, H, S, S]);
   if (causal) {
     const position = tf.range(0, S, 1, 'float32');
-    scores = tf.add(
-      scores,
-      tf.mul(-1e9, tf.cast(tf.greater(position.reshape([1, S]), position.reshape([S, 1])), 'float32')),
-    );
+    const later = tf.cast(tf.greater(position.reshape([1, S]), position.reshape([S, 1])), 'float32');
+    scores = tf.add(scores, tf.mul(-1e9, later));
   }
-  const mixed = tf.matMul(
-    tf.softmax(scores).reshape(grouped.shape.with(3, S) as [number, number, number, number]),
-    v,
-  );
+  const mixed = tf.matMul(tf.softmax(scores).reshape([B, kvHeads, rows, S]), v);
   return mixed
     .reshape([B, H, S, headDim])
     .transpose([0, 2, 1, 3])
@@ -1186,7 +1068,7 @@ function attend(q: T<'B H S hd'>, k: T<'B H S hd'>, v: T<'B H S hd'>, causal: bo
 
 /** [N, H·hd] -> [B,H,S,hd] */
 const toHeads = (x: T<'N d'>, B: number, S: number, H: number): T<'B H S hd'> =>
-  x.reshape([B, S, H, x.shape[1]! / H]).transpose([0, 2, 1, 3]);
+  x.reshape([B, S, H, x.size / (B * S * H)]).transpose([0, 2, 1, 3]);
 
 function targetAttention(
   target: Target,
@@ -1196,34 +1078,35 @@ function targetAttention(
   S: number,
   linear: Linear,
 ): T<'N d'> {
-  const { arch } = target;
-  const { names, nHeads, nKvHeads } = arch;
-  let [q, k, v] = [] as unknown as [T, T, T];
+  const { arch, weights } = target;
+  const project = (part: Part) => linear(nameOf(arch, part, i), h);
+  const { nHeads, nKvHeads } = arch;
+  let [q, k, v]: T[] = [];
   if (arch.qkv === 'separate') {
-    q = toHeads(linear(layerName(names.q, i), h), B, S, nHeads);
-    k = toHeads(linear(layerName(names.k!, i), h), B, S, nKvHeads);
-    v = toHeads(linear(layerName(names.v!, i), h), B, S, nKvHeads);
+    [q, k, v] = [
+      toHeads(project('q'), B, S, nHeads),
+      toHeads(project('k'), B, S, nKvHeads),
+      toHeads(project('v'), B, S, nKvHeads),
+    ];
   } else {
-    const qkv = linear(layerName(names.q, i), h); // columns: all of q | all of k | all of v, or q, k, v head by head
+    const qkv = project('q'); // columns: all of q, all of k, all of v; or q, k, v head by head
     const parts =
       arch.qkv === 'concatenated' ? tf.split(qkv, 3, 1) : tf.split(qkv.reshape([B * S, nHeads, -1]), 3, 2);
-    [q, k, v] = parts.map(part => toHeads(part.reshape([B * S, -1]), B, S, nHeads)) as [T, T, T];
+    [q, k, v] = parts.map(part => toHeads(part, B, S, nHeads));
   }
-  const headNorms = [headNorm(arch, i, 'q_norm'), headNorm(arch, i, 'k_norm')].map(name =>
-    target.weights.get(name),
-  );
-  if (headNorms[0]) q = tf.mul(rmsNormalize(q, arch.eps), headNorms[0]);
-  if (headNorms[1]) k = tf.mul(rmsNormalize(k, arch.eps), headNorms[1]);
-  if (arch.rotary) [q, k] = [rotate(q, arch.rotary), rotate(k, arch.rotary)];
-  return linear(layerName(names.o, i), attend(q, k, v, true));
+  const qNorm = weights.get(headNorm(arch, 'q', i));
+  const kNorm = weights.get(headNorm(arch, 'k', i));
+  if (qNorm && kNorm)
+    [q, k] = [tf.mul(rmsNormalize(q!, arch.eps), qNorm), tf.mul(rmsNormalize(k!, arch.eps), kNorm)];
+  if (arch.rotary) [q, k] = [rotate(q!, arch.rotary), rotate(k!, arch.rotary)];
+  return linear(nameOf(arch, 'o', i), attend(q!, k!, v!, true));
 }
 
-function targetMlp(target: Target, i: number, h: T<'N d'>, linear: Linear): T<'N d'> {
-  const { names, activation } = target.arch;
-  const act = ACTIVATIONS[activation];
-  const up = linear(layerName(names.up, i), h);
-  const hidden = names.gate ? tf.mul(act(linear(layerName(names.gate, i), h)), up) : act(up);
-  return linear(layerName(names.down, i), hidden);
+function targetMlp({ arch }: Target, i: number, h: T<'N d'>, linear: Linear): T<'N d'> {
+  const act = ACTIVATIONS[arch.activation]!;
+  const up = linear(nameOf(arch, 'up', i), h);
+  const hidden = arch.names.gate ? tf.mul(act(linear(nameOf(arch, 'gate', i), h)), up) : act(up);
+  return linear(nameOf(arch, 'down', i), hidden);
 }
 
 /**
@@ -1232,31 +1115,23 @@ function targetMlp(target: Target, i: number, h: T<'N d'>, linear: Linear): T<'N
  * @returns logits [N, vocab], N = B·S
  */
 export function targetForward(target: Target, tokens: T<'B S'>, linear = ownLinear(target)): T<'N vocab'> {
-  const { arch } = target;
-  const { names } = arch;
+  const { arch, weights } = target;
+  const { embed, positions, last, head } = arch.names;
   const [B = 0, S = 0] = tokens.shape;
-  let x: T<'N d'> = tf.gather(weight(target, `${names.embed}.weight`), tokens.flatten());
-  if (names.positions) {
-    const positions = tf.slice(weight(target, `${names.positions}.weight`), [0, 0], [S, arch.dModel]);
-    x = tf.add(x.reshape([B, S, arch.dModel]), positions).reshape([B * S, arch.dModel]);
+  let x: T<'N d'> = tf.gather(weight(target, `${embed}.weight`), tokens.flatten());
+  if (positions) {
+    const first = tf.slice(weight(target, `${positions}.weight`), [0, 0], [S, arch.dModel]);
+    x = tf.add(x.reshape([B, S, arch.dModel]), first).reshape([B * S, arch.dModel]);
   }
   for (let i = 0; i < arch.nLayers; i++) {
-    const attention = targetAttention(target, i, norm(target, layerName(names.norm1, i), x), B, S, linear);
-    if (arch.parallelResidual) {
-      x = tf.add(
-        tf.add(x, attention),
-        targetMlp(target, i, norm(target, layerName(names.norm2, i), x), linear),
-      );
-    } else {
-      x = tf.add(x, attention);
-      x = tf.add(x, targetMlp(target, i, norm(target, layerName(names.norm2, i), x), linear));
-    }
+    const normed = (part: Part, y: T) => norm(target, nameOf(arch, part, i), y);
+    const afterAttention = tf.add(x, targetAttention(target, i, normed('norm1', x), B, S, linear));
+    const mlpInput = normed('norm2', arch.parallelResidual ? x : afterAttention);
+    x = tf.add(afterAttention, targetMlp(target, i, mlpInput, linear));
   }
-  const head = target.weights.get(`${names.head}.weight`) ?? weight(target, `${names.embed}.weight`);
-  return tf.matMul(
-    norm(target, names.finalNorm, x) as tf.Tensor2D,
-    head as unknown as tf.Tensor2D,
-    false,
+  return matmul(
+    norm(target, last, x),
+    weights.get(`${head}.weight`) ?? weight(target, `${embed}.weight`),
     true,
   );
 }
@@ -1269,33 +1144,34 @@ export interface Rows {
   readonly seqLen: number;
   row(i: number): Int32Array;
 }
+const firstRows = (rows: Rows, n: number): Rows => ({ ...rows, count: Math.min(n, rows.count) });
+const range = (from: number, to: number): number[] =>
+  Array.from({ length: Math.max(0, to - from) }, (_, i) => from + i);
 
 export function loadTokenizer(dir: string): Tokenizer {
   const file = path.join(dir, 'tokenizer.json');
   const configFile = path.join(dir, 'tokenizer_config.json');
-  const json = readJson(file);
-  const config = fs.existsSync(configFile) ? readJson(configFile) : {};
+  const [json, config] = [readJson(file), fs.existsSync(configFile) ? readJson(configFile) : {}];
   try {
     return new Tokenizer(json, config);
   } catch (error) {
-    throw new UsageError(`${file}: not a tokenizer that can be read (${(error as Error).message})`);
+    return refuse(`${file}: not a tokenizer that can be read (${(error as Error).message})`);
   }
 }
 
 /**
  * The ids of one document. A tokenizer that adds begin-of-text (or end-of-text) by itself marks the border between
- * documents with it; to any other one we add the model's end-of-text id, as in training on packed text.
+ * documents so; for any other the model's end-of-text id is added, as in training on packed text.
  */
-export function documentIds(tokenizer: Tokenizer, text: string, endOfText: number | undefined): number[] {
-  const plain = tokenizer.encode(text, { add_special_tokens: false }).ids;
-  const marked = tokenizer.encode(text).ids;
-  if (marked.length > plain.length || endOfText === undefined) return marked;
-  return [...plain, endOfText];
+export function documentIds(tokenizer: Tokenizer, document: string, endOfText: number | undefined): number[] {
+  const plain = tokenizer.encode(document, { add_special_tokens: false }).ids;
+  const marked = tokenizer.encode(document).ids;
+  return marked.length > plain.length || endOfText === undefined ? marked : [...plain, endOfText];
 }
 
 /** Documents of a .txt (a line each, or blank-line separated) or .jsonl file: texts, or ids where the file has ids. */
-export function* readDocuments(file: string): Generator<string | number[]> {
-  const content = fs.readFileSync(file, 'utf8');
+export function* readDocuments(file: string): Generator<string | unknown[]> {
+  const content = readText(file);
   if (!file.endsWith('.jsonl')) {
     const separator = /\n\s*\n/.test(content.trim()) ? /\n\s*\n/ : /\n/;
     for (const document of content.split(separator)) if (document.trim()) yield document.trim();
@@ -1303,85 +1179,48 @@ export function* readDocuments(file: string): Generator<string | number[]> {
   }
   for (const [i, line] of content.split('\n').entries()) {
     if (!line.trim()) continue;
-    let record: { text?: unknown; input_ids?: unknown };
-    try {
-      record = JSON.parse(line);
-    } catch (error) {
-      throw new UsageError(`${file}:${i + 1}: ${(error as Error).message}`);
-    }
-    const content = record?.text ?? record?.input_ids;
-    if (typeof content !== 'string' && !Array.isArray(content))
-      throw new UsageError(`${file}:${i + 1}: takes {"text": …} or {"input_ids": […]}`);
-    yield content;
+    const record = parseJson(line, `${file}:${i + 1}`) as { text?: unknown; input_ids?: unknown } | null;
+    const found = record?.text ?? record?.input_ids;
+    if (typeof found === 'string' || Array.isArray(found)) yield found;
+    else refuse(`${file}:${i + 1}: takes {"text": …} or {"input_ids": […]}`);
   }
 }
 
-/** Token ids read from a file must be ids of this model. */
-function checkIds(ids: readonly unknown[], vocab: number, where: string): number[] {
-  const wrong = ids.find(id => !Number.isInteger(id) || (id as number) < 0 || (id as number) >= vocab);
-  if (wrong !== undefined)
-    throw new UsageError(
-      `${where}: ${JSON.stringify(wrong)} is not a token id of the model (0 to ${vocab - 1})`,
-    );
-  return ids as number[];
-}
-
-/** All documents of a file as ids, and the row length that it implies: a .json file holds rows, used as they are. */
-function loadDocuments(
-  file: string,
-  target: Target,
-  tokenizer: Tokenizer | undefined,
-  seqLen: number,
-): { documents: number[][]; seqLen: number } {
+/** All documents of a file as ids. Those of a .json file are rows, used as they are: they give the row length. */
+function loadDocuments(file: string, target: Target, tokenizer: Tokenizer | undefined, seqLen: number) {
   const { vocab } = target.arch;
-  if (!fs.existsSync(file)) throw new UsageError(`${file}: no such file`);
+  const checked = (ids: readonly unknown[]): number[] => {
+    const odd = ids.find(id => !Number.isInteger(id) || (id as number) < 0 || (id as number) >= vocab);
+    if (odd !== undefined)
+      refuse(`${file}: ${JSON.stringify(odd)} is no token id of the model (0 to ${vocab - 1})`);
+    return ids as number[];
+  };
   if (file.endsWith('.json')) {
-    let rows: unknown;
-    try {
-      rows = JSON.parse(fs.readFileSync(file, 'utf8'));
-    } catch (error) {
-      throw new UsageError(`${file}: ${(error as Error).message}`);
+    const rows = parseJson(readText(file), file) as unknown[][];
+    const length = Array.isArray(rows) ? rows[0]?.length : undefined;
+    if (!length || length < 2 || !rows.every(row => Array.isArray(row) && row.length === length)) {
+      refuse(`${file}: takes [[ids…], …], rows of equal length, at least 2`);
     }
-    if (!Array.isArray(rows) || rows.length === 0 || !rows.every(Array.isArray))
-      throw new UsageError(`${file}: takes [[ids…], …]`);
-    const length = rows[0].length;
-    const odd = rows.findIndex(row => row.length !== length || length < 2);
-    if (odd >= 0)
-      throw new UsageError(
-        `${file}: row ${odd} has ${rows[odd].length} tokens; takes rows of equal length, at least 2`,
-      );
-    return { documents: rows.map(row => checkIds(row, vocab, file)), seqLen: length };
+    return { documents: rows.map(checked), seqLen: length! };
   }
-  if (!/\.(txt|jsonl)$/.test(file)) throw new UsageError(`${file}: takes .txt, .jsonl or .json`);
-  const endOfText = endOfTextId(target.dir);
-  const documents: number[][] = [];
-  for (const document of readDocuments(file)) {
-    if (typeof document === 'string' && !tokenizer) {
-      throw new UsageError(
-        `${target.dir}: no tokenizer.json, so data must be ids: .json rows or {"input_ids": […]} lines`,
-      );
-    }
-    const ids = typeof document === 'string' ? documentIds(tokenizer!, document, endOfText) : document;
-    documents.push(checkIds(ids, vocab, file));
-  }
+  if (!/\.(txt|jsonl)$/.test(file)) refuse(`${file}: takes .txt, .jsonl or .json`);
+  // a list of end-of-text ids in some Llamas: the first
+  const endOfText = [readJson(path.join(target.dir, 'config.json')).eos_token_id].flat()[0];
+  const mark = Number.isInteger(endOfText) ? (endOfText as number) : undefined;
+  const documents = Array.from(readDocuments(file), document => {
+    if (typeof document !== 'string') return checked(document);
+    if (!tokenizer)
+      return refuse(`${target.dir}: no tokenizer.json, so data must be ids (.json, or "input_ids" lines)`);
+    return checked(documentIds(tokenizer, document, mark));
+  });
   return { documents, seqLen };
-}
-
-/** The model's end-of-text id, from config.json (a list in some Llamas: the first). */
-function endOfTextId(dir: string): number | undefined {
-  const id = [readJson(path.join(dir, 'config.json')).eos_token_id].flat()[0];
-  return Number.isInteger(id) ? (id as number) : undefined;
 }
 
 /** Documents joined and cut into rows; an incomplete last row is left out. */
 function pack(documents: number[][], seqLen: number): Rows {
-  const tokens = new Int32Array(documents.reduce((n, d) => n + d.length, 0));
-  let end = 0;
-  for (const document of documents) {
-    tokens.set(document, end);
-    end += document.length;
-  }
-  return { count: Math.floor(end / seqLen), seqLen, row: i => tokens.subarray(i * seqLen, (i + 1) * seqLen) };
+  const tokens = Int32Array.from(documents.flat());
+  const row = (i: number) => tokens.subarray(i * seqLen, (i + 1) * seqLen);
+  return { count: Math.floor(tokens.length / seqLen), seqLen, row };
 }
 
 export interface Data {
@@ -1395,56 +1234,48 @@ export function loadData(target: Target, config: Config): Data {
   const tokenizer = fs.existsSync(path.join(target.dir, 'tokenizer.json'))
     ? loadTokenizer(target.dir)
     : undefined;
-  const load = (file: string) => loadDocuments(file, target, tokenizer, config.seqLen);
-  let { documents, seqLen } = load(config.data);
+  let { documents, seqLen } = loadDocuments(config.data, target, tokenizer, config.seqLen);
   let heldOut: Rows;
   if (config.evalData) {
-    const held = load(config.evalData);
-    heldOut = pack(held.documents, held.seqLen);
+    const other = loadDocuments(config.evalData, target, tokenizer, seqLen);
+    heldOut = pack(other.documents, other.seqLen);
   } else {
-    // one long text has no last 5 % of documents: then of its rows
-    if (documents.length < 20)
-      documents = Array.from(documents, d => pack([d], seqLen)).flatMap(r =>
-        Array.from({ length: r.count }, (_, i) => [...r.row(i)]),
-      );
-    const kept = Math.ceil(documents.length * 0.05);
-    heldOut = pack(documents.splice(documents.length - kept), seqLen);
+    if (documents.length < 20) {
+      const rows = pack(documents, seqLen); // too few to spare one: then of the rows
+      documents = range(0, rows.count).map(i => [...rows.row(i)]);
+    }
+    heldOut = pack(documents.splice(-Math.max(1, Math.round(documents.length * 0.05))), seqLen);
   }
   const train = pack(documents, seqLen);
   const { context, contextField } = target.arch;
-  for (const [what, rows] of [
-    ['--data', train],
-    ['held-out data', heldOut],
+  for (const [file, rows] of [
+    [config.data, train],
+    [config.evalData || `${config.data} (held out)`, heldOut],
   ] as const) {
-    if (rows.count < 1)
-      throw new UsageError(`${what}: too short for one row of ${rows.seqLen} tokens (--seq-len)`);
+    if (rows.count < 1) refuse(`${file}: too short for one row of ${rows.seqLen} tokens (--seq-len)`);
     if (rows.seqLen > context)
-      throw new UsageError(
-        `${what}: rows of ${rows.seqLen} tokens, but the target's ${contextField} is ${context} (--seq-len)`,
-      );
+      refuse(`${file}: rows of ${rows.seqLen} tokens; the target's ${contextField} is ${context}`);
   }
   return { train, heldOut, tokenizer };
 }
 
-/** Rows `indices` as an int32 tensor [B,S]. */
+/** The given rows as an int32 tensor [B,S]. */
 export function tokenBatch(rows: Rows, indices: readonly number[]): tf.Tensor2D {
   const tokens = new Int32Array(indices.length * rows.seqLen);
   for (const [i, index] of indices.entries()) tokens.set(rows.row(index), i * rows.seqLen);
   return tf.tensor2d(tokens, [indices.length, rows.seqLen], 'int32');
 }
 
-/** The row indices of one training step: every epoch is a new shuffle, a function of (seed, epoch) alone. */
+/** The rows of one training step: each epoch is a new shuffle, a function of (seed, epoch) alone. */
 export function batchIndices(count: number, batchSize: number, step: number, seed: number): number[] {
-  return Array.from({ length: batchSize }, (_, i) => {
-    const position = step * batchSize + i;
-    return shuffled(count, seed, Math.floor(position / count))[position % count]!;
-  });
+  const positions = range(step * batchSize, (step + 1) * batchSize);
+  return positions.map(position => shuffled(count, seed, Math.floor(position / count))[position % count]!);
 }
-let lastShuffle: { key: string; order: Uint32Array } | undefined;
+let lastShuffle = { key: '', order: new Uint32Array() };
 function shuffled(count: number, seed: number, epoch: number): Uint32Array {
   const key = `${count},${seed},${epoch}`;
-  if (lastShuffle?.key !== key) {
-    const order = Uint32Array.from({ length: count }, (_, i) => i);
+  if (lastShuffle.key !== key) {
+    const order = Uint32Array.from(range(0, count));
     const draws = uniformArray(count, seed, epoch, PURPOSE.shuffle);
     for (let i = count - 1; i > 0; i--) {
       const j = Math.floor(draws[i]! * (i + 1)); // Fisher-Yates
@@ -1476,33 +1307,21 @@ export const totalC = (modules: readonly Module[]) => modules.reduce((n, m) => n
 
 /** Resolves --components: "pattern=C,…", first match wins, * is any text; "auto" takes all with C = max(dIn, dOut). */
 export function chooseModules(linears: readonly LinearLayer[], spec: string): Module[] {
-  const rules =
-    spec === 'auto'
-      ? undefined
-      : spec.split(',').map(rule => {
-          const [, pattern = '', C = ''] = /^([^=]+)=(\d+)$/.exec(rule.trim()) ?? [];
-          if (!pattern || Number(C) < 1)
-            throw new UsageError(
-              `--components: ${JSON.stringify(rule)} is not pattern=C, as in "*.q_proj=64"`,
-            );
-          const regex = new RegExp(
-            `^${pattern
-              .split('*')
-              .map(s => s.replace(/[.+?^${}()|[\]\\]/g, '\\$&'))
-              .join('.*')}$`,
-          );
-          if (!linears.some(l => regex.test(l.path))) {
-            throw new UsageError(
-              `--components: ${pattern} matches no linear layer; there are ${linears.map(l => l.path).join(', ')}`,
-            );
-          }
-          return { regex, C: Number(C) };
-        });
+  const rules = (spec === 'auto' ? '*=0' : spec).split(',').map(rule => {
+    const [, pattern = '', digits = ''] = /^([\w.*]+)=(\d{1,7})$/.exec(rule.trim()) ?? [];
+    const C = Number(digits);
+    if (!pattern || (C < 1 && spec !== 'auto'))
+      refuse(`--components: got ${rule}, takes pattern=C, as in "*.q_proj=64"`);
+    const regex = new RegExp(`^${pattern.replaceAll('.', '\\.').replaceAll('*', '.*')}$`);
+    if (linears.some(l => regex.test(l.path))) return { regex, C };
+    return refuse(`--components: ${pattern} matches none of ${linears.map(l => l.path).join(', ')}`);
+  });
   const modules: Module[] = [];
   let offset = 0;
   for (const layer of [...linears].sort((a, b) => (a.path < b.path ? -1 : 1))) {
-    const C = rules ? rules.find(r => r.regex.test(layer.path))?.C : Math.max(layer.dIn, layer.dOut);
-    if (C === undefined) continue;
+    const rule = rules.find(r => r.regex.test(layer.path));
+    if (!rule) continue;
+    const C = rule.C || Math.max(layer.dIn, layer.dOut);
     modules.push({ ...layer, C, offset });
     offset += C;
   }
@@ -1511,8 +1330,8 @@ export function chooseModules(linears: readonly LinearLayer[], spec: string): Mo
 
 /** Parameters by their names in components.safetensors: `components.<path>.V`, `.U` and `ci_fn.*`. */
 export type Params = Record<string, tf.Variable>;
-const V = (params: Tensors, { path }: Module) => params[`components.${path}.V`] as tf.Tensor2D; // [dIn,C]
-const U = (params: Tensors, { path }: Module) => params[`components.${path}.U`] as tf.Tensor2D; // [C,dOut]
+const V = (params: Tensors, { path }: Module): T<'dIn C'> => params[`components.${path}.V`]!;
+const U = (params: Tensors, { path }: Module): T<'C dOut'> => params[`components.${path}.U`]!;
 
 /** What a masked forward lets through, at every position. Wide tensors: module by module side by side. */
 export interface Masks {
@@ -1549,16 +1368,25 @@ export function maskedLinear(
     const [m, δ, r] = [masks[i]!, deltas?.[i], routes?.[i]];
     let a: T<'N C'> = δ ? tf.sub(m, δ) : m;
     if (r) a = tf.mul(r, a);
-    const inner = tf.mul(tf.matMul(x as tf.Tensor2D, V(params, modules[i]!)), a);
-    const y = tf.matMul(inner as tf.Tensor2D, U(params, modules[i]!));
+    const inner = tf.mul(matmul(x, V(params, modules[i]!)), a);
+    const y = matmul(inner, U(params, modules[i]!));
     if (!δ && !r) return addBias(target, name, y); // s = 0
     const s = r ? tf.sub(1, tf.mul(r, tf.sub(1, δ ?? 0))) : δ!;
-    return addBias(target, name, tf.add(y, tf.mul(s, product(target, name, x))));
+    return addBias(target, name, tf.add(y, tf.mul(s, matmul(x, weight(target, name)))));
   };
 }
 
-/** The target's own forward, with what everything else is measured against. */
+/** The target's logits [N, vocab] with its decomposed layers masked. */
+export const maskedLogits = (
+  problem: Problem,
+  params: Tensors,
+  tokens: T<'B S'>,
+  masks: Masks,
+): T<'N vocab'> => targetForward(problem.target, tokens, maskedLinear(problem, params, masks));
+
+/** The target's own forward, which everything else is measured against. */
 export interface TargetPass {
+  tokens: T<'B S'>;
   /** pre-weight activation of every linear layer */
   acts: Record<string, T<'N dIn'>>;
   outputs: Record<string, T<'N dOut'>>;
@@ -1574,7 +1402,7 @@ export function targetPass(target: Target, tokens: T<'B S'>): TargetPass {
     return outputs[name];
   });
   const logProbs = tf.logSoftmax(logits);
-  return { acts, outputs, logProbs, probs: tf.exp(logProbs) };
+  return { tokens, acts, outputs, logProbs, probs: tf.exp(logProbs) };
 }
 
 // ---- F. CI function (method 2) --------------------------------------------------------------------------------------
@@ -1610,8 +1438,8 @@ export const ciInput = ({ modules }: Problem, { acts }: TargetPass): T<'N ΣdIn'
 
 /** Logits z [N, ΣC] of causal importance. */
 export function ciLogits({ config }: Problem, params: Tensors, input: T<'N ΣdIn'>, S: number): T<'N ΣC'> {
-  const linear = (name: string, x: tf.Tensor): tf.Tensor => {
-    const y = tf.matMul(x as tf.Tensor2D, params[`ci_fn.${name}.weight`] as tf.Tensor2D, false, true);
+  const linear = (name: string, x: T): T => {
+    const y = matmul(x, params[`ci_fn.${name}.weight`]!, true);
     const bias = params[`ci_fn.${name}.bias`];
     return bias ? tf.add(y, bias) : y;
   };
@@ -1633,7 +1461,7 @@ export function ciLogits({ config }: Problem, params: Tensors, input: T<'N ΣdIn
   return linear('proj_out', x);
 }
 
-const indicator = (condition: tf.Tensor): tf.Tensor => tf.cast(condition, 'float32');
+const indicator = (condition: T): T => tf.cast(condition, 'float32');
 
 /**
  * The lower-leaky hard sigmoid g = clamp(z, 0, 1), which builds masks (method 2). Its gradient is made by hand: the
@@ -1642,10 +1470,10 @@ const indicator = (condition: tf.Tensor): tf.Tensor => tf.cast(condition, 'float
  */
 export const lowerLeaky = (z: T<'N ΣC'>, alpha: number): T<'N ΣC'> =>
   tf.customGrad((x, save) => {
-    (save as tf.GradSaveFunc)([x as tf.Tensor]);
+    (save as tf.GradSaveFunc)([x as T]);
     return {
-      value: tf.clipByValue(x as tf.Tensor, 0, 1),
-      gradFunc: (dy: tf.Tensor, [saved]: tf.Tensor[]) => {
+      value: tf.clipByValue(x as T, 0, 1),
+      gradFunc: (dy: T, [saved]: T[]) => {
         const inside = indicator(tf.logicalAnd(tf.greater(saved!, 0), tf.lessEqual(saved!, 1)));
         const below = tf.mul(alpha, indicator(tf.lessEqual(saved!, 0)));
         return tf.add(tf.mul(dy, inside), tf.mul(tf.minimum(dy, 0), below));
@@ -1657,12 +1485,21 @@ export const lowerLeaky = (z: T<'N ΣC'>, alpha: number): T<'N ΣC'> =>
 export const upperLeaky = (z: T<'N ΣC'>, alpha: number): T<'N ΣC'> =>
   tf.add(tf.clipByValue(z, 0, 1), tf.mul(alpha, tf.relu(tf.sub(z, 1))));
 
+/** The target's forward on tokens [B,S], and the importances that the CI function reads off it. */
+export function importances(problem: Problem, params: Tensors, tokens: T<'B S'>) {
+  const [B = 0, S = 0] = tokens.shape;
+  const pass = targetPass(problem.target, tokens);
+  const input = ciInput(problem, pass);
+  const z = ciLogits(problem, params, input, S);
+  return { pass, input, z, g: lowerLeaky(z, problem.config.leakyAlpha), N: B * S, S };
+}
+
 // ---- G. Losses (method 3) -------------------------------------------------------------------------------------------
 
 /** Σ ‖Δ‖² / Σ numel(Δ) over all modules: with everything on, the parts must add up to the target. */
 export function faithfulnessLoss({ target, modules }: Problem, params: Tensors): tf.Scalar {
   const squares = modules.map(m =>
-    tf.sum(tf.square(tf.sub(weight(target, m.path), tf.matMul(V(params, m), U(params, m))))),
+    tf.sum(tf.square(tf.sub(weight(target, m.path), matmul(V(params, m), U(params, m))))),
   );
   const numel = modules.reduce((n, m) => n + m.dIn * m.dOut, 0);
   return tf.div(tf.addN(squares), numel);
@@ -1672,15 +1509,11 @@ export function faithfulnessLoss({ target, modules }: Problem, params: Tensors):
  * Σ_c [ μ_c + β μ_c log2(1 + R σ_c) ],  σ_c = Σ over positions of (g⁺ + ε)^p,  μ_c = σ_c / N: few components at each
  * position (p < 1 prefers exact zeros), and above that rarely used ones. R: equal shards that the batch was split into.
  */
-export function importanceLoss(
-  gUpper: T<'N ΣC'>,
-  p: tf.Tensor,
-  config: Pick<Config, 'impEps' | 'impBeta' | 'microBatches'>,
-): tf.Scalar {
+export function importanceLoss(gUpper: T<'N ΣC'>, p: T, config: Config, R = config.microBatches): tf.Scalar {
   // ε: the slope of g^p at 0 is infinite when p < 1
   const sigma = tf.sum(tf.pow(tf.add(gUpper, config.impEps), p), 0);
   const mu = tf.div(sigma, gUpper.shape[0]!);
-  const log2 = tf.mul(tf.log(tf.add(1, tf.mul(config.microBatches, sigma))), Math.LOG2E);
+  const log2 = tf.mul(tf.log(tf.add(1, tf.mul(R, sigma))), Math.LOG2E);
   return tf.sum(tf.mul(mu, tf.add(1, tf.mul(config.impBeta, log2))));
 }
 
@@ -1704,16 +1537,17 @@ export function randomRouting(draws: T<'N M'>, countDraw: T<'N 1'>): T<'N M'> {
   return indicator(tf.greaterEqual(draws, kth));
 }
 
-/** Random masks of the stochastic reconstruction loss for one batch. */
-export function stochasticDraws(
-  { modules }: Problem,
-  N: number,
-  key: tf.Tensor,
-): { u: T<'N ΣC'>; delta: T<'N M'>; route: T<'N M'> } {
+/** The random part of the stochastic reconstruction loss. */
+export interface Draws {
+  u: T<'N ΣC'>;
+  delta: T<'N M'>;
+  route: T<'N M'>;
+}
+export function stochasticDraws({ modules }: Problem, N: number, key: T): Draws {
   const M = modules.length;
   return {
-    u: uniform([N, totalC(modules)], key, PURPOSE.stochMask),
-    delta: uniform([N, M], key, PURPOSE.stochDelta),
+    u: uniform([N, totalC(modules)], key, PURPOSE.mask),
+    delta: uniform([N, M], key, PURPOSE.delta),
     route: randomRouting(uniform([N, M], key, PURPOSE.route), uniform([N, 1], key, PURPOSE.routeCount)),
   };
 }
@@ -1722,32 +1556,26 @@ export function stochasticDraws(
 export function stochasticLoss(
   problem: Problem,
   params: Tensors,
-  tokens: T<'B S'>,
   pass: TargetPass,
   g: T<'N ΣC'>,
-  draws: ReturnType<typeof stochasticDraws>,
+  draws: Draws,
 ): tf.Scalar {
-  const masks = { mask: interpolate(g, draws.u), delta: draws.delta, route: draws.route };
-  return klLoss(pass, targetForward(problem.target, tokens, maskedLinear(problem, params, masks)));
+  return klLoss(
+    pass,
+    maskedLogits(problem, params, pass.tokens, { ...draws, mask: interpolate(g, draws.u) }),
+  );
 }
 
 /** KL with the adversary's masks: sources [N, ΣC + M], the last M columns are the delta masks. No routing. */
 export function adversarialLoss(
   problem: Problem,
   params: Tensors,
-  tokens: T<'B S'>,
   pass: TargetPass,
   g: T<'N ΣC'>,
-  sources: T<'N ΣC+M'>,
+  sources: T,
 ): tf.Scalar {
-  const [s, delta] = tf.split(sources, [totalC(problem.modules), problem.modules.length], 1) as [
-    tf.Tensor,
-    tf.Tensor,
-  ];
-  return klLoss(
-    pass,
-    targetForward(problem.target, tokens, maskedLinear(problem, params, { mask: interpolate(g, s), delta })),
-  );
+  const [s, delta] = tf.split(sources, [totalC(problem.modules), problem.modules.length], 1) as [T, T];
+  return klLoss(pass, maskedLogits(problem, params, pass.tokens, { mask: interpolate(g, s), delta }));
 }
 
 // ---- H. Persistent PGD (method 4) -----------------------------------------------------------------------------------
@@ -1760,8 +1588,8 @@ export function adam(
   m: T,
   v: T,
   betas: { beta1: number; beta2: number; eps: number },
-  c1: tf.Tensor,
-  c2: tf.Tensor,
+  c1: T,
+  c2: T,
 ) {
   const { beta1, beta2, eps } = betas;
   const newM = tf.add(tf.mul(m, beta1), tf.mul(grad, 1 - beta1));
@@ -1772,20 +1600,13 @@ export function adam(
 
 /** The sources of one shard of the batch with the moments of their Adam; sources [N, ΣC + M] in [0, 1]. */
 export interface Sources {
-  s: tf.Tensor;
-  m: tf.Tensor;
-  v: tf.Tensor;
+  s: T;
+  m: T;
+  v: T;
 }
 
 /** One ascent step of the adversary, clamped to [0, 1]. */
-export function ascend(
-  { s, m, v }: Sources,
-  grad: T,
-  config: Config,
-  lr: tf.Tensor,
-  c1: tf.Tensor,
-  c2: tf.Tensor,
-): Sources {
+export function ascend({ s, m, v }: Sources, grad: T, config: Config, lr: T, c1: T, c2: T): Sources {
   const betas = { beta1: config.ppgdBeta1, beta2: config.ppgdBeta2, eps: config.ppgdEps };
   const step = adam(grad, m, v, betas, c1, c2);
   return { s: tf.clipByValue(tf.add(s, tf.mul(lr, step.direction)), 0, 1), m: step.m, v: step.v };
@@ -1833,16 +1654,14 @@ export interface State {
 }
 
 /** The feeds of one step (or of one shard of it). */
-export type StepFeeds = {
-  tokens: tf.Tensor; // int32 [B,S]
-  key: tf.Tensor; // int32 [2]
-  lrMain: tf.Tensor;
-  lrPpgd: tf.Tensor;
-  p: tf.Tensor;
-  c1: tf.Tensor;
-  c2: tf.Tensor;
-  ppgdC1: tf.Tensor; // [inner + 1]
-  ppgdC2: tf.Tensor;
+type AdamFeeds = Record<'lrMain' | 'c1' | 'c2', T>;
+export type StepFeeds = AdamFeeds & {
+  tokens: T<'B S'>; // int32
+  key: T; // randomKey, int32 [2]
+  p: T;
+  lrPpgd: T;
+  ppgdC1: T; // [inner + 1]
+  ppgdC2: T;
 };
 
 const LOSSES = ['faith', 'imp', 'stoch', 'ppgd'] as const;
@@ -1853,33 +1672,35 @@ const isComponent = (name: string) => name.startsWith('components.');
  * @returns losses [4] in the order of LOSSES, gradients by parameter name, the sources afterwards, L0 (mean number of
  *   components with g > ciAliveThreshold)
  */
-export function lossesAndGradients(problem: Problem, params: Tensors, before: Sources, feeds: StepFeeds) {
+export function lossesAndGradients(
+  problem: Problem,
+  params: Tensors,
+  before: Sources,
+  feeds: StepFeeds,
+  given?: Draws,
+) {
   const { config } = problem;
-  const { tokens, key, lrPpgd } = feeds;
-  const [B = 0, S = 0] = tokens.shape;
-  const pass = targetPass(problem.target, tokens);
-  const input = ciInput(problem, pass);
-  // z is a leaf below: what it costs is differentiated first, then the CI function once, with dz as upstream gradient
-  const z = ciLogits(problem, params, input, S);
-  const g = lowerLeaky(z, config.leakyAlpha);
-  const draws = stochasticDraws(problem, B * S, key);
+  const { lrPpgd } = feeds;
+  const { pass, input, z, g, N, S } = importances(problem, params, feeds.tokens);
+  const draws = given ?? stochasticDraws(problem, N, feeds.key);
   const [c1, c2] = [tf.unstack(feeds.ppgdC1), tf.unstack(feeds.ppgdC2)];
 
   let sources = before;
   if (config.coeffPpgd > 0) {
     for (let k = 0; k < config.ppgdInnerSteps; k++) {
-      const [grad] = tf.grads(s => adversarialLoss(problem, params, tokens, pass, g, s))([sources.s]);
+      const [grad] = tf.grads(s => adversarialLoss(problem, params, pass, g, s))([sources.s]);
       sources = ascend(sources, grad!, config, lrPpgd, c1[k]!, c2[k]!);
     }
   }
 
+  // z is a leaf here: the losses are differentiated down to it, then the CI function, with dz as upstream gradient
   const losses = () => {
     const gLower = lowerLeaky(z, config.leakyAlpha);
     return tf.stack([
       faithfulnessLoss(problem, params),
       importanceLoss(upperLeaky(z, config.leakyAlpha), feeds.p, config),
-      stochasticLoss(problem, params, tokens, pass, gLower, draws),
-      adversarialLoss(problem, params, tokens, pass, gLower, sources.s),
+      stochasticLoss(problem, params, pass, gLower, draws),
+      adversarialLoss(problem, params, pass, gLower, sources.s),
     ]);
   };
   const names = Object.keys(params).filter(isComponent);
@@ -1889,7 +1710,7 @@ export function lossesAndGradients(problem: Problem, params: Tensors, before: So
     [...names.map(n => params[n]!), z, sources.s],
     coefficients,
   );
-  const [dz, dSources] = grads.splice(names.length) as [tf.Tensor, tf.Tensor];
+  const [dz, dSources] = grads.splice(names.length) as [T, T];
   const gradients: Tensors = Object.fromEntries(names.map((n, i) => [n, grads[i]!]));
   const ciNames = Object.keys(params).filter(n => !isComponent(n));
   const ciGradients = tf.grads(() => ciLogits(problem, params, input, S))(
@@ -1903,24 +1724,20 @@ export function lossesAndGradients(problem: Problem, params: Tensors, before: So
     const k = config.ppgdInnerSteps;
     sources = ascend(sources, tf.div(dSources, config.coeffPpgd), config, lrPpgd, c1[k]!, c2[k]!);
   }
-  const l0 = tf.div(tf.sum(indicator(tf.greater(g, config.ciAliveThreshold))), B * S);
+  const l0 = tf.div(tf.sum(indicator(tf.greater(g, config.ciAliveThreshold))), N);
   return { losses: value, gradients, sources, l0 };
 }
 
 /** √Σ‖grad‖² over the given gradients. */
-const globalNorm = (grads: tf.Tensor[]): tf.Tensor =>
-  tf.sqrt(tf.addN(grads.map(grad => tf.sum(tf.square(grad)))));
+const globalNorm = (grads: [string, T][]): T =>
+  tf.sqrt(tf.addN(grads.map(([, grad]) => tf.sum(tf.square(grad)))));
 
 /** min(1, limit / norm), with the 1e-6 of torch.nn.utils.clip_grad_norm_; limit 0 = off. */
-const clipFactor = (norm: tf.Tensor, limit: number): tf.Tensor =>
+const clipFactor = (norm: T, limit: number): T =>
   limit > 0 ? tf.minimum(1, tf.div(limit, tf.add(norm, 1e-6))) : tf.onesLike(norm);
 
 /** AdamW with weight decay 0: moves the named parameters and their moments. */
-function adamUpdate(
-  state: State,
-  gradients: Tensors,
-  { lrMain, c1, c2 }: Pick<StepFeeds, 'lrMain' | 'c1' | 'c2'>,
-): void {
+function adamUpdate(state: State, gradients: Tensors, { lrMain, c1, c2 }: AdamFeeds): void {
   for (const [name, grad] of Object.entries(gradients)) {
     const [param, m, v] = [state.params[name]!, state.m[name]!, state.v[name]!];
     const step = adam(grad, m, v, MAIN_BETAS, c1, c2);
@@ -1931,16 +1748,11 @@ function adamUpdate(
 }
 
 /** Clips the gradients and moves every parameter. @returns the norms before clipping */
-export function applyGradients(
-  { config }: Problem,
-  state: State,
-  gradients: Tensors,
-  feeds: Pick<StepFeeds, 'lrMain' | 'c1' | 'c2'>,
-) {
+export function applyGradients({ config }: Problem, state: State, gradients: Tensors, feeds: AdamFeeds) {
   const all = Object.entries(gradients);
   const norms = {
-    components: globalNorm(all.filter(([n]) => isComponent(n)).map(([, grad]) => grad)),
-    ci: globalNorm(all.filter(([n]) => !isComponent(n)).map(([, grad]) => grad)),
+    components: globalNorm(all.filter(([n]) => isComponent(n))),
+    ci: globalNorm(all.filter(([n]) => !isComponent(n))),
   };
   const clip = {
     components: clipFactor(norms.components, config.gradClipComponents),
@@ -1957,7 +1769,7 @@ export function applyGradients(
   return norms;
 }
 
-/** Metrics of a training step, in the order in which the compiled step returns them. */
+/** What a compiled step returns, in order. */
 const STEP_METRICS = [
   ...LOSSES.map(l => `loss/${l}`),
   'loss/total',
@@ -1966,19 +1778,26 @@ const STEP_METRICS = [
   'grad_norm/ci',
 ];
 
-function stepMetrics(
-  config: Config,
-  losses: tf.Tensor,
-  l0: tf.Tensor,
-  norms: { components: tf.Tensor; ci: tf.Tensor },
-): tf.Tensor {
-  const coefficients = tf.tensor1d([config.coeffFaith, config.coeffImp, config.coeffStoch, config.coeffPpgd]);
-  const total = tf.sum(tf.mul(losses, coefficients));
-  return tf.concat([losses, tf.stack([total, l0, norms.components, norms.ci])]);
+function stepMetrics(config: Config, losses: T, l0: T, norms: { components: T; ci: T }): T {
+  const coefficients = [config.coeffFaith, config.coeffImp, config.coeffStoch, config.coeffPpgd];
+  return tf.concat([
+    losses,
+    tf.stack([tf.sum(tf.mul(losses, coefficients)), l0, norms.components, norms.ci]),
+  ]);
 }
 
-/** One training step as a compiled function: feeds in, the state moved on, STEP_METRICS out. */
-function compileStep(
+/** The feeds of a step that are the same for all of its shards. */
+function scheduleFeeds(config: Config, step: number): Omit<StepFeeds, 'tokens' | 'key'> {
+  const { ppgdC1, ppgdC2, ...scalars } = schedule(config, step);
+  const feeds = Object.entries(scalars).map(([name, value]) => [name, tf.scalar(value)]);
+  return { ...Object.fromEntries(feeds), ppgdC1: tf.tensor1d(ppgdC1), ppgdC2: tf.tensor1d(ppgdC2) };
+}
+
+/**
+ * Compiles the training step: moves the state on and resolves to STEP_METRICS. With microBatches = R > 1 the batch
+ * comes in R shards, one after another; each has its own rows of the sources, and their gradients are averaged.
+ */
+export function compileStep(
   engine: Engine,
   problem: Problem,
   state: State,
@@ -1995,13 +1814,8 @@ function compileStep(
     v.assign(sources.v);
     return { metrics: stepMetrics(config, losses, l0, applyGradients(problem, state, gradients, feeds)) };
   });
-
-  // With microBatches > 1 the batch comes in R shards that each keep their own sources; gradients are averaged.
-  const shard = engine.compile('shard', ({ index, ...feeds }: StepFeeds & { index: tf.Tensor }) => {
-    const rows = tf.cast(
-      tf.add(tf.range(0, n, 1, 'int32'), tf.mul(index, tf.scalar(n, 'int32'))),
-      'int32',
-    ) as tf.Tensor1D;
+  const shard = engine.compile('shard', ({ index, ...feeds }: StepFeeds & { index: T }) => {
+    const rows = tf.add(tf.range(0, n, 1, 'int32'), tf.mul(index, tf.scalar(n, 'int32'))) as tf.Tensor1D;
     const mine = { s: tf.gather(s, rows), m: tf.gather(m, rows), v: tf.gather(v, rows) };
     const { losses, gradients, sources, l0 } = lossesAndGradients(problem, state.params, mine, feeds);
     for (const [all, part] of [
@@ -2011,17 +1825,13 @@ function compileStep(
     ] as const) {
       all.assign(tf.tensorScatterUpdate(all, rows.expandDims(1), part));
     }
-    for (const [name, grad] of Object.entries(gradients))
-      state.summed[name]!.assign(tf.add(state.summed[name]!, tf.div(grad, R)));
-    return { losses, l0 };
+    for (const [name, sum] of Object.entries(state.summed))
+      sum.assign(tf.add(sum, tf.div(gradients[name]!, R)));
+    return { losses: tf.div(losses, R), l0: tf.div(l0, R) };
   });
   const update = engine.compile(
     'update',
-    ({
-      losses,
-      l0,
-      ...feeds
-    }: Pick<StepFeeds, 'lrMain' | 'c1' | 'c2'> & { losses: tf.Tensor; l0: tf.Tensor }) => {
+    ({ losses, l0, ...feeds }: Omit<StepFeeds, 'tokens' | 'key'> & Record<'losses' | 'l0', T>) => {
       const norms = applyGradients(problem, state, state.summed, feeds);
       for (const sum of Object.values(state.summed)) sum.assign(tf.zerosLike(sum));
       return { metrics: stepMetrics(config, losses, l0, norms) };
@@ -2029,124 +1839,106 @@ function compileStep(
   );
 
   return async (step, data) => {
-    const { ppgdC1, ppgdC2, ...scalars } = schedule(config, step);
-    const indices = batchIndices(data.count, config.batchSize, step, config.seed);
-    const shared = {
-      ...(Object.fromEntries(Object.entries(scalars).map(([k, x]) => [k, tf.scalar(x)])) as Record<
-        keyof typeof scalars,
-        tf.Scalar
-      >),
-      ...{ ppgdC1: tf.tensor1d(ppgdC1), ppgdC2: tf.tensor1d(ppgdC2) },
-    };
-    const made: tf.Tensor[] = Object.values(shared);
-    const track = <X extends Tensors>(tensors: X): X => {
-      made.push(...Object.values(tensors));
+    const rows = batchIndices(data.count, config.batchSize, step, config.seed);
+    const shared = scheduleFeeds(config, step);
+    const shardFeeds = (r: number) => ({
+      tokens: tokenBatch(data, rows.slice((r * rows.length) / R, ((r + 1) * rows.length) / R)),
+      key: randomKey(config.seed, step * R + r),
+    });
+    const made: Tensors[] = [shared];
+    const keep = <X extends Tensors>(tensors: X): X => {
+      made.push(tensors);
       return tensors;
     };
-    const rows = config.batchSize / R;
-    const feedsOf = (r: number) =>
-      track({
-        tokens: tokenBatch(data, indices.slice(r * rows, (r + 1) * rows)),
-        key: randomKey(config.seed, step * R + r),
-      });
-    let metrics: tf.Tensor;
-    if (R === 1) metrics = track(await whole({ ...shared, ...feedsOf(0) })).metrics;
+    let result: { metrics: T };
+    if (R === 1) result = await whole({ ...shared, ...keep(shardFeeds(0)) });
     else {
-      const parts: { losses: tf.Tensor; l0: tf.Tensor }[] = [];
-      for (let r = 0; r < R; r++)
-        parts.push(
-          track(await shard({ ...shared, ...feedsOf(r), ...track({ index: tf.scalar(r, 'int32') }) })),
+      let sums = keep({ losses: tf.zeros([LOSSES.length]), l0: tf.scalar(0) });
+      for (let r = 0; r < R; r++) {
+        const part = keep(
+          await shard({ ...shared, ...keep({ ...shardFeeds(r), index: tf.scalar(r, 'int32') }) }),
         );
-      const mean = (xs: tf.Tensor[]) => tf.tidy(() => tf.div(tf.addN(xs), R));
-      const means = track({ losses: mean(parts.map(p => p.losses)), l0: mean(parts.map(p => p.l0)) });
-      metrics = track(
-        await update({ ...means, lrMain: shared.lrMain, c1: shared.c1, c2: shared.c2 }),
-      ).metrics;
+        sums = keep({ losses: tf.add(sums.losses, part.losses), l0: tf.add(sums.l0, part.l0) });
+      }
+      result = await update({ ...shared, ...sums });
     }
-    const values = (await metrics.data()) as Float32Array;
-    tf.dispose(made);
+    const values = (await result.metrics.data()) as Float32Array;
+    tf.dispose([made, result]);
     return values;
   };
 }
 
-/** V [dIn,C] ~ N(0, 1/dIn), U [C,dOut] ~ N(0, 1/C); CI function as PyTorch's nn.Linear: uniform ±1/√fan_in, biases too. */
+/** V ~ N(0, 1/dIn), U ~ N(0, 1/C); the CI function as PyTorch's nn.Linear: uniform ±1/√fan_in, biases too. */
 export function initialParams(problem: Problem): Params {
   const { modules, config } = problem;
   const params: Params = {};
-  let purpose: number = PURPOSE.init;
-  const variable = (shape: number[], fill: (n: number, purpose: number) => Float32Array) => {
-    const value = tf.tensor(fill(tf.util.sizeFromShape(shape), purpose++), shape);
-    const result = tf.variable(value, false);
-    value.dispose();
-    return result;
-  };
-  const normal = (deviation: number) => (n: number, why: number) => {
-    const u = uniformArray(2 * n, config.seed, 0, why); // Box-Muller
-    return Float32Array.from(
-      { length: n },
-      (_, i) => deviation * Math.sqrt(-2 * Math.log(1 - u[2 * i]!)) * Math.cos(2 * Math.PI * u[2 * i + 1]!),
+  let purpose = PURPOSE.init;
+  const draws = (n: number) => uniformArray(n, config.seed, 0, purpose++);
+  const normal = (shape: number[], deviation: number) => {
+    const u = draws(2 * tf.util.sizeFromShape(shape)); // Box-Muller
+    const radius = (i: number) => deviation * Math.sqrt(-2 * Math.log(1 - u[2 * i]!));
+    const values = Float32Array.from(
+      { length: u.length / 2 },
+      (_, i) => radius(i) * Math.cos(2 * Math.PI * u[2 * i + 1]!),
     );
+    return frozen(values, shape);
   };
-  const between = (bound: number) => (n: number, why: number) =>
-    uniformArray(n, config.seed, 0, why).map(u => bound * (2 * u - 1));
   for (const { path: name, dIn, dOut, C } of modules) {
-    params[`components.${name}.V`] = variable([dIn, C], normal(1 / Math.sqrt(dIn)));
-    params[`components.${name}.U`] = variable([C, dOut], normal(1 / Math.sqrt(C)));
+    params[`components.${name}.V`] = normal([dIn, C], 1 / Math.sqrt(dIn));
+    params[`components.${name}.U`] = normal([C, dOut], 1 / Math.sqrt(C));
   }
   const shapes = ciShapes(problem);
   for (const [name, shape] of Object.entries(shapes)) {
-    const fanIn = shapes[name.replace(/bias$/, 'weight')]![1]!;
-    params[name] = variable(shape, between(1 / Math.sqrt(fanIn)));
+    const bound = 1 / Math.sqrt(shapes[name.replace(/bias$/, 'weight')]![1]!);
+    params[name] = frozen(
+      draws(tf.util.sizeFromShape(shape)).map(u => bound * (2 * u - 1)),
+      shape,
+    );
   }
   return params;
 }
 
-/** Zeros shaped like the given variables. */
+const zeros = (shape: number[]): tf.Variable => tf.tidy(() => tf.variable(tf.zeros(shape), false));
 const zerosLike = (params: Params): Params =>
-  Object.fromEntries(
-    Object.entries(params).map(([n, p]) => [n, tf.tidy(() => tf.variable(tf.zeros(p.shape), false))]),
-  );
+  Object.fromEntries(Object.entries(params).map(([n, p]) => [n, zeros(p.shape)]));
 
-/** The state of step 0: fresh parameters, moments 0, sources U(0, 1). */
-export function initialState(problem: Problem, params: Params, rowLength: number): State {
-  const { modules, config } = problem;
-  const shape: [number, number] = [config.batchSize * rowLength, totalC(modules) + modules.length];
-  return tf.tidy(() => ({
-    ...{ params, m: zerosLike(params), v: zerosLike(params) },
-    sources: {
-      s: tf.variable(
-        tf.tensor2d(uniformArray(shape[0] * shape[1], config.seed, 0, PURPOSE.sources), shape),
-        false,
-      ),
-      m: tf.variable(tf.zeros(shape), false),
-      v: tf.variable(tf.zeros(shape), false),
-    },
-    summed: config.microBatches > 1 ? zerosLike(params) : {},
-  }));
+/** The state of step 0: moments 0, sources U(0, 1). */
+export function initialState({ modules, config }: Problem, params: Params): State {
+  const shape = [config.batchSize * config.seqLen, totalC(modules) + modules.length];
+  const s = frozen(uniformArray(shape[0]! * shape[1]!, config.seed, 0, PURPOSE.sources), shape);
+  const summed = config.microBatches > 1 ? zerosLike(params) : {};
+  return {
+    params,
+    m: zerosLike(params),
+    v: zerosLike(params),
+    sources: { s, m: zeros(shape), v: zeros(shape) },
+    summed,
+  };
 }
 
-/** Faithfulness warm-up: AdamW on V and U alone. Leaves the moments at 0. */
-async function warmUp(
+/** Faithfulness warm-up: AdamW on V and U alone, from moments 0, which it leaves at 0. */
+export async function warmUp(
   engine: Engine,
   problem: Problem,
   state: State,
-  report: (step: number, loss: number) => void,
-): Promise<void> {
-  const { config } = problem;
+  report: (done: number, loss: number) => void,
+) {
+  const {
+    faithfulnessWarmupSteps: steps,
+    faithfulnessWarmupLr,
+    faithfulnessWarmupLrFinalFrac,
+  } = problem.config;
   const names = Object.keys(state.params).filter(isComponent);
-  const step = engine.compile('warm-up', (feeds: { lrMain: tf.Tensor; c1: tf.Tensor; c2: tf.Tensor }) => {
-    const { value, grads } = tf.valueAndGrads(() => faithfulnessLoss(problem, state.params))(
-      names.map(n => state.params[n]!),
-    );
+  const step = engine.compile('warm-up', (feeds: AdamFeeds) => {
+    const loss = () => faithfulnessLoss(problem, state.params);
+    const { value, grads } = tf.valueAndGrads(loss)(names.map(n => state.params[n]!));
     adamUpdate(state, Object.fromEntries(names.map((n, i) => [n, grads[i]!])), feeds);
     return { loss: value };
   });
-  for (let i = 0; i < config.faithfulnessWarmupSteps; i++) {
-    const lr =
-      config.faithfulnessWarmupLr *
-      cosine(i, config.faithfulnessWarmupSteps, config.faithfulnessWarmupLrFinalFrac);
+  for (let i = 0; i < steps; i++) {
+    const lrMain = tf.scalar(faithfulnessWarmupLr * cosine(i, steps, faithfulnessWarmupLrFinalFrac));
     const feeds = {
-      lrMain: tf.scalar(lr),
+      lrMain,
       c1: tf.scalar(1 - MAIN_BETAS.beta1 ** (i + 1)),
       c2: tf.scalar(1 - MAIN_BETAS.beta2 ** (i + 1)),
     };
@@ -2154,20 +1946,21 @@ async function warmUp(
     report(i + 1, (await loss.data())[0]!);
     tf.dispose([loss, feeds]);
   }
-  for (const moment of [...Object.values(state.m), ...Object.values(state.v)])
-    moment.assign(tf.tidy(() => tf.zeros(moment.shape)));
+  for (const moment of [...Object.values(state.m), ...Object.values(state.v)]) {
+    tf.tidy(() => moment.assign(tf.zeros(moment.shape)));
+  }
 }
 
 // ---- J. Evaluation (method 6) ---------------------------------------------------------------------------------------
 
-/** Metric names to values: numbers only, as in metrics.jsonl. */
+/** Metric names to numbers, as in metrics.jsonl. */
 export type Metrics = Record<string, number>;
 
-/** Below this mean importance a component counts as dead, and kl_alive deletes it. */
+/** Below this mean importance a component counts as dead. */
 const DEAD_BELOW = 1e-6;
 
 /** Mean next-token cross-entropy in nats; the last position of a row predicts nothing. */
-function crossEntropy(logProbs: T<'N vocab'>, tokens: T<'B S'>): tf.Tensor {
+export function crossEntropy(logProbs: T<'N vocab'>, tokens: T<'B S'>): T {
   const [B = 0, S = 0] = tokens.shape;
   const vocab = logProbs.shape[1]!;
   const predicted = tf.slice(logProbs.reshape([B, S, vocab]), [0, 0, 0], [B, S - 1, vocab]);
@@ -2175,19 +1968,87 @@ function crossEntropy(logProbs: T<'N vocab'>, tokens: T<'B S'>): tf.Tensor {
   return tf.neg(tf.div(tf.sum(tf.mul(predicted, next)), B * (S - 1)));
 }
 
-/** Mean of (masked output − target output)² per module, modules [M]. */
-function hiddenActsError(
-  { target, modules }: Problem,
+/** Random numbers of the evaluations. */
+export interface EvaluationDraws {
+  stoch: Draws;
+  random: T<'N ΣC'>;
+  /** of StochasticReconSubsetLoss and of the hidden activations */
+  subset: Draws;
+}
+function evaluationDraws(problem: Problem, N: number, key: T): EvaluationDraws {
+  const [stoch, subset] = [0, 1].map(i =>
+    stochasticDraws(problem, N, tf.add(key, tf.tensor1d([0, i], 'int32'))),
+  );
+  return {
+    stoch: stoch!,
+    subset: subset!,
+    random: uniform([N, totalC(problem.modules)], key, PURPOSE.randomMask),
+  };
+}
+
+/** CE and KL under every masking strategy (delta 0 except in stoch), and the training losses but the adversary's. */
+export function evaluateMasks(
+  problem: Problem,
+  params: Tensors,
   tokens: T<'B S'>,
-  pass: TargetPass,
-  linear: Linear,
-): T<'M'> {
-  const outputs: Record<string, tf.Tensor> = {};
-  targetForward(target, tokens, (name, x) => {
-    outputs[name] = linear(name, x);
-    return outputs[name];
-  });
-  return tf.stack(modules.map(m => tf.mean(tf.squaredDifference(outputs[m.path]!, pass.outputs[m.path]!))));
+  p: T,
+  draws: EvaluationDraws,
+) {
+  const { config, modules } = problem;
+  const { pass, z, g } = importances(problem, params, tokens);
+  const strategies: Record<string, Masks> = {
+    ci_masked: { mask: g },
+    unmasked: { mask: tf.ones([1, totalC(modules)]) },
+    stoch_masked: { mask: interpolate(g, draws.stoch.u), delta: draws.stoch.delta },
+    random_masked: { mask: draws.random },
+    rounded_masked: { mask: indicator(tf.greater(g, config.roundingThreshold)) },
+    zero_masked: { mask: tf.zeros([1, totalC(modules)]) },
+  };
+  const ceTarget = crossEntropy(pass.logProbs, tokens);
+  const scalars: Tensors = {
+    'ce_kl/ce_target': ceTarget,
+    'loss/FaithfulnessLoss': faithfulnessLoss(problem, params),
+    'loss/ImportanceMinimalityLoss': importanceLoss(upperLeaky(z, config.leakyAlpha), p, config, 1),
+    'loss/StochasticReconSubsetLoss': stochasticLoss(problem, params, pass, g, draws.subset),
+  };
+  for (const [name, masks] of Object.entries(strategies)) {
+    const logits = maskedLogits(problem, params, tokens, masks);
+    scalars[`ce_kl/kl_${name}`] = klLoss(pass, logits);
+    scalars[`ce_kl/ce_difference_${name}`] = tf.sub(crossEntropy(tf.logSoftmax(logits), tokens), ceTarget);
+  }
+  const active = tf.mean(indicator(tf.greater(g, config.ciAliveThreshold)), 0); // [ΣC]
+  return { ...scalars, active, meanCi: tf.mean(g, 0) };
+}
+
+/** KL when the components are deleted (mask 0, delta 0) whose `mask` [1, ΣC] is 0, and all others stay on. */
+export const klAlive = (problem: Problem, params: Tensors, tokens: T<'B S'>, mask: T) =>
+  klLoss(targetPass(problem.target, tokens), maskedLogits(problem, params, tokens, { mask }));
+
+/** Fresh PGD: the KL at one source [1, ΣC + M] shared by the whole batch, and where a step of sign ascent takes it. */
+export function pgdStep(problem: Problem, params: Tensors, tokens: T<'B S'>, source: T) {
+  const { pass, g } = importances(problem, params, tokens);
+  const { value, grads } = tf.valueAndGrads(s => adversarialLoss(problem, params, pass, g, s))([source]);
+  const moved = tf.add(source, tf.mul(problem.config.pgdEvalStepSize, tf.sign(grads[0]!)));
+  return { kl: value, next: tf.clipByValue(moved, 0, 1) };
+}
+
+/** Mean of (module output in the masked forward − in the target's)², by module [M]; CI masks and stochastic ones. */
+export function hiddenActsErrors(problem: Problem, params: Tensors, tokens: T<'B S'>, draws: Draws) {
+  const { pass, g } = importances(problem, params, tokens);
+  const errors = (masks: Masks) => {
+    const [linear, outputs] = [maskedLinear(problem, params, masks), {} as Tensors];
+    targetForward(problem.target, tokens, (name, x) => {
+      outputs[name] = linear(name, x);
+      return outputs[name];
+    });
+    return tf.stack(
+      problem.modules.map(m => tf.mean(tf.squaredDifference(outputs[m.path]!, pass.outputs[m.path]!))),
+    );
+  };
+  return {
+    CI: errors({ mask: g }),
+    Stochastic: errors({ mask: interpolate(g, draws.u), delta: draws.delta }),
+  };
 }
 
 export interface Evaluation {
@@ -2195,156 +2056,864 @@ export interface Evaluation {
   /** mean g of every component over the rows [ΣC] */
   meanCi: Float32Array;
 }
-type EvaluationOptions = { step: number; slow: boolean };
 
-/** Compiles the evaluations once; the result evaluates the parameters as they then are on given rows. */
-export function compileEvaluation(
-  engine: Engine,
-  problem: Problem,
-  params: Params,
-): (rows: Rows, options: EvaluationOptions) => Promise<Evaluation> {
-  const { target, modules, config } = problem;
-  const [sumC, M] = [totalC(modules), modules.length];
-  const importances = (tokens: tf.Tensor) => {
-    const pass = targetPass(target, tokens);
-    const z = ciLogits(problem, params, ciInput(problem, pass), tokens.shape[1]!);
-    return { pass, z, g: lowerLeaky(z, config.leakyAlpha), N: tokens.shape[0]! * tokens.shape[1]! };
-  };
-  const logitsUnder = (tokens: tf.Tensor, masks: Masks) =>
-    targetForward(target, tokens, maskedLinear(problem, params, masks));
-
-  const fast = engine.compile('evaluate', ({ tokens, key, p }: Record<'tokens' | 'key' | 'p', tf.Tensor>) => {
-    const { pass, z, g, N } = importances(tokens);
-    const draws = stochasticDraws(problem, N, key);
-    const strategies: Record<string, Masks> = {
-      ci_masked: { mask: g },
-      unmasked: { mask: tf.ones([1, sumC]) },
-      stochastic_masked: { mask: interpolate(g, draws.u), delta: draws.delta },
-      random_masked: { mask: uniform([N, sumC], key, PURPOSE.randomMask) },
-      rounded_masked: { mask: indicator(tf.greater(g, config.roundingThreshold)) },
-      zero_masked: { mask: tf.zeros([1, sumC]) },
-    };
-    const out: Tensors = {
-      'ce_kl/ce_target': crossEntropy(pass.logProbs, tokens),
-      'loss/FaithfulnessLoss': faithfulnessLoss(problem, params),
-      'loss/ImportanceMinimalityLoss': importanceLoss(upperLeaky(z, config.leakyAlpha), p, config),
-      'loss/StochasticReconSubsetLoss': stochasticLoss(problem, params, tokens, pass, g, draws),
-    };
-    for (const [name, masks] of Object.entries(strategies)) {
-      const logits = logitsUnder(tokens, masks);
-      out[`ce_kl/kl_${name}`] = klLoss(pass, logits);
-      out[`ce_kl/ce_difference_${name}`] = tf.sub(
-        crossEntropy(tf.logSoftmax(logits), tokens),
-        out['ce_kl/ce_target']!,
-      );
-    }
-    return {
-      ...out,
-      meanCi: tf.mean(g, 0),
-      active: tf.mean(indicator(tf.greater(g, config.ciAliveThreshold)), 0),
-    };
-  });
-
-  // KL when every component with mean CI below 1e-6 is deleted (mask 0, delta 0) and all others stay on
-  const alive = engine.compile('alive', ({ tokens, mask }: Record<'tokens' | 'mask', tf.Tensor>) => ({
-    kl: klLoss(targetPass(target, tokens), logitsUnder(tokens, { mask })),
+/** Compiles the evaluations; the result evaluates the parameters as they are then, averaged over batches of rows. */
+export function compileEvaluation(engine: Engine, problem: Problem, params: Params) {
+  const { modules, config } = problem;
+  const sumC = totalC(modules);
+  const masks = engine.compile('evaluate', ({ tokens, key, p }: Record<'tokens' | 'key' | 'p', T>) =>
+    evaluateMasks(problem, params, tokens, p, evaluationDraws(problem, tokens.size, key)),
+  );
+  const alive = engine.compile('alive', ({ tokens, mask }: Record<'tokens' | 'mask', T>) => ({
+    kl: klAlive(problem, params, tokens, mask),
   }));
+  const pgd = engine.compile('pgd', ({ tokens, source }: Record<'tokens' | 'source', T>) =>
+    pgdStep(problem, params, tokens, source),
+  );
+  const hidden = engine.compile('hidden acts', ({ tokens, key }: Record<'tokens' | 'key', T>) =>
+    hiddenActsErrors(problem, params, tokens, evaluationDraws(problem, tokens.size, key).subset),
+  );
+  const numbers = async (t: T): Promise<Float32Array> => {
+    const values = await t.data();
+    t.dispose();
+    return values as Float32Array;
+  };
 
-  // fresh PGD: one source [1, ΣC + M] for the whole batch; its KL, and where sign ascent takes it
-  const pgd = engine.compile('pgd', ({ tokens, source }: Record<'tokens' | 'source', tf.Tensor>) => {
-    const { pass, g } = importances(tokens);
-    const { value, grads } = tf.valueAndGrads(s => adversarialLoss(problem, params, tokens, pass, g, s))([
-      source,
-    ]);
-    return {
-      kl: value,
-      next: tf.clipByValue(tf.add(source, tf.mul(config.pgdEvalStepSize, tf.sign(grads[0]!))), 0, 1),
-    };
-  });
-
-  const slowly = engine.compile('hidden acts', ({ tokens, key }: Record<'tokens' | 'key', tf.Tensor>) => {
-    const { pass, g, N } = importances(tokens);
-    const { u, delta } = stochasticDraws(problem, N, key);
-    const error = (masks: Masks) =>
-      hiddenActsError(problem, tokens, pass, maskedLinear(problem, params, masks));
-    return { ci: error({ mask: g }), stochastic: error({ mask: interpolate(g, u), delta }) };
-  });
-
-  return async (rows, { step, slow }) => {
-    const sums = new Map<string, number>();
-    const add = (name: string, value: number, weight: number) =>
-      sums.set(name, (sums.get(name) ?? 0) + value * weight);
+  return async (rows: Rows, { step, slow }: { step: number; slow: boolean }): Promise<Evaluation> => {
+    const metrics: Metrics = {};
     const [meanCi, active] = [new Float32Array(sumC), new Float32Array(sumC)];
-    const numbers = async (t: tf.Tensor) => {
-      const values = (await t.data()) as Float32Array;
-      t.dispose();
-      return values;
-    };
     const p = tf.scalar(schedule(config, Math.min(step, config.nSteps - 1)).p);
     const size = config.evalBatchSize;
-    const batches = Array.from({ length: Math.ceil(rows.count / size) }, (_, b) => {
-      const indices = Array.from({ length: Math.min(size, rows.count - b * size) }, (_, i) => b * size + i);
-      return {
-        tokens: tokenBatch(rows, indices),
-        key: randomKey(config.seed ^ 0x5eed, b),
-        share: indices.length / rows.count,
-      };
+    const batches = range(0, Math.ceil(rows.count / size)).map(b => {
+      const indices = range(b * size, Math.min((b + 1) * size, rows.count));
+      const key = randomKey(config.seed ^ 0x5eed, 2 * b);
+      return { tokens: tokenBatch(rows, indices), key, share: indices.length / rows.count };
     });
     for (const { tokens, key, share } of batches) {
-      const { meanCi: ci, active: on, ...scalars } = await fast({ tokens, key, p });
-      for (const [name, value] of Object.entries(scalars)) add(name, (await numbers(value))[0]!, share);
+      const add = (name: string, value: number) => {
+        metrics[`eval/${name}`] = (metrics[`eval/${name}`] ?? 0) + share * value;
+      };
+      const { active: on, meanCi: ci, ...scalars } = await masks({ tokens, key, p });
+      for (const [name, value] of Object.entries(scalars)) add(name, (await numbers(value as T))[0]!);
       for (const [sum, part] of [
-        [meanCi, await numbers(ci!)],
-        [active, await numbers(on!)],
+        [meanCi, await numbers(ci)],
+        [active, await numbers(on)],
       ] as const) {
-        for (let c = 0; c < sumC; c++) sum[c]! += part[c]! * share;
+        for (let c = 0; c < sumC; c++) sum[c]! += share * part[c]!;
       }
-      let source = tf.tidy(() => uniform([1, sumC + M], key, PURPOSE.pgdInit));
+      let source = tf.tidy(() => uniform([1, sumC + modules.length], key, PURPOSE.pgd));
       for (let i = 0; i <= config.pgdEvalNSteps; i++) {
         const { kl, next } = await pgd({ tokens, source });
-        if (i === config.pgdEvalNSteps) add('loss/PGDReconLoss', (await kl.data())[0]!, share);
+        if (i === config.pgdEvalNSteps) add('loss/PGDReconLoss', (await kl.data())[0]!);
         tf.dispose([kl, source]);
         source = next;
       }
       source.dispose();
-      if (slow) {
-        const { ci: ciError, stochastic } = await slowly({ tokens, key });
-        for (const [kind, errors] of [
-          ['CI', await numbers(ciError)],
-          ['Stochastic', await numbers(stochastic)],
-        ] as const) {
-          for (const [i, m] of modules.entries())
-            add(`loss/${kind}HiddenActsReconLoss/${m.path}`, errors[i]!, share);
-          add(`loss/${kind}HiddenActsReconLoss/total`, errors.reduce((a, b) => a + b, 0) / M, share);
-        }
+      for (const [kind, errors] of slow ? Object.entries(await hidden({ tokens, key })) : []) {
+        const values = await numbers(errors);
+        const total =
+          modules.reduce((sum, m, i) => sum + m.dOut * values[i]!, 0) /
+          modules.reduce((n, m) => n + m.dOut, 0);
+        for (const [i, m] of modules.entries()) add(`loss/${kind}HiddenActsReconLoss/${m.path}`, values[i]!);
+        add(`loss/${kind}HiddenActsReconLoss/total`, total);
       }
     }
     const mask = tf.tensor2d(
       meanCi.map(ci => Number(ci >= DEAD_BELOW)),
       [1, sumC],
     );
-    for (const { tokens, share } of batches)
-      add('ce_kl/kl_alive', (await numbers((await alive({ tokens, mask })).kl))[0]!, share);
-    tf.dispose([p, mask, batches.flatMap(b => [b.tokens, b.key])]);
+    metrics['eval/ce_kl/kl_alive'] = 0;
+    for (const { tokens, share } of batches) {
+      metrics['eval/ce_kl/kl_alive'] += share * (await numbers((await alive({ tokens, mask })).kl))[0]!;
+    }
+    tf.dispose([p, mask, batches.map(b => [b.tokens, b.key])]);
 
-    const metrics: Metrics = Object.fromEntries([...sums].map(([name, value]) => [`eval/${name}`, value]));
-    for (const name of [...sums.keys()].filter(n => n.startsWith('ce_kl/ce_difference_'))) {
-      metrics[`eval/${name.replace('difference', 'unrecovered')}`] =
-        sums.get(name)! / sums.get('ce_kl/ce_difference_zero_masked')!;
+    for (const [name, difference] of Object.entries(metrics)) {
+      if (!name.includes('ce_difference')) continue;
+      metrics[name.replace('difference', 'unrecovered')] =
+        difference / metrics['eval/ce_kl/ce_difference_zero_masked']!;
     }
-    let total = 0;
+    const l0 = `eval/l0/${Number.isInteger(config.ciAliveThreshold) ? config.ciAliveThreshold.toFixed(1) : config.ciAliveThreshold}`;
+    metrics[`${l0}_total`] = 0;
     for (const { path: name, offset, C } of modules) {
-      const l0 = active.subarray(offset, offset + C).reduce((a, b) => a + b, 0);
-      metrics[`eval/l0/${config.ciAliveThreshold.toFixed(1)}_${name}`] = l0;
-      total += l0;
+      metrics[`${l0}_${name}`] = active.subarray(offset, offset + C).reduce((a, b) => a + b, 0);
+      metrics[`${l0}_total`]! += metrics[`${l0}_${name}`]!;
     }
-    metrics[`eval/l0/${config.ciAliveThreshold.toFixed(1)}_total`] = total;
     metrics['eval/n_alive'] = meanCi.reduce((n, ci) => n + Number(ci >= DEAD_BELOW), 0);
     return { metrics, meanCi };
   };
 }
 
-/** A rule that the data is known to follow, and the component that answers to it best. */
+// ---- K. Run folder --------------------------------------------------------------------------------------------------
+// A checkpoint is a pair: components.safetensors, and the state.safetensors whose metadata names the step and the
+// SHA-256 of the components that it belongs to. Files under these names are only ever replaced by renames, and before
+// the first of the two renames the old pair has got second names (*.previous). So whenever a save is cut off, a state
+// is there beside its own components: both old, or both new.
+
+const PAIR = ['components', 'state'] as const;
+const pairFile = (dir: string, what: (typeof PAIR)[number], which: '' | '.next' | '.previous' = '') =>
+  path.join(dir, `${what}${which}.safetensors`);
+
+export interface Checkpoint {
+  step: number;
+  metadata: ReadonlyMap<string, string>; // of the state
+  components: string; // paths
+  state: string;
+}
+
+function sha256(file: string): string {
+  const hash = crypto.createHash('sha256');
+  const piece = Buffer.alloc(2 ** 22);
+  const fd = fs.openSync(file, 'r');
+  try {
+    for (let n = fs.readSync(fd, piece); n > 0; n = fs.readSync(fd, piece)) hash.update(piece.subarray(0, n));
+  } finally {
+    fs.closeSync(fd);
+  }
+  return hash.digest('hex');
+}
+
+/** The two files as a checkpoint, unless one is missing or broken or the state belongs to other components. */
+function fittingPair(components: string, state: string): Checkpoint | undefined {
+  try {
+    const { metadata, close } = openSafetensors(state);
+    close();
+    if (metadata.get('components') !== sha256(components)) return undefined;
+    return { step: Number(metadata.get('step')), metadata, components, state };
+  } catch (error) {
+    if (error instanceof UsageError || (error as NodeJS.ErrnoException).code === 'ENOENT') return undefined;
+    throw error;
+  }
+}
+
+/** Saves both files as one checkpoint. If this throws or is killed, the last checkpoint can still be loaded. */
+export async function saveCheckpoint(
+  dir: string,
+  step: number,
+  components: Iterable<TensorToWrite>,
+  state: Iterable<TensorToWrite>,
+  metadata: Readonly<Record<string, string>> = {},
+): Promise<void> {
+  const rename = (from: string, to: string) => {
+    fs.renameSync(from, to);
+    syncToDisk(dir);
+  };
+  const removeUnfinished = () => {
+    for (const name of fs.readdirSync(dir))
+      if (/^(components|state)\.(next|.*\.tmp-\d+$)/.test(name))
+        fs.rmSync(path.join(dir, name), { force: true });
+  };
+  removeUnfinished(); // of a process that was killed
+  try {
+    const hash = await writeSafetensors(pairFile(dir, 'components', '.next'), components, {
+      format: 'pt',
+      step: `${step}`,
+    });
+    await writeSafetensors(pairFile(dir, 'state', '.next'), state, {
+      ...metadata,
+      step: `${step}`,
+      components: hash,
+    });
+  } catch (error) {
+    removeUnfinished();
+    throw error;
+  }
+  // Two files that don't fit were left by a save cut off between the renames below: the previous pair is then the good one.
+  if (fittingPair(pairFile(dir, 'components'), pairFile(dir, 'state')))
+    for (const what of PAIR) {
+      const secondName = `${pairFile(dir, what, '.previous')}.tmp-${process.pid}`;
+      try {
+        fs.linkSync(pairFile(dir, what), secondName);
+      } catch {
+        fs.copyFileSync(pairFile(dir, what), secondName); // a file system without hard links
+        syncToDisk(secondName);
+      }
+      rename(secondName, pairFile(dir, what, '.previous'));
+    }
+  for (const what of PAIR) rename(pairFile(dir, what, '.next'), pairFile(dir, what));
+}
+
+/** The last checkpoint that is whole. A warning says so when it is not the one last written. */
+export function loadCheckpoint(dir: string): Checkpoint & { warning?: string } {
+  for (const stateOf of ['', '.previous'] as const)
+    for (const componentsOf of ['', '.previous'] as const) {
+      const pair = fittingPair(pairFile(dir, 'components', componentsOf), pairFile(dir, 'state', stateOf));
+      if (pair && !stateOf && !componentsOf) return pair;
+      if (pair)
+        return { ...pair, warning: `${dir}: the last save was cut off; going on from step ${pair.step}` };
+    }
+  throw new UsageError(
+    `${dir}: holds no checkpoint (a state.safetensors with the components.safetensors it was saved with)`,
+  );
+}
+
+// what a resumed run may change: nothing that the training's numbers depend on …
+const MAY_CHANGE =
+  'logEvery evalFreq slowEvalFreq saveEvery evalBatchSize ciAliveThreshold roundingThreshold pgdEvalStepSize pgdEvalNSteps'.split(
+    ' ',
+  );
+// … and what changes only how they are rounded, or which random numbers are drawn
+const CHANGES_BITS = ['engine', 'precision'];
+
+/** Refuses, by name, fields that a resumed run must not change; returns a warning for each that costs exactness. */
+export function compareConfigs(
+  old: Readonly<Record<string, unknown>>,
+  now: Readonly<Record<string, unknown>>,
+): string[] {
+  const changes = [...new Set([...Object.keys(old), ...Object.keys(now)])]
+    .map(field => ({ field, was: JSON.stringify(old[field]), is: JSON.stringify(now[field]) }))
+    .filter(({ field, was, is }) => was !== is && !MAY_CHANGE.includes(field));
+  const refused = changes.filter(({ field }) => !CHANGES_BITS.includes(field));
+  if (refused.length)
+    throw new UsageError(
+      `--resume: ${refused.map(({ field, was, is }) => `${field} was ${was} and is now ${is}`).join(', ')}; ` +
+        `only ${[...MAY_CHANGE, ...CHANGES_BITS].join(', ')} may change`,
+    );
+  return changes.map(
+    ({ field, was, is }) => `${field} was ${was} and is now ${is}: not bit for bit the same run`,
+  );
+}
+
+// ---- Interruption and divergence ----
+
+/**
+ * SIGINT and SIGTERM ask the loop to stop after its step. From then on the system handles them, so that a second one
+ * ends the process at once, even inside a long native call.
+ */
+export function watchSignals(say: (line: string) => void) {
+  let exitCode: number | undefined;
+  const onSignal = (signal: 'SIGINT' | 'SIGTERM') => {
+    if (exitCode) process.exit(exitCode); // two of them came during one native call
+    exitCode = 128 + os.constants.signals[signal];
+    say(`${signal}: saving after this step; once more stops at once`);
+  };
+  process.on('SIGINT', onSignal).on('SIGTERM', onSignal);
+  const stop = () => process.off('SIGINT', onSignal).off('SIGTERM', onSignal);
+  return {
+    /** To be awaited after each step: lets signals in, and gives the exit code (130 or 143) once one has come. */
+    async interrupted(): Promise<number | undefined> {
+      await new Promise(setImmediate);
+      if (exitCode) stop();
+      return exitCode;
+    },
+    stop,
+  };
+}
+
+/** Losses or gradients are no longer numbers: exit code 1. */
+export class DivergenceError extends Error {}
+
+/** Throws when one of a step's losses or gradient norms is not finite; parameters are only read then. */
+export async function checkFinite(
+  step: number,
+  scalars: Readonly<Record<string, number>>,
+  parameters: Iterable<TensorToWrite>,
+): Promise<void> {
+  const broken = Object.entries(scalars).filter(([, value]) => !Number.isFinite(value));
+  if (!broken.length) return;
+  let [largest, size] = ['none', -1];
+  for (const { name, data } of parameters)
+    for (const value of typeof data === 'function' ? await data() : data)
+      if (!(Math.abs(value) <= size) && size < Number.POSITIVE_INFINITY) {
+        // NaN counts as the largest
+        [largest, size] = [name, Number.isNaN(value) ? Number.POSITIVE_INFINITY : Math.abs(value)];
+      }
+  throw new DivergenceError(
+    `diverged at step ${step}: ${broken.map(([name, value]) => `${name} is ${value}`).join(', ')}; the largest ` +
+      `parameter is in ${largest} (${Number.isFinite(size) ? size.toPrecision(3) : 'not finite'}); the last checkpoint is untouched`,
+  );
+}
+
+/** What config.json holds. */
+export interface RunRecord {
+  formatVersion: 1;
+  config: Config;
+  model: { path: string; type: string; sha256: string };
+  data: { path: string; sha256: string; trainRows: number; heldOutRows: number };
+  modules: Record<string, { dIn: number; dOut: number; C: number }>;
+  engine: { name: string; description: string };
+  versions: Record<string, string>;
+  command: string[];
+}
+const VERSION = '0.1.0';
+
+function runRecord(
+  { target, modules, config }: Problem,
+  { train, heldOut }: Data,
+  engine: Engine,
+): RunRecord {
+  const rows = crypto.createHash('sha256');
+  for (const part of [train, heldOut]) for (const i of range(0, part.count)) rows.update(part.row(i));
+  const model = { path: config.model, type: target.arch.type, sha256: target.sha256 };
+  const data = {
+    path: config.data,
+    sha256: rows.digest('hex'),
+    trainRows: train.count,
+    heldOutRows: heldOut.count,
+  };
+  return {
+    ...{ formatVersion: 1, config, model, data },
+    modules: Object.fromEntries(modules.map(({ path: name, dIn, dOut, C }) => [name, { dIn, dOut, C }])),
+    engine: { name: engine.name, description: engine.description },
+    versions: { 'nano-param-decomp': VERSION, node: process.versions.node, tfjs: tf.version.tfjs },
+    command: process.argv.slice(2),
+  };
+}
+
+/** Writes beside and renames, so that nobody ever reads half a file. */
+function writeAtomic(file: string, content: string): void {
+  fs.writeFileSync(`${file}.tmp-${process.pid}`, content);
+  fs.renameSync(`${file}.tmp-${process.pid}`, file);
+}
+
+/** Variables as tensors to write, under `prefix` + name. */
+const toWrite = (variables: Params, prefix = ''): TensorToWrite[] =>
+  Object.entries(variables).map(([name, variable]) => ({
+    ...{ name: prefix + name, shape: variable.shape, dtype: 'F32' as const },
+    data: async () => (await variable.data()) as Float32Array,
+  }));
+
+/** What --resume needs besides the parameters. */
+const stateToWrite = ({ m, v, sources }: State): TensorToWrite[] => [
+  ...[...toWrite(m, 'adam.m.'), ...toWrite(v, 'adam.v.'), ...toWrite(sources, 'ppgd.')],
+];
+
+/** Sets variables from a file of toWrite. */
+function restore(file: string, variables: Params, prefix = ''): void {
+  const stored = openSafetensors(file);
+  for (const [name, variable] of Object.entries(variables)) {
+    const shape = stored.tensors.get(prefix + name)?.shape;
+    if (shape?.join() !== variable.shape.join())
+      refuse(`${file}: ${prefix + name} is [${shape}], not [${variable.shape}]`);
+    tf.tidy(() => variable.assign(tf.tensor(stored.readFloat32(prefix + name), variable.shape)));
+  }
+  stored.close();
+}
+
+// ---- L. Harvest ----------------------------------------------------------------------------------------------------
+// One streaming pass that finds out what every component does: how often it fires, on which tokens, ahead of which
+// predictions, together with whom, and where in the text. A component *fires* at a position when its causal
+// importance g is above the threshold. The dense work (which tokens does the target predict where c fires?) is one
+// matmul on the engine; the rest is sparse (few components fire at a position) and counted here.
+//
+// Memory is bounded by the settings, never by the data. Densities, means and examples are exact. Exact until a
+// bound is reached: output statistics cover only the likeliest tokens when components x vocabulary > outputCells;
+// a component counts at most `inputTokens` distinct input tokens (then a Misra-Gries summary, its error reported);
+// pairs are counted at a random share of the positions when the first batch has more than `pairsPerPosition`,
+// and only among the first `pairedComponents` that fire.
+
+/** The target's and the CI function's forward on rows of tokens: N = B·S positions, ΣC components. */
+export type HarvestPass = (tokens: T<'B S'>) => {
+  ci: T<'N ΣC'>; // g
+  activation: T<'N ΣC'>; // (x V_c)·‖U_c‖
+  probs: T<'N vocab'>; // the target's softmax
+};
+
+export const harvestDefaults = {
+  threshold: 0, // a component fires where its CI is above this
+  examples: 10, // of each kind (top, random) per component
+  window: 41, // tokens of an example, the firing one in the middle
+  listLength: 10, // tokens in each top and bottom list
+  partners: 8, // of each kind (Jaccard, PMI) per component
+  minCount: 3, // a token enters a list when it was counted, or was expected, this often
+  minTogether: 10, // a partner enters the PMI list when both fired together this often
+  lowCount: 100, // components with fewer firings are marked: their statistics are noisy
+  passageFirings: 256, // components listed per position of a passage
+  outputCells: 2 ** 25, // cells of the component x output token table (128 MiB)
+  inputTokens: 2048, // distinct input tokens counted per component
+  pairsPerPosition: 4096, // pairs counted per position, on average
+  pairedComponents: 12_000, // components whose pairs are counted (at most 288 MB)
+  seed: 0,
+};
+export type HarvestSettings = typeof harvestDefaults;
+
+export interface HarvestOptions {
+  pass: HarvestPass;
+  engine: Engine;
+  modules: Module[];
+  vocabSize: number;
+  tokenText: (id: number) => string;
+  batches: Iterable<Int32Array[]>; // rows of one length; no batch is larger than the first
+  passages: Int32Array[]; // held-out rows for the page's passage view
+  settings?: Partial<HarvestSettings>;
+  progress?: (positions: number) => void;
+}
+
+/** How often a token was counted, and PMI = ln(n_ct·N/(n_c·n_t)) in nats; null: never counted, PMI is −∞. */
+export type TokenStat = [token: number, count: number, pmi: number | null];
+/** A partner's n_ab, Jaccard index n_ab/(n_a + n_b − n_ab) and PMI = ln(n_ab·N/(n_a·n_b)) in nats. */
+export type Partner = [column: number, together: number, jaccard: number, pmi: number];
+
+/** A window around one firing, clipped to its row: three lists of one length. */
+export interface Example {
+  row: number; // of the data, from 0
+  start: number; // position in the row of the window's first token
+  at: number; // index in the lists of the token where the component fired
+  tokens: number[];
+  ci: number[];
+  activation: number[];
+}
+
+export interface HarvestComponent {
+  module: string;
+  index: number; // in its module
+  column: number; // offset of the module + index, the number that partners and passages use
+  firings: number; // positions where it fires, n_c
+  density: number; // firings / positions
+  meanCi: number; // over all positions
+  meanActivation: number; // of ‖U_c‖·(x V_c) over its firings; (−V, −U) is the same component, so the sign is free
+  lowCount: boolean;
+  examples: { top: Example[]; random: Example[] }; // top: by CI, then |activation|, one a row; random: uniform
+  input: { top: TokenStat[]; bottom: TokenStat[]; missed: number }; // counts are short by at most `missed`
+  output: { top: TokenStat[]; bottom: TokenStat[] }; // counts: the target's softmax, summed over the firings
+  partners: { jaccard: Partner[]; pmi: Partner[] };
+}
+
+/** A held-out row, position by position. */
+export interface Passage {
+  tokens: number[];
+  predictions: [token: number, probability: number][][]; // the target's five likeliest next tokens
+  fired: number[]; // how many components fire
+  firing: [column: number, ci: number, activation: number][][]; // these, strongest CI first
+}
+
+/** The content of harvest.json. */
+export interface Harvest {
+  formatVersion: 1;
+  positions: number; // N
+  pairPositions: number; // positions at which pairs were counted: N in partners
+  outputTokens: number; // tokens that the output statistics cover
+  settings: HarvestSettings;
+  modules: { path: string; offset: number; C: number; alive: number; meanCi: number[] }[]; // meanCi by index
+  components: HarvestComponent[]; // those that fired, by column; the others are C − alive
+  passages: Passage[];
+  vocabulary: Record<number, string>; // the text of every token above
+}
+
+export async function harvest(options: HarvestOptions): Promise<Harvest> {
+  const settings = { ...harvestDefaults, ...options.settings };
+  const { pass, modules, vocabSize } = options;
+  const columns = modules.reduce((sum, m) => sum + m.C, 0); // ΣC
+  const covered = Math.min(vocabSize, Math.floor(settings.outputCells / columns)); // T
+  const counts = newCounts(columns, vocabSize, covered, settings);
+
+  const reduce = options.engine.compile('harvest', ({ tokens, weight, outputTokens, mass }: Tensors) => {
+    const { ci, activation, probs } = pass(tokens as tf.Tensor2D);
+    const fire = tf.mul(tf.cast(tf.greater(ci, settings.threshold), 'float32'), weight!); // [N, ΣC]
+    const p = covered < vocabSize ? tf.gather(probs, outputTokens!, 1) : probs; // [N, T]
+    return {
+      ci,
+      activation,
+      mass: tf.add(mass!, tf.matMul(tf.transpose(fire), p)), // [ΣC, T]
+      total: tf.matMul(tf.transpose(weight!), p), // [1, T]
+    };
+  });
+
+  let outputTokens: Int32Array | undefined; // [T] ids
+  let mass: tf.Tensor = tf.zeros([columns, covered]);
+  let B = 0;
+  for (const rows of options.batches) {
+    const S = rows[0]!.length;
+    B ||= rows.length;
+    if (rows.length > B || rows.some(row => row.length !== S)) throw new Error('harvest: uneven batches');
+    outputTokens ??= await likeliestTokens(pass, rows, covered, vocabSize);
+    const tokens = new Int32Array(B * S); // a short last batch is padded: a traced graph has one shape
+    rows.forEach((row, i) => {
+      tokens.set(row, i * S);
+    });
+    const N = rows.length * S;
+    const feeds = {
+      tokens: tf.tensor2d(tokens, [B, S], 'int32'),
+      weight: tf.tensor2d(new Float32Array(B * S).fill(1, 0, N), [B * S, 1]), // 0 on the padding
+      outputTokens: tf.tensor1d(outputTokens, 'int32'),
+      mass,
+    };
+    const { mass: nextMass, ...out } = await reduce(feeds);
+    const [ci, activation, total] = await Promise.all([read(out.ci), read(out.activation), read(out.total)]);
+    tf.dispose([feeds, out]);
+    mass = nextMass!;
+    total.forEach((p, t) => {
+      counts.outputTotal[t]! += p;
+    });
+    countBatch(counts, { N, S, tokens, ci, activation }, settings);
+    options.progress?.(counts.positions);
+  }
+  if (!outputTokens) throw new Error('harvest: no data');
+  const massData = await read(mass); // [ΣC, T]
+  tf.dispose(mass);
+
+  const components = describe(counts, modules, outputTokens, massData, settings);
+  const passages: Passage[] = [];
+  for (const row of options.passages) passages.push(await readPassage(pass, row, settings));
+  return {
+    formatVersion: 1,
+    positions: counts.positions,
+    pairPositions: counts.pairPositions,
+    outputTokens: covered,
+    settings,
+    modules: modules.map(({ path, offset, C }) => ({
+      path,
+      offset,
+      C,
+      alive: components.filter(c => c.module === path).length,
+      meanCi: Array.from(counts.ciSum.subarray(offset, offset + C), sum => round(sum / counts.positions)),
+    })),
+    components,
+    passages,
+    vocabulary: vocabularyOf(components, passages, options.tokenText),
+  };
+}
+
+const read = (t: tf.Tensor | undefined) => t!.data() as Promise<Float32Array>;
+
+/** The T tokens with the largest softmax mass in the first batch; all tokens when they fit. */
+async function likeliestTokens(pass: HarvestPass, rows: Int32Array[], T: number, vocabSize: number) {
+  const all = Int32Array.from({ length: vocabSize }, (_, t) => t);
+  if (T === vocabSize) return all;
+  const mass = tf.tidy(() =>
+    tf.sum(
+      pass(
+        tf.tensor2d(
+          rows.map(row => [...row]),
+          undefined,
+          'int32',
+        ),
+      ).probs,
+      0,
+    ),
+  );
+  const p = await read(mass);
+  tf.dispose(mass);
+  return all.sort((a, b) => p[b]! - p[a]!).slice(0, T);
+}
+
+/** What is kept of a component while the data streams by. */
+interface Tally {
+  column: number;
+  slot: number; // rank by first firing
+  firings: number;
+  activation: number; // sum over firings
+  inputs: Map<number, number>; // token -> firings on it
+  missed: number; // by how much `inputs` may be short
+  together: Uint32Array | undefined; // [slot + 1] positions shared with each lower slot; last: its own count
+  top: Candidate[];
+  random: Example[];
+}
+interface Candidate {
+  row: number;
+  ci: number;
+  size: number; // |activation|
+  example?: Example; // cut out only for those that are kept
+}
+interface Counts {
+  positions: number;
+  rows: number;
+  pairPositions: number;
+  pairShare: number | undefined; // of the positions; set by the first batch
+  random: () => number;
+  ciSum: Float64Array; // [ΣC]
+  inputTotal: Float64Array; // [vocab] n_t
+  outputTotal: Float64Array; // [T] n_t
+  byColumn: (Tally | undefined)[];
+  bySlot: Tally[];
+}
+interface Batch {
+  N: number;
+  S: number;
+  tokens: Int32Array; // [N or more]
+  ci: Float32Array; // [N or more, ΣC]
+  activation: Float32Array;
+}
+
+const newCounts = (
+  columns: number,
+  vocabSize: number,
+  covered: number,
+  { seed }: HarvestSettings,
+): Counts => ({
+  positions: 0,
+  rows: 0,
+  pairPositions: 0,
+  pairShare: undefined,
+  random: mulberry32(seed),
+  ciSum: new Float64Array(columns),
+  inputTotal: new Float64Array(vocabSize),
+  outputTotal: new Float64Array(covered),
+  byColumn: Array(columns).fill(undefined),
+  bySlot: [],
+});
+
+/** Adds a batch to the counts: everything that happens once per firing. */
+function countBatch(counts: Counts, batch: Batch, settings: HarvestSettings): void {
+  const { N, S, tokens, ci, activation } = batch;
+  const { ciSum, byColumn, bySlot, random } = counts;
+  const columns = ciSum.length;
+
+  const fired: number[] = []; // the columns that fire at position n are fired[starts[n] .. starts[n + 1]]
+  const starts = [0];
+  for (let n = 0, i = 0; n < N; n++) {
+    for (let c = 0; c < columns; c++, i++) {
+      const g = ci[i]!;
+      if (g > 0) ciSum[c]! += g;
+      if (g > settings.threshold) fired.push(c);
+    }
+    starts.push(fired.length);
+  }
+  if (counts.pairShare === undefined) {
+    let pairs = 0;
+    for (let n = 0; n < N; n++) pairs += (starts[n + 1]! - starts[n]!) ** 2 / 2;
+    counts.pairShare = Math.min(1, (settings.pairsPerPosition * N) / pairs);
+  }
+
+  for (let n = 0; n < N; n++) {
+    const token = tokens[n]!;
+    const row = counts.rows + Math.floor(n / S);
+    counts.inputTotal[token]!++;
+    for (let f = starts[n]!; f < starts[n + 1]!; f++) {
+      const c = fired[f]!;
+      const i = n * columns + c;
+      byColumn[c] ??= newTally(c, bySlot, settings);
+      const tally = byColumn[c];
+      tally.firings++;
+      tally.activation += activation[i]!;
+      countInput(tally, token, settings.inputTokens);
+      const cut = () => cutExample(batch, n, c, row, settings.window);
+      keepTop(tally.top, { row, ci: ci[i]!, size: Math.abs(activation[i]!) }, settings.examples, cut);
+      // Reservoir: the k-th firing takes a kept one's place with probability examples / k, so all are equally likely.
+      const full = tally.random.length === settings.examples;
+      const place = full ? Math.floor(random() * tally.firings) : tally.random.length;
+      if (place < settings.examples) tally.random[place] = cut();
+    }
+    if (counts.pairShare === 1 || random() < counts.pairShare) {
+      counts.pairPositions++;
+      countPairs(byColumn, bySlot, fired.slice(starts[n], starts[n + 1]));
+    }
+  }
+  counts.rows += N / S;
+  counts.positions += N;
+}
+
+function newTally(column: number, bySlot: Tally[], { pairedComponents }: HarvestSettings): Tally {
+  const slot = bySlot.length;
+  const together = slot < pairedComponents ? new Uint32Array(slot + 1) : undefined;
+  const tally = { column, slot, firings: 0, activation: 0, missed: 0, together };
+  bySlot.push({ ...tally, inputs: new Map(), top: [], random: [] });
+  return bySlot[slot]!;
+}
+
+/** Misra-Gries: over the limit, every count loses 1 until half are gone. What is frequent stays. */
+function countInput(tally: Tally, token: number, limit: number): void {
+  const { inputs } = tally;
+  inputs.set(token, (inputs.get(token) ?? 0) + 1);
+  if (inputs.size <= limit) return;
+  while (inputs.size > limit / 2) {
+    tally.missed++;
+    for (const [t, n] of inputs) n === 1 ? inputs.delete(t) : inputs.set(t, n - 1);
+  }
+}
+
+/** Pair counts are a triangle whose rows are made as components appear: memory goes with the alive ones squared. */
+function countPairs(byColumn: (Tally | undefined)[], bySlot: Tally[], fired: number[]): void {
+  const slots = Int32Array.from(fired, c => byColumn[c]!.slot).sort();
+  for (let i = 0; i < slots.length; i++) {
+    const { together } = bySlot[slots[i]!]!;
+    if (!together) break; // later slots have no row either
+    for (let j = 0; j <= i; j++) together[slots[j]!]!++;
+  }
+}
+
+function cutExample(batch: Batch, n: number, c: number, row: number, window: number): Example {
+  const { S, tokens, ci, activation } = batch;
+  const columns = ci.length / tokens.length;
+  const position = n % S;
+  const start = Math.max(0, position - Math.floor(window / 2));
+  const length = Math.min(S, position + Math.ceil(window / 2)) - start;
+  const first = n - position + start;
+  const column = (values: Float32Array) =>
+    Array.from({ length }, (_, k) => values[(first + k) * columns + c]!);
+  const at = position - start;
+  const shown = Array.from(tokens.subarray(first, first + length));
+  return { row, start, at, tokens: shown, ci: column(ci), activation: column(activation) };
+}
+
+/** Keeps the strongest, at most one of a row so that they are not all of one text. */
+function keepTop(top: Candidate[], candidate: Candidate, size: number, cut: () => Example): void {
+  const before = (a: Candidate, b: Candidate) => a.ci > b.ci || (a.ci === b.ci && a.size > b.size);
+  if (top.length === size && !before(candidate, top[size - 1]!)) return;
+  const same = top.findIndex(kept => kept.row === candidate.row);
+  if (same >= 0 && !before(candidate, top[same]!)) return;
+  if (same >= 0) top.splice(same, 1);
+  insert(top, { ...candidate, example: cut() }, size, before);
+}
+
+/** Puts an item into a sorted list of at most `size`; equal ones keep their order. */
+function insert<T>(list: T[], item: T, size: number, before: (a: T, b: T) => boolean): void {
+  let i = list.length;
+  while (i > 0 && before(item, list[i - 1]!)) i--;
+  if (i < size) list.splice(i, 0, item);
+  if (list.length > size) list.pop();
+}
+
+/** The counts as densities, means, lists and partners. */
+function describe(
+  counts: Counts,
+  modules: Module[],
+  outputTokens: Int32Array, // [T]
+  mass: Float32Array, // [ΣC, T]
+  settings: HarvestSettings,
+): HarvestComponent[] {
+  const { positions, inputTotal, outputTotal } = counts;
+  const T = outputTokens.length;
+  const byFrequency = (total: Float64Array) =>
+    Array.from(total.keys())
+      .filter(t => total[t]! >= settings.minCount)
+      .sort((a, b) => total[b]! - total[a]!);
+  const inputOrder = byFrequency(inputTotal);
+  const outputOrder = byFrequency(outputTotal);
+
+  return counts.byColumn.flatMap((tally): HarvestComponent[] => {
+    if (!tally) return [];
+    const { column, firings, inputs, missed } = tally;
+    const { path, offset } = modules.findLast(m => m.offset <= column)!;
+    const lists = (order: number[], total: Float64Array, count: (t: number) => number) =>
+      tokenLists(order, t => ({ count: count(t), expected: (firings * total[t]!) / positions }), settings);
+    const input = lists(inputOrder, inputTotal, t => inputs.get(t) ?? 0);
+    const output = lists(outputOrder, outputTotal, t => mass[column * T + t]!);
+    const named = (list: TokenStat[]) => list.map(([t, ...rest]): TokenStat => [outputTokens[t]!, ...rest]);
+    return [
+      {
+        module: path,
+        index: column - offset,
+        column,
+        firings,
+        density: round(firings / positions),
+        meanCi: round(counts.ciSum[column]! / positions),
+        meanActivation: round(tally.activation / firings),
+        lowCount: firings < settings.lowCount,
+        examples: {
+          top: tally.top.map(kept => roundExample(kept.example!)),
+          random: tally.random.map(roundExample),
+        },
+        // After a summary has dropped tokens, "never counted" no longer means "never there".
+        input: { ...input, bottom: input.bottom.filter(([, n]) => missed === 0 || n > 0), missed },
+        output: { top: named(output.top), bottom: named(output.bottom) },
+        partners: partnersOf(tally, counts, settings),
+      },
+    ];
+  });
+}
+
+/** Tokens counted more (top) and less (bottom) often than chance would have it: PMI = ln(count / expected). */
+function tokenLists(
+  order: number[], // by falling frequency, which decides between equals
+  of: (token: number) => { count: number; expected: number },
+  { minCount, listLength }: HarvestSettings,
+): { top: TokenStat[]; bottom: TokenStat[] } {
+  const top: [number, number, number][] = [];
+  const bottom: [number, number, number][] = [];
+  for (const token of order) {
+    const { count, expected } = of(token);
+    if (Math.max(count, expected) < minCount) continue;
+    const pmi = Math.log(count / expected);
+    if (pmi > 0) insert(top, [token, count, pmi], listLength, (a, b) => a[2]! > b[2]!);
+    else if (pmi < 0) insert(bottom, [token, count, pmi], listLength, (a, b) => a[2]! < b[2]!);
+  }
+  const shown = ([token, count, pmi]: [number, number, number]): TokenStat => [
+    token,
+    round(count),
+    count > 0 ? round(pmi) : null,
+  ];
+  return { top: top.map(shown), bottom: bottom.map(shown) };
+}
+
+function partnersOf(a: Tally, counts: Counts, settings: HarvestSettings): HarvestComponent['partners'] {
+  const jaccard: Partner[] = [];
+  const pmi: Partner[] = [];
+  const own = (tally: Tally) => tally.together![tally.slot]!;
+  for (const b of a.together ? counts.bySlot : []) {
+    if (!b.together) break;
+    const n = a.slot > b.slot ? a.together![b.slot]! : b.together[a.slot]!;
+    if (n === 0 || a === b) continue;
+    const ofPair: Partner = [
+      b.column,
+      n,
+      n / (own(a) + own(b) - n),
+      Math.log((n * counts.pairPositions) / (own(a) * own(b))),
+    ];
+    insert(jaccard, ofPair, settings.partners, (x, y) => x[2] > y[2]);
+    if (n >= settings.minTogether) insert(pmi, ofPair, settings.partners, (x, y) => x[3] > y[3]);
+  }
+  const shown = ([column, n, j, p]: Partner): Partner => [column, n, round(j), round(p)];
+  return { jaccard: jaccard.map(shown), pmi: pmi.map(shown) };
+}
+
+async function readPassage(pass: HarvestPass, row: Int32Array, settings: HarvestSettings): Promise<Passage> {
+  const out = tf.tidy(() => {
+    const { ci, activation, probs } = pass(tf.tensor2d(row, [1, row.length], 'int32'));
+    return { ci, activation, ...tf.topk(probs, Math.min(5, probs.shape[1]!)) };
+  });
+  const [ci, activation, p] = await Promise.all([read(out.ci), read(out.activation), read(out.values)]);
+  const likely = await out.indices.data();
+  tf.dispose(out);
+  const columns = ci.length / row.length;
+  const five = p.length / row.length;
+  const positions = Array.from(row, (_, n) => {
+    const here = Array.from({ length: columns }, (_, c) => c).filter(
+      c => ci[n * columns + c]! > settings.threshold,
+    );
+    return here.sort((a, b) => ci[n * columns + b]! - ci[n * columns + a]!);
+  });
+  return {
+    tokens: Array.from(row),
+    predictions: positions.map((_, n) =>
+      Array.from({ length: five }, (_, k) => [likely[n * five + k]!, round(p[n * five + k]!, 3)]),
+    ),
+    fired: positions.map(here => here.length),
+    firing: positions.map((here, n) =>
+      here
+        .slice(0, settings.passageFirings)
+        .map(c => [c, round(ci[n * columns + c]!, 3), round(activation[n * columns + c]!, 3)]),
+    ),
+  };
+}
+
+function vocabularyOf(
+  components: HarvestComponent[],
+  passages: Passage[],
+  tokenText: (id: number) => string,
+) {
+  const used = new Set<number>();
+  for (const { examples, input, output } of components) {
+    for (const { tokens } of [...examples.top, ...examples.random]) for (const t of tokens) used.add(t);
+    for (const list of [input.top, input.bottom, output.top, output.bottom])
+      for (const [t] of list) used.add(t);
+  }
+  for (const { tokens, predictions } of passages) {
+    for (const t of tokens) used.add(t);
+    for (const [t] of predictions.flat()) used.add(t);
+  }
+  return Object.fromEntries([...used].sort((a, b) => a - b).map(t => [t, tokenText(t)]));
+}
+
+const round = (x: number, digits = 4) => (Number.isInteger(x) ? x : Number(x.toPrecision(digits)));
+const roundExample = (e: Example): Example => ({
+  ...e,
+  ci: e.ci.map(x => round(x, 3)),
+  activation: e.activation.map(x => round(x, 3)),
+});
+
+/** A small seeded generator of numbers in [0, 1), for choices made on the host. */
+function mulberry32(seed: number): () => number {
+  let state = seed | 0;
+  return () => {
+    state = (state + 0x6d2b79f5) | 0;
+    let t = Math.imul(state ^ (state >>> 15), state | 1);
+    t ^= t + Math.imul(t ^ (t >>> 7), t | 61);
+    return ((t ^ (t >>> 14)) >>> 0) / 2 ** 32;
+  };
+}
+
+/** A rule that the data is known to follow, with the component that answers to it best. */
 export interface RuleScore {
   name: string;
   description?: string;
@@ -2354,7 +2923,7 @@ export interface RuleScore {
   precision: number;
   recall: number;
   f1: number;
-  /** KL without that component where the rule is in force, and elsewhere */
+  /** mean KL without that component where the rule is in force, and elsewhere */
   klInForce: number;
   klElsewhere: number;
   causal: boolean;
@@ -2365,19 +2934,18 @@ export interface Scoreboard {
   nF1AtLeast80: number;
   nCausal: number;
 }
+/** The file of --labels: by row and position, the rules in force when the next token is predicted. */
 export interface Labels {
   rules: { name: string; description?: string }[];
-  /** [row][position] -> the rules in force when the next token is predicted */
   labels: number[][][];
 }
-
 /** A component answers to a rule where its importance is above this. */
-const FIRES_ABOVE = 0.1;
+const ANSWERS_ABOVE = 0.1;
 
 /**
- * The mechanism scoreboard: for every rule the component whose "g > 0.1" has the best F1 for "the rule is in force".
- * The rule is called causal if deleting that one component costs more than 0.1 nats where the rule is in force, and
- * less than a tenth of that elsewhere.
+ * The mechanism scoreboard: for each rule the component whose "g > 0.1" has the best F1 for "the rule is in force".
+ * It is called causal if deleting that one component from the full model (all other components and all deltas on)
+ * costs more than 0.1 nats where the rule is in force, and less than a tenth of that elsewhere.
  */
 export async function scoreRules(
   engine: Engine,
@@ -2385,35 +2953,31 @@ export async function scoreRules(
   params: Params,
   rows: Rows,
   { rules, labels }: Labels,
-): Promise<Scoreboard> {
-  const { target, modules, config } = problem;
+) {
+  const { target, modules } = problem;
   const sumC = totalC(modules);
-  const fires = engine.compile('fires', ({ tokens }: Record<'tokens', tf.Tensor>) => {
-    const z = ciLogits(problem, params, ciInput(problem, targetPass(target, tokens)), rows.seqLen);
-    return { fires: indicator(tf.greater(z, FIRES_ABOVE)) }; // where g > 0.1, z is too
-  });
-  const without = engine.compile('without', ({ tokens, mask }: Record<'tokens' | 'mask', tf.Tensor>) => {
+  const answers = engine.compile('answers', ({ tokens }: Record<'tokens', T>) => ({
+    active: indicator(tf.greater(importances(problem, params, tokens).g, ANSWERS_ABOVE)),
+  }));
+  const without = engine.compile('without', ({ tokens, mask }: Record<'tokens' | 'mask', T>) => {
     const { probs, logProbs } = targetPass(target, tokens);
-    // every other component and all deltas stay on
-    const masks = { mask, delta: tf.ones([1, modules.length]) };
-    const logits = targetForward(target, tokens, maskedLinear(problem, params, masks));
+    const logits = maskedLogits(problem, params, tokens, { mask, delta: tf.ones([1, modules.length]) });
     return { kl: tf.sum(tf.mul(probs, tf.sub(logProbs, tf.logSoftmax(logits))), 1) };
   });
-  const tokens = tokenBatch(
-    rows,
-    Array.from({ length: rows.count }, (_, i) => i),
-  );
-  const active = (await (await fires({ tokens })).fires.data()) as Float32Array; // [N, ΣC]
-  const inForce = labels.flat(); // by position
-
-  const firings = new Float64Array(sumC);
+  const numbers = async (t: T) => {
+    const values = (await t.data()) as Float32Array;
+    t.dispose();
+    return values;
+  };
+  const tokens = tokenBatch(rows, range(0, labels.length));
+  const active = await numbers((await answers({ tokens })).active); // [N, ΣC]
+  const inForce = labels.flat();
+  const [firings, support] = [new Float64Array(sumC), new Float64Array(rules.length)];
   const both = rules.map(() => new Float64Array(sumC));
-  const support = rules.map(() => 0);
   for (const [n, ruleIds] of inForce.entries()) {
-    const row = active.subarray(n * sumC, (n + 1) * sumC);
     for (const r of ruleIds) support[r]!++;
     for (let c = 0; c < sumC; c++) {
-      if (!row[c]) continue;
+      if (!active[n * sumC + c]) continue;
       firings[c]!++;
       for (const r of ruleIds) both[r]![c]!++;
     }
@@ -2421,13 +2985,13 @@ export async function scoreRules(
   const scores: RuleScore[] = [];
   for (const [r, rule] of rules.entries()) {
     const f1 = (c: number) => (2 * both[r]![c]!) / Math.max(1, firings[c]! + support[r]!);
-    let best = 0;
-    for (let c = 1; c < sumC; c++) if (f1(c) > f1(best)) best = c;
+    const best = range(0, sumC).reduce((a, b) => (f1(b) > f1(a) ? b : a));
     const mask = tf.tensor2d(
       Float32Array.from({ length: sumC }, (_, c) => Number(c !== best)),
       [1, sumC],
     );
-    const kl = (await (await without({ tokens, mask })).kl.data()) as Float32Array;
+    const kl = await numbers((await without({ tokens, mask })).kl);
+    mask.dispose();
     const mean = (wanted: boolean) => {
       const chosen = kl.filter((_, n) => inForce[n]!.includes(r) === wanted);
       return chosen.reduce((a, b) => a + b, 0) / Math.max(1, chosen.length);
@@ -2435,283 +2999,509 @@ export async function scoreRules(
     const [klInForce, klElsewhere] = [mean(true), mean(false)];
     const m = modules.find(({ offset, C }) => best < offset + C)!;
     scores.push({
-      ...rule,
-      ...{ support: support[r]!, component: { module: m.path, index: best - m.offset }, f1: f1(best) },
       ...{
-        precision: both[r]![best]! / Math.max(1, firings[best]!),
-        recall: both[r]![best]! / Math.max(1, support[r]!),
+        ...rule,
+        support: support[r]!,
+        component: { module: m.path, index: best - m.offset },
+        f1: f1(best),
       },
+      precision: both[r]![best]! / Math.max(1, firings[best]!),
+      recall: both[r]![best]! / Math.max(1, support[r]!),
       ...{ klInForce, klElsewhere, causal: klInForce > 0.1 && klElsewhere < klInForce / 10 },
     });
-    mask.dispose();
   }
   tokens.dispose();
-  return {
-    rules: scores,
-    meanF1: scores.reduce((a, s) => a + s.f1, 0) / scores.length,
-    nF1AtLeast80: scores.filter(s => s.f1 >= 0.8).length,
-    nCausal: scores.filter(s => s.causal).length,
+  const meanF1 = scores.reduce((a, s) => a + s.f1, 0) / scores.length;
+  const count = (wanted: (s: RuleScore) => boolean) => scores.filter(wanted).length;
+  return { rules: scores, meanF1, nF1AtLeast80: count(s => s.f1 >= 0.8), nCausal: count(s => s.causal) };
+}
+
+// ---- M. Report -----------------------------------------------------------------------------------------------------
+// One HTML file that opens from disk: assets/report.html with the run's data inlined. Token texts are data of
+// strangers: they travel as JSON with everything but plain ASCII escaped, and the page only ever sets textContent.
+
+export interface Rule {
+  name: string;
+  description?: string;
+  component: { module: string; index: number };
+  precision: number;
+  recall: number;
+  f1: number;
+  causal: boolean; // deleting the component hurts where the rule is in force, and little elsewhere
+  support: number; // positions where the rule is in force
+}
+
+export interface ReportData {
+  config: unknown; // of config.json
+  metrics: Record<string, number>; // the final evaluation
+  history: Record<string, number>[]; // the lines of metrics.jsonl
+  scoreboard?: { rules: Rule[]; meanF1: number } & Record<string, unknown>;
+  harvest: Harvest;
+}
+
+const PLACEHOLDER = '"@@report-data@@"';
+const MAX_REPORT_EXAMPLES = 45_000; // about 10 MB; harvest.json has them all
+
+/** The page of a run. Throws when the template has not exactly one placeholder. */
+export function renderReport(template: string, run: ReportData): string {
+  const [before, after, ...more] = template.split(PLACEHOLDER);
+  if (before === undefined || after === undefined || more.length > 0) {
+    throw new Error(`the report's template needs ${PLACEHOLDER} exactly once`);
+  }
+  const { components, vocabulary, ...rest } = run.harvest;
+  const ids = Object.keys(vocabulary).map(Number);
+  const numberOf = new Map(ids.map((id, k) => [id, k])); // tokens are numbered by their place in `texts`
+  const perKind = Math.max(1, Math.floor(MAX_REPORT_EXAMPLES / (2 * components.length)));
+  const packed = components.map(component => {
+    const { top, random } = component.examples;
+    const scale = Math.max(...[...top, ...random].flatMap(e => e.activation.map(Math.abs)), 1e-30);
+    const pack = (list: Example[]) => list.slice(0, perKind).map(e => packExample(e, numberOf, scale));
+    return { ...component, examples: { scale, top: pack(top), random: pack(random) } };
+  });
+  const data = { ...run, harvest: { ...rest, ids, texts: Object.values(vocabulary), components: packed } };
+  return before + asciiJson(data) + after;
+}
+
+/** JSON in which nothing can end a script, start a comment or turn the reading direction: plain ASCII without <>&. */
+export function asciiJson(value: unknown): string {
+  const escape = (char: string) => `\\u${char.charCodeAt(0).toString(16).padStart(4, '0')}`;
+  return JSON.stringify(value).replace(/[<>&\u007f-\uffff]/g, escape);
+}
+
+/** [row, start, at, base64]: a token is 3 bytes (its number), then a byte of CI (255 is 1) and one of activation
+ * (127 is the component's largest). */
+function packExample(
+  e: Example,
+  numberOf: Map<number, number>,
+  scale: number,
+): [number, number, number, string] {
+  const L = e.tokens.length;
+  const bytes = Buffer.alloc(5 * L);
+  e.tokens.forEach((token, k) => {
+    bytes.writeUIntLE(numberOf.get(token)!, 3 * k, 3);
+    bytes.writeUInt8(Math.ceil(e.ci[k]! * 255), 3 * L + k); // rounded up: a small CI above 0 must not look like 0
+    bytes.writeInt8(Math.round((e.activation[k]! / scale) * 127), 4 * L + k);
+  });
+  return [e.row, e.start, e.at, bytes.toString('base64')];
+}
+
+/** Harvests a run and writes harvest.json and report.html into its folder. */
+async function harvestRun(
+  engine: Engine,
+  problem: Problem,
+  params: Params,
+  data: Data,
+  scoreboard: Scoreboard | undefined,
+) {
+  const { target, modules, config } = problem;
+  const rows = firstRows(data.train, config.harvestRows || data.train.count);
+  const pass: HarvestPass = tokens => {
+    const { pass: own, g } = importances(problem, params, tokens);
+    const norms = (m: Module) => tf.sqrt(tf.sum(tf.square(U(params, m)), 1)); // ‖U_c‖ [C]
+    const activation = tf.concat(
+      modules.map(m => tf.mul(matmul(own.acts[m.path]!, V(params, m)), norms(m))),
+      1,
+    );
+    return { ci: g, activation, probs: own.probs };
   };
+  const size = Math.max(1, Math.min(rows.count, Math.floor(4096 / rows.seqLen) || 1));
+  const batches = range(0, Math.ceil(rows.count / size)).map(b =>
+    range(b * size, Math.min((b + 1) * size, rows.count)).map(rows.row),
+  );
+  const show = startProgress(rows.count * rows.seqLen);
+  const result = await harvest({
+    ...{
+      pass,
+      engine,
+      modules: [...modules],
+      vocabSize: target.arch.vocab,
+      batches,
+    },
+    tokenText: id => tokenText(data.tokenizer, id),
+    passages: range(0, Math.min(8, data.heldOut.count)).map(data.heldOut.row),
+    settings: { seed: config.seed },
+    progress: positions => show(positions, () => `harvest ${positions} tokens`),
+  });
+  writeAtomic(path.join(config.out, 'harvest.json'), JSON.stringify(result));
+  const template = fileURLToPath(new URL('assets/report.html', import.meta.url));
+  if (!fs.existsSync(template)) return talk('no page: assets/report.html is not here');
+  const history = readMetrics(config.out);
+  const record = readJson(path.join(config.out, 'config.json'));
+  const metrics = history.findLast(line => 'eval/ce_kl/ce_target' in line) ?? {};
+  const run: ReportData = {
+    config: record,
+    metrics,
+    history,
+    ...(scoreboard ? { scoreboard: { ...scoreboard } } : {}),
+    harvest: result,
+  };
+  writeAtomic(path.join(config.out, 'report.html'), renderReport(readText(template), run));
 }
 
-// ---- K. Run folder --------------------------------------------------------------------------------------------------
-
-/** What config.json holds. */
-export interface RunRecord {
-  formatVersion: 1;
-  config: Config;
-  model: { path: string; type: string; sha256: string };
-  data: { path: string; trainRows: number; heldOutRows: number; seqLen: number };
-  modules: Record<string, { dIn: number; dOut: number; C: number }>;
-  engine: { name: string; version: string; description: string };
-  versions: Record<string, string>;
-  command: string[];
-}
-
-/** Writes a file so that a reader never sees half of it: beside, then renamed. */
-export function writeAtomic(file: string, content: string): void {
-  const temporary = `${file}.${process.pid}.tmp`;
-  fs.writeFileSync(temporary, content);
-  fs.renameSync(temporary, file);
-}
-
-/** The state under its names in state.safetensors. */
-function stateTensors(state: State): Params {
-  const named = (prefix: string, params: Params) =>
-    Object.entries(params).map(([name, p]) => [`${prefix}.${name}`, p] as const);
-  const { s, m, v } = state.sources;
-  return Object.fromEntries([
-    ...named('adam.m', state.m),
-    ...named('adam.v', state.v),
-    ['ppgd.s', s],
-    ['ppgd.m', m],
-    ['ppgd.v', v],
-  ]);
-}
-
-async function* contents(
-  variables: Params,
-): AsyncGenerator<{ name: string; shape: number[]; data: Float32Array }> {
-  for (const [name, variable] of Object.entries(variables))
-    yield { name, shape: variable.shape, data: (await variable.data()) as Float32Array };
+/** A token as text, with its leading space. */
+function tokenText(tokenizer: Tokenizer | undefined, id: number): string {
+  const token = tokenizer?.id_to_token(id);
+  if (tokenizer === undefined || token === undefined) return `#${id}`;
+  if (token.includes('▁')) return token.replaceAll('▁', ' ');
+  return tokenizer.decode([id], { skip_special_tokens: false }) || token;
 }
 
 // ---- N. Command line ------------------------------------------------------------------------------------------------
 // Standard output is the result, standard error the talk. Exit codes: 0, 1 failed, 2 bad input, 130/143 interrupted.
 
-const VERSION = '0.1.0';
 const talk = (line: string): void => void process.stderr.write(`${line}\n`);
 
-/** Fills in what is "auto", and checks what one field alone can't tell. `given`: the fields that the user or a preset set. */
+/** A long loop's progress: one line that is rewritten on a terminal, a plain line now and then elsewhere. */
+function startProgress(total: number, first = 0) {
+  const started = performance.now();
+  const live = process.stderr.isTTY === true;
+  let shown = -Infinity;
+  return (done: number, text: () => string): void => {
+    const now = performance.now();
+    if (done !== total && now - shown < (live ? 100 : 10_000)) return;
+    shown = now;
+    const perStep = (now - started) / Math.max(1, done - first);
+    const left = Math.round((perStep * (total - done)) / 1000);
+    const line = `${text()}  ${perStep.toFixed(0)} ms/step  ${Math.floor(left / 60)}:${String(left % 60).padStart(2, '0')} left`;
+    process.stderr.write(live ? `\r\x1b[K${line}${done === total ? '\n' : ''}` : `${line}\n`);
+  };
+}
+
+/** Fills in what is "auto" and checks what one field alone can't tell. `given`: fields set by the user or a preset. */
 export function resolveConfig(
   config: Config,
   arch: Architecture,
   given: ReadonlySet<string>,
-  onGpu: boolean,
+  gpu: boolean,
 ): Config {
   const c = { ...config };
-  if (!given.has('batchSize') && !onGpu) c.batchSize = 4;
+  if (!given.has('batchSize') && !gpu) c.batchSize = 4;
   if (!given.has('seqLen')) c.seqLen = Math.min(c.seqLen, arch.context);
-  // the paper's CI function is 8/3 as wide as its target and twice as deep; so is that of the small public preset
+  // the paper's CI function is 8/3 as wide as its target and twice as deep; so is the small public preset's
   c.ciNHeads ||= Math.min(16, Math.max(4, Math.round((arch.dModel * 8) / 3 / 64)));
-  c.ciDModel ||= Math.max(1, Math.round((arch.dModel * 8) / 3 / (16 * c.ciNHeads))) * 16 * c.ciNHeads;
+  c.ciDModel ||= Math.max(1, Math.round((arch.dModel * 8) / 3 / (8 * c.ciNHeads))) * 8 * c.ciNHeads;
   c.ciNBlocks ||= 2 * arch.nLayers;
   c.ciMlpHidden ||= 4 * c.ciDModel;
   c.evalBatchSize ||= c.batchSize;
-  if (c.batchSize % c.microBatches !== 0)
-    throw new UsageError(`--micro-batches ${c.microBatches} does not divide --batch-size ${c.batchSize}`);
-  if (c.ciDModel % (2 * c.ciNHeads) !== 0)
-    throw new UsageError(
-      `--ci-d-model ${c.ciDModel} is not an even number for each of --ci-n-heads ${c.ciNHeads}`,
-    );
-  if (c.seqLen > arch.context)
-    throw new UsageError(`--seq-len ${c.seqLen}: the target's ${arch.contextField} is ${arch.context}`);
+  const { batchSize, microBatches, ciDModel, ciNHeads, seqLen } = c;
+  if (batchSize % microBatches !== 0)
+    refuse(`--micro-batches ${microBatches} does not divide --batch-size ${batchSize}`);
+  if (ciDModel % (2 * ciNHeads) !== 0)
+    refuse(`--ci-d-model ${ciDModel} is no even number for each of ${ciNHeads} --ci-n-heads`);
+  if (seqLen > arch.context)
+    refuse(`--seq-len ${seqLen}: the target's ${arch.contextField} is ${arch.context}`);
   return c;
 }
 
-/** The target's own next-token loss on held-out rows, in nats: a wrongly loaded model shows here. */
-async function targetLoss(engine: Engine, target: Target, rows: Rows, batchSize: number): Promise<number> {
-  const tokens = tokenBatch(
-    rows,
-    Array.from({ length: Math.min(rows.count, batchSize) }, (_, i) => i),
-  );
-  const loss = engine.compile('target loss', (feeds: { tokens: tf.Tensor }) => ({
-    loss: crossEntropy(tf.logSoftmax(targetForward(target, feeds.tokens)), feeds.tokens),
-  }));
-  const result = await loss({ tokens });
-  const [value] = await result.loss.data();
-  tf.dispose([tokens, result]);
-  return value!;
-}
-
-/** A run, opened: everything that decompose, eval and harvest share. */
-async function openRun(config: Config, given: ReadonlySet<string>) {
-  if (!config.model)
-    throw new UsageError('--model: missing; takes a Hugging Face folder, a hub id, or a --preset');
-  if (!config.data) throw new UsageError('--data: missing; takes a .txt, .jsonl or .json file');
+/** What every job starts with: engine, target, data, modules; it ends with the target's own loss, which shows a wrongly loaded model. */
+async function open(config: Config, given: ReadonlySet<string>) {
+  if (!config.model) refuse('--model: missing; takes a Hugging Face folder or a hub id (or give a --preset)');
+  if (!config.data) refuse('--data: missing; takes a .txt, .jsonl or .json file');
   const engine = await startEngine(config);
   talk(`engine   ${engine.description}`);
   const target = loadTarget(await resolveModel(config.model));
-  const full = resolveConfig(config, target.arch, given, engine.gpu);
-  const data = loadData(target, full);
-  full.seqLen = data.train.seqLen;
-  const modules = chooseModules(target.linears, full.components);
-  const problem: Problem = { target, modules, config: full };
+  const { type, nLayers, dModel, vocab } = target.arch;
+  talk(`target   ${config.model}: ${type}, ${nLayers} layers, width ${dModel}, vocabulary ${vocab}`);
+  const c = resolveConfig(config, target.arch, given, engine.gpu);
+  const data = loadData(target, c);
+  c.seqLen = data.train.seqLen;
   talk(
-    `target   ${config.model}: ${target.arch.type}, ${target.arch.nLayers} layers, width ${target.arch.dModel}, vocabulary ${target.arch.vocab}`,
+    `data     ${data.train.count} training rows, ${data.heldOut.count} held-out rows of ${c.seqLen} tokens`,
   );
+  const problem: Problem = { target, modules: chooseModules(target.linears, c.components), config: c };
   talk(
-    `data     ${data.train.count} training rows and ${data.heldOut.count} held-out rows of ${full.seqLen} tokens`,
+    `modules  ${problem.modules.length} of ${target.linears.length} linear layers, ${totalC(problem.modules)} components`,
   );
-  talk(`modules  ${modules.length} with ${totalC(modules)} components`);
-  return { engine, problem, data, heldOut: firstRows(data.heldOut, full.evalBatchSize) };
-}
-const firstRows = (rows: Rows, n: number): Rows => ({ ...rows, count: Math.min(n, rows.count) });
-
-/** Progress of a long loop: one line that is rewritten on a terminal, plain lines now and then elsewhere. */
-function startProgress(first = 0) {
-  const started = performance.now();
-  const live = process.stderr.isTTY === true;
-  let shown = -Infinity;
-  return {
-    show(done: number, total: number, text: () => string): void {
-      const now = performance.now();
-      if (now - shown < (live ? 100 : 10_000) && done !== total) return;
-      shown = now;
-      const perStep = (now - started) / Math.max(1, done - first);
-      const left = Math.round((perStep * (total - done)) / 1000);
-      const line = `${text()}  ${perStep.toFixed(0)} ms/step  ${Math.floor(left / 60)}:${String(left % 60).padStart(2, '0')} left`;
-      process.stderr.write(live ? `\r\x1b[K${line}${done === total ? '\n' : ''}` : `${line}\n`);
-    },
-  };
+  const heldOut = firstRows(data.heldOut, c.evalBatchSize);
+  const tokens = tokenBatch(heldOut, range(0, heldOut.count));
+  const loss = tf.tidy(() => crossEntropy(targetPass(target, tokens).logProbs, tokens));
+  const targetLoss = (await loss.data())[0]!;
+  tf.dispose([loss, tokens]);
+  talk(
+    `loss     ${targetLoss.toFixed(4)} nats per token, the target's own on ${heldOut.count} held-out rows`,
+  );
+  return { engine, problem, data, heldOut, targetLoss };
 }
 
-/** The labels of --labels, with the held-out rows that they belong to. */
-function readLabels(file: string, rows: Rows): Labels & { rows: Rows } {
+/** --labels: the rules in force in the first rows of the held-out data. */
+function readLabels(file: string, rows: Rows): Labels {
   const { rules, labels } = readJson(file) as unknown as Labels;
-  const fits =
-    Array.isArray(rules) &&
-    Array.isArray(labels) &&
-    labels.every(l => Array.isArray(l) && l.length === rows.seqLen);
-  if (!fits || labels.length > rows.count) {
-    throw new UsageError(
-      `${file}: takes {"rules": [{"name"}…], "labels": [row][position][rule ids]} for the rows of --eval-data`,
-    );
-  }
-  return { rules, labels, rows: firstRows(rows, labels.length) };
-}
-
-function runRecord({ target, modules, config }: Problem, data: Data, engine: Engine): RunRecord {
-  return {
-    formatVersion: 1,
-    config,
-    model: { path: config.model, type: target.arch.type, sha256: target.sha256 },
-    data: {
-      path: config.data,
-      trainRows: data.train.count,
-      heldOutRows: data.heldOut.count,
-      seqLen: config.seqLen,
-    },
-    modules: Object.fromEntries(modules.map(({ path: name, dIn, dOut, C }) => [name, { dIn, dOut, C }])),
-    engine: { name: engine.name, version: engine.version, description: engine.description },
-    versions: {
-      'nano-param-decomp': VERSION,
-      node: process.versions.node,
-      '@tensorflow/tfjs': tf.version.tfjs,
-    },
-    command: process.argv.slice(2),
-  };
-}
-
-async function decompose(config: Config, given: ReadonlySet<string>, resume: boolean): Promise<void> {
-  const { engine, problem, data, heldOut } = await openRun(config, given);
-  const { target, config: c } = problem;
-  const labels = c.labels ? readLabels(c.labels, data.heldOut) : undefined;
-  talk(
-    `loss     the target's own, on held-out rows: ${(await targetLoss(engine, target, heldOut, c.evalBatchSize)).toFixed(4)} nats/token`,
+  const row = (r: unknown) =>
+    Array.isArray(r) && r.length === rows.seqLen && r.flat().every(id => rules[id] !== undefined);
+  if (Array.isArray(rules) && Array.isArray(labels) && labels.length <= rows.count && labels.every(row))
+    return { rules, labels };
+  return refuse(
+    `${file}: takes {"rules": [{"name"}…], "labels": [row][position][rule ids]} for the rows of --eval-data`,
   );
-  const dir =
-    c.out ||
-    path.join(
-      'runs',
-      `${path.basename(c.model)}-${new Date().toISOString().slice(0, 19).replace(/[:T]/g, '-')}`,
-    );
-  if (fs.existsSync(path.join(dir, 'config.json')) !== resume) {
-    throw new UsageError(
-      resume
-        ? `${dir}: no run to resume here`
-        : `${dir}: holds a run already; --resume goes on with it, or take another --out`,
-    );
-  }
-  fs.mkdirSync(dir, { recursive: true });
+}
+
+/** The main job: warm up, train, evaluate, save, score, harvest, report. */
+async function decompose(
+  config: Config,
+  given: ReadonlySet<string>,
+  resume: RunRecord | undefined,
+): Promise<number> {
+  const { engine, problem, data, heldOut } = await open(config, given);
+  const { config: c } = problem;
+  const labels = c.labels ? readLabels(c.labels, data.heldOut) : undefined;
   const record = runRecord(problem, data, engine);
-  writeAtomic(path.join(dir, 'config.json'), `${JSON.stringify(record, null, 1)}\n`);
+  if (resume) for (const warning of compareRuns(resume, record)) talk(`warning  ${warning}`);
+  fs.mkdirSync(c.out, { recursive: true });
+  const inRun = (file: string) => path.join(c.out, file);
+  writeAtomic(inRun('config.json'), `${JSON.stringify(record, null, 1)}\n`);
 
   const params = initialParams(problem);
-  const state = initialState(problem, params, data.train.seqLen);
-  const run = startProgress();
-  await warmUp(engine, problem, state, (step, loss) =>
-    run.show(
-      step,
-      c.faithfulnessWarmupSteps,
-      () => `warm-up ${step}/${c.faithfulnessWarmupSteps}  faithfulness ${loss.toExponential(2)}`,
-    ),
-  );
+  const state = initialState(problem, params);
+  let start = 0;
+  if (resume) {
+    const checkpoint = loadCheckpoint(c.out);
+    if (checkpoint.warning) talk(`warning  ${checkpoint.warning}`);
+    start = checkpoint.step;
+    restore(checkpoint.components, params);
+    restore(checkpoint.state, state.m, 'adam.m.');
+    restore(checkpoint.state, state.v, 'adam.v.');
+    restore(checkpoint.state, state.sources, 'ppgd.');
+    const kept = readMetrics(c.out).filter(({ step }) => step! <= start);
+    writeAtomic(inRun('metrics.jsonl'), kept.map(line => `${JSON.stringify(line)}\n`).join(''));
+    talk(`resume   from step ${start}`);
+  }
+  const save = (step: number) => saveCheckpoint(c.out, step, toWrite(params), stateToWrite(state));
+  const log = (step: number, metrics: Metrics) => {
+    fs.appendFileSync(inRun('metrics.jsonl'), `${JSON.stringify({ step, ...metrics })}\n`);
+  };
+  const signals = watchSignals(talk);
+  if (!resume && c.faithfulnessWarmupSteps > 0) {
+    const show = startProgress(c.faithfulnessWarmupSteps);
+    await warmUp(engine, problem, state, (done, loss) => {
+      show(done, () => `warm-up ${done}/${c.faithfulnessWarmupSteps}  faithfulness ${loss.toExponential(2)}`);
+    });
+  }
   const step = compileStep(engine, problem, state);
   const evaluate = compileEvaluation(engine, problem, params);
-  const log = (n: number, metrics: Metrics) =>
-    fs.appendFileSync(path.join(dir, 'metrics.jsonl'), `${JSON.stringify({ step: n, ...metrics })}\n`);
-  let last: Evaluation | undefined;
-  const main = startProgress();
-  for (let n = 0; n < c.nSteps; n++) {
+  const show = startProgress(c.nSteps, start);
+  let interrupted: number | undefined;
+  for (let n = start; n < c.nSteps && interrupted === undefined; n++) {
     const started = performance.now();
     const values = await step(n, data.train);
     const metrics: Metrics = Object.fromEntries(STEP_METRICS.map((name, i) => [name, values[i]!]));
+    await checkFinite(n, metrics, toWrite(params));
     const done = n + 1;
-    const every = (frequency: number) => done === c.nSteps || (frequency > 0 && done % frequency === 0);
-    if (every(c.logEvery)) {
+    const due = (every: number) => done === c.nSteps || (every > 0 && done % every === 0);
+    const losses = () => LOSSES.map(l => `${l} ${metrics[`loss/${l}`]!.toPrecision(3)}`).join('  ');
+    show(done, () => `step ${done}/${c.nSteps}  ${losses()}  L0 ${metrics['train/l0']!.toFixed(1)}`);
+    if (done % c.logEvery === 0 || done === c.nSteps) {
       const { lrMain, lrPpgd, p } = schedule(c, n);
       const { numTensors, numBytes } = tf.memory();
+      const memory = { 'memory/tensors': numTensors, 'memory/bytes': numBytes };
       log(done, {
         ...metrics,
         'lr/main': lrMain,
         'lr/ppgd': lrPpgd,
         p,
         'time/ms_per_step': performance.now() - started,
-        'memory/tensors': numTensors,
-        'memory/bytes': numBytes,
+        ...memory,
       });
     }
-    main.show(
-      done,
-      c.nSteps,
-      () =>
-        `step ${done}/${c.nSteps}  loss ${LOSSES.map(l => `${l} ${metrics[`loss/${l}`]!.toPrecision(3)}`).join('  ')}  L0 ${metrics['train/l0']!.toFixed(1)}`,
-    );
-    if (every(c.evalFreq)) {
-      last = await evaluate(heldOut, { step: done, slow: every(c.slowEvalFreq) });
-      log(done, last.metrics);
+    interrupted = await signals.interrupted();
+    if (due(c.saveEvery) || interrupted !== undefined) await save(done);
+    if (due(c.evalFreq) && interrupted === undefined) {
+      const slow = done === c.nSteps || (c.slowEvalFreq > 0 && done % c.slowEvalFreq === 0);
+      log(done, (await evaluate(heldOut, { step: done, slow })).metrics);
     }
-    await new Promise(setImmediate); // lets signals and timers through
   }
-  console.log(JSON.stringify(last!.metrics, null, 1));
-  if (labels) {
-    const board = await scoreRules(engine, problem, params, labels.rows, labels);
-    console.log(board.meanF1, board.nF1AtLeast80, board.nCausal);
+  signals.stop();
+  if (interrupted !== undefined) {
+    talk(`stopped; go on with --resume --out ${c.out}`);
+    return interrupted;
   }
+  const { metrics } = await evaluate(heldOut, { step: c.nSteps, slow: false });
+  const board = labels && (await scoreRules(engine, problem, params, data.heldOut, labels));
+  console.log(summary(problem, metrics, board));
+  if (c.harvest) await harvestRun(engine, problem, params, data, board);
+  console.log(
+    `\nRun folder: ${c.out}   peak memory: ${(process.resourceUsage().maxRSS / 2 ** 20).toFixed(2)} GiB`,
+  );
+  return 0;
 }
 
-const resolveModel = async (m: string) => m;
-if (process.argv[1] && fs.realpathSync(process.argv[1]) === fileURLToPath(import.meta.url)) {
-  const given: Record<string, string> = {};
-  for (const a of process.argv.slice(2)) {
-    const [k, v] = a.split('=');
-    given[k!.replace(/^--/, '').replace(/-([a-z])/g, (_, c) => c.toUpperCase())] = v!;
+/** The lines of metrics.jsonl. */
+const readMetrics = (dir: string): Metrics[] => {
+  const file = path.join(dir, 'metrics.jsonl');
+  const lines = fs.existsSync(file) ? readText(file).split('\n') : [];
+  return lines.filter(line => line.endsWith('}')).map(line => parseJson(line, file) as Metrics); // not one cut off
+};
+
+/** The final numbers, for people. */
+function summary({ modules, config }: Problem, metrics: Metrics, board: Scoreboard | undefined): string {
+  const value = (name: string) => metrics[`eval/${name}`]!;
+  const number = (x: number) => (Math.abs(x) >= 1e-3 ? x.toFixed(4) : x.toExponential(2)).padStart(10);
+  const strategies = { unmasked: 'everything on', ci_masked: 'CI masks', rounded_masked: 'rounded CI masks' };
+  const all = {
+    ...strategies,
+    stoch_masked: 'stochastic masks',
+    random_masked: 'random masks',
+    zero_masked: 'nothing on',
+  };
+  const line = (name: string, label: string) => {
+    const ce = value('ce_kl/ce_target') + value(`ce_kl/ce_difference_${name}`);
+    return `  ${label.padEnd(18)}${number(ce)}${number(value(`ce_kl/kl_${name}`))}`;
+  };
+  const lines = [
+    `\n${''.padEnd(20)}        CE        KL   (nats per token, held-out rows)`,
+    `  ${'the target'.padEnd(18)}${number(value('ce_kl/ce_target'))}`,
+    ...Object.entries(all).map(([name, label]) => line(name, label)),
+    `  ${'dead ones deleted'.padEnd(28)}${number(value('ce_kl/kl_alive'))}`,
+    `  ${`fresh PGD, ${config.pgdEvalNSteps} steps`.padEnd(28)}${number(value('loss/PGDReconLoss'))}`,
+    `  faithfulness ${value('loss/FaithfulnessLoss').toExponential(2)}`,
+    `  L0 ${Object.entries(metrics)
+      .find(([n]) => /^eval\/l0\/[\d.]+_total$/.test(n))![1]
+      .toFixed(2)} of ` + `${value('n_alive')} alive of ${totalC(modules)} components`,
+  ];
+  if (!board) return lines.join('\n');
+  const best = board.rules.map(({ name, component: { module, index }, precision, recall, f1, causal }) => {
+    const [p, r, f] = [precision, recall, f1].map(x => x.toFixed(2).padStart(10));
+    return `  ${name.padEnd(18)}${p}${r}${f}   ${module}:${index}${causal ? '  causal' : ''}`;
+  });
+  return [
+    ...lines,
+    `\n  ${'rule'.padEnd(18)} precision    recall        F1   best component`,
+    ...best,
+    `  mean F1 ${board.meanF1.toFixed(3)}; ${board.nF1AtLeast80} of ${board.rules.length} rules with F1 of at least 0.8; ${board.nCausal} causal`,
+  ].join('\n');
+}
+
+const resolveModel = async (spec: string) => spec;
+/** Refuses to resume with another config, model or data; warnings for what costs exactness. */
+function compareRuns(old: RunRecord, now: RunRecord): string[] {
+  for (const part of ['model', 'data'] as const) {
+    if (old[part].sha256 !== now[part].sha256)
+      refuse(`--resume: ${part} is not the one of this run (${old[part].path}): its SHA-256 differs`);
   }
-  const preset = PRESETS[given.preset ?? ''];
-  delete given.preset;
-  const config = { ...DEFAULTS, ...preset?.config } as Config;
-  for (const [k, v] of Object.entries(given))
-    (config as Record<string, unknown>)[k] = checkField(k as keyof Config, v);
-  await decompose(config, new Set([...Object.keys(preset?.config ?? {}), ...Object.keys(given)]), false);
+  return compareConfigs({ ...old.config, out: '' }, { ...now.config, out: '' });
+}
+
+/** A finished run, opened again with its own config. */
+async function reopen(dir: string, changes: Partial<Config>) {
+  const record = readJson(path.join(dir, 'config.json')) as unknown as RunRecord;
+  if (record.formatVersion !== 1)
+    refuse(`${dir}/config.json: formatVersion is ${record.formatVersion}, takes 1`);
+  const config = { ...DEFAULTS, ...record.config, out: dir, ...changes };
+  const { engine, problem, data, heldOut } = await open(config, new Set(Object.keys(config)));
+  if (problem.target.sha256 !== record.model.sha256)
+    refuse(`${record.model.path}: not the model of this run (its SHA-256 differs)`);
+  const params = initialParams(problem);
+  restore(loadCheckpoint(dir).components, params);
+  return { engine, problem, data, heldOut, params };
+}
+
+async function evalCommand(dir: string, changes: Partial<Config>): Promise<number> {
+  const { engine, problem, data, heldOut, params } = await reopen(dir, changes);
+  const rows = changes.evalData ? data.heldOut : heldOut;
+  const evaluate = compileEvaluation(engine, problem, params);
+  console.log(JSON.stringify((await evaluate(rows, { step: problem.config.nSteps, slow: true })).metrics));
+  return 0;
+}
+
+async function harvestCommand(dir: string, changes: Partial<Config>): Promise<number> {
+  const { engine, problem, data, params } = await reopen(dir, changes);
+  const { labels } = problem.config;
+  const board =
+    labels && !changes.evalData
+      ? await scoreRules(engine, problem, params, data.heldOut, readLabels(labels, data.heldOut))
+      : undefined;
+  await harvestRun(engine, problem, params, data, board);
+  return 0;
+}
+
+function help(): string {
+  const lines = Object.entries(GROUPS).flatMap(([group, fields]) => [
+    `\n${group}:`,
+    ...Object.entries(fields as Record<string, Field<Value>>).map(([name, { value, help }]) => {
+      const standard = value === '' || typeof value === 'boolean' ? '' : ` [${value}]`;
+      return `  --${`${typeof value === 'boolean' ? 'no-' : ''}${kebab(name)}`.padEnd(36)} ${help}${standard}`;
+    }),
+  ]);
+  const presets = Object.entries(PRESETS).map(([name, { source }]) => `  ${name.padEnd(17)} ${source}`);
+  return `nano-param-decomp ${VERSION}: takes a trained language model apart into rank-one subcomponents
+
+  npx tsx nano-param-decomp.ts [decompose] --model M --data D [--preset P] [flags]
+  npx tsx nano-param-decomp.ts [decompose] --resume --out DIR     goes on exactly where DIR stopped
+  npx tsx nano-param-decomp.ts eval --run DIR [--eval-data rows.json]
+  npx tsx nano-param-decomp.ts harvest --run DIR [--data D]       (re)builds harvest.json and report.html
+
+Presets (--preset):
+${presets.join('\n')}
+${lines.join('\n')}
+`;
+}
+
+/** Parses and runs a command line. @returns the exit code */
+export async function main(argv: string[]): Promise<number> {
+  const [command = 'decompose', ...rest] = /^(decompose|eval|harvest)$/.test(argv[0] ?? '')
+    ? argv
+    : ['decompose', ...argv];
+  const options: Record<string, { type: 'string' | 'boolean' }> = {};
+  for (const name of ['preset', 'run']) options[name] = { type: 'string' };
+  for (const name of ['resume', 'dry-run', 'help', 'version']) options[name] = { type: 'boolean' };
+  for (const [name, { value }] of Object.entries(FIELDS)) {
+    options[typeof value === 'boolean' ? `no-${kebab(name)}` : kebab(name)] = {
+      type: typeof value === 'boolean' ? 'boolean' : 'string',
+    };
+  }
+  let flags: Record<string, string | boolean | undefined>;
+  try {
+    flags = parseArgs({ args: rest, options, strict: true }).values as typeof flags;
+  } catch (error) {
+    return refuse(`${(error as Error).message.split('. To specify')[0]} (--help lists the flags)`);
+  }
+  if (flags.help) return (console.log(help()), 0);
+  if (flags.version) return (console.log(VERSION), 0);
+  const changes: Partial<Config> = {};
+  for (const [name, { value }] of Object.entries(FIELDS)) {
+    const raw = typeof value === 'boolean' ? flags[`no-${kebab(name)}`] && false : flags[kebab(name)];
+    if (raw !== undefined) Object.assign(changes, { [name]: fieldValue(name, raw) });
+  }
+  for (const name of ['model', 'data', 'evalData', 'labels', 'out'] as const) {
+    if (changes[name] && fs.existsSync(changes[name])) changes[name] = path.resolve(changes[name]);
+  }
+  if (command !== 'decompose') {
+    if (typeof flags.run !== 'string')
+      return refuse(`${command}: takes --run DIR, the folder of a finished run`);
+    return command === 'eval' ? evalCommand(flags.run, changes) : harvestCommand(flags.run, changes);
+  }
+  if (flags.resume) {
+    if (!changes.out) return refuse('--resume: takes --out DIR, the folder of the run to go on with');
+    const record = readJson(path.join(changes.out, 'config.json')) as unknown as RunRecord;
+    const config = { ...DEFAULTS, ...record.config, ...changes };
+    return decompose(config, new Set(Object.keys(config)), record);
+  }
+  const presetName = flags.preset as string | undefined;
+  const preset = presetName === undefined ? undefined : PRESETS[presetName];
+  if (presetName !== undefined && !preset)
+    refuse(`--preset: got ${presetName}, takes one of ${Object.keys(PRESETS).join(', ')}`);
+  const config: Config = { ...DEFAULTS, ...preset?.config, ...changes };
+  const stamp = new Date().toISOString().slice(0, 19).replace(/\D/g, '-');
+  config.out ||= path.join('runs', `${path.basename(config.model) || 'run'}-${stamp}`);
+  if (fs.existsSync(path.join(config.out, 'config.json')))
+    refuse(`${config.out}: holds a run; --resume goes on with it, or take another --out`);
+  return decompose(
+    config,
+    new Set([...Object.keys(preset?.config ?? {}), ...Object.keys(changes)]),
+    undefined,
+  );
+}
+
+if (process.argv[1] && fs.realpathSync(process.argv[1]) === fileURLToPath(import.meta.url)) {
+  try {
+    process.exitCode = await main(process.argv.slice(2));
+  } catch (error) {
+    if (error instanceof UsageError) talk(`nano-param-decomp: ${error.message}`);
+    else
+      talk(
+        error instanceof DivergenceError
+          ? `nano-param-decomp: ${error.message}`
+          : String((error as Error).stack),
+      );
+    process.exitCode = error instanceof UsageError ? 2 : 1;
+  }
 }

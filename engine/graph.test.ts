@@ -121,7 +121,7 @@ test('functions share state, also when traced later, and new shapes are traced a
 });
 
 test('variables can be read, cloned and assigned outside at any time', options, async () => {
-  const w = tf.variable(tf.tensor1d([0.1, -0, 1e-40, 3e38]), false);
+  const w = tf.variable(tf.tensor1d([0.1, -0, 1e-40, 1e38]), false);
   const graph = new Graph();
   const double = graph.compile('double', () => {
     w.assign(w.mul(2));
@@ -138,7 +138,7 @@ test('variables can be read, cloned and assigned outside at any time', options, 
   const fresh = w.clone();
   await double({});
   close(w, [2, 4, 6, 8]);
-  close(old, [0.2, -0, 2e-40, Infinity]);
+  close(old, [0.2, -0, 2e-40, 2e38]);
   close(fresh, [1, 2, 3, 4]);
   const second = tf.variable(w, false); // shares the stub
   await double({});
@@ -163,8 +163,7 @@ test('what is computed twice is one node; what nobody needs is none', options, a
     return {
       y: forward(x!)
         .mul(forward(x!.cast('float32')))
-        .reshape([4, 6])
-        .identity(),
+        .reshape([4, 6]),
     };
   });
   const x = tf.randomNormal([4, 6], 0, 1, 'float32', 4);
@@ -185,7 +184,7 @@ test('a number that changes between calls is noticed, and the state stays', opti
   await step({});
   await assert.rejects(
     step({}),
-    /step\(\): a constant that Mul uses was 1 in the first call and is 0.5 now.*feed/,
+    /^Error: step\(\): a constant that Mul uses was 1 in the first call and is 0.5 now.*feed/,
   );
   close(w, [1, 2]);
   let calls = 0;
@@ -194,14 +193,17 @@ test('a number that changes between calls is noticed, and the state stays', opti
   await branch({ x });
   await assert.rejects(
     branch({ x }),
-    /branch\(x float32\[1\]\): the first call did Exp where this one does Square/,
+    /branch\(x: float32\[1\]\): a Square was recorded where the first call had Exp/,
   );
   const slope = graph.compile('slope', ({ x }) => ({ y: tf.leakyRelu(x!, calls++) }));
   await slope({ x });
-  await assert.rejects(slope({ x }), /attributes/);
+  await assert.rejects(slope({ x }), /a LeakyRelu was recorded where the first call had another one/);
   const shorter = graph.compile('shorter', ({ x }) => ({ y: calls++ % 2 ? x!.neg() : x!.neg().exp() }));
   await shorter({ x });
-  await assert.rejects(shorter({ x }), /the first call did/);
+  await assert.rejects(
+    shorter({ x }),
+    /a Identity for an output was recorded where the first call had Exp|had Identity/,
+  );
   graph.dispose();
 });
 
@@ -213,38 +215,29 @@ test('what a graph cannot do is refused with a reason', options, async () => {
   const refused = async (fn: (feeds: Feeds) => Feeds, reason: RegExp) => {
     await assert.rejects(graph.compile('f', fn)({ x }), reason);
   };
-  await refused(
-    ({ x }) => ({ y: x!.sum().dataSync()[0]! > 0 ? x! : x!.neg() }),
-    /value of a tensor was read/,
-  );
-  await refused(({ x }) => ({ y: x!.dataSync()[0]! > 0 ? x! : x!.neg() }), /value of a tensor was read/);
-  await refused(({ x }) => ({ y: w.dataSync()[0]! > 0 ? x! : x!.neg() }), /value of a tensor was read/);
-  await refused(
-    ({ x }) => ({ y: tf.multinomial(x as tf.Tensor1D, 3) }),
-    /Multinomial draws from hidden state/,
-  );
+  await refused(({ x }) => ({ y: x!.sum().dataSync()[0]! > 0 ? x! : x!.neg() }), /a tensor was read/);
+  await refused(({ x }) => ({ y: x!.dataSync()[0]! > 0 ? x! : x!.neg() }), /a tensor was read/);
+  await refused(({ x }) => ({ y: w.dataSync()[0]! > 0 ? x! : x!.neg() }), /a tensor was read/);
+  await refused(({ x }) => ({ y: tf.multinomial(x as tf.Tensor1D, 3) }), /Multinomial has hidden state/);
   await refused(({ x }) => ({ y: big.mul(x!.sum()) }), /shape \[600,600\].*make it a tf.variable/);
-  await refused(() => ({ y: tf.variable(tf.scalar(1)) }), /tf.variable was made inside/);
+  await refused(() => ({ y: tf.variable(tf.scalar(1)) }), /tf.variable was made/);
   w.assign(tf.scalar(3));
   const { y } = await graph.compile('after', ({ x }) => ({ y: x!.mul(w) }))({ x }); // and the graph still works
   close(y!, [3, 6]);
   graph.dispose();
 });
 
-test('a graph that disagrees with the run op by op is noticed', options, async () => {
-  // what no recording can see: the kernel gives other numbers when called from JavaScript
-  const stock = tf.getKernel('Exp', 'tensorflow');
-  tf.unregisterKernel('Exp', 'tensorflow');
-  tf.registerKernel({ ...stock, kernelFunc: () => tf.tensor1d([1, 2]) });
-  const w = tf.variable(tf.tensor1d([1, 2]), false);
-  const graph = new Graph();
-  const wrong = graph.compile('wrong', () => {
-    throw new Error('replaced below');
+test('a graph that disagrees with the run op by op is noticed, and the state stays', options, async () => {
+  const w = tf.variable(tf.tensor1d([1, 2]), false, 'weight');
+  const graph = new Graph({ tolerance: -1 }); // nothing agrees that much
+  const step = graph.compile('step', () => {
+    w.assign(w.mul(2));
+    return { sum: w.sum() };
   });
-  tf.unregisterKernel('Exp', 'tensorflow');
-  tf.registerKernel(stock);
-  assert.ok(wrong && w);
+  await assert.rejects(step({}), /step\(\): .* disagree .*sum by 0.0, weight by 0.0/);
+  close(w, [1, 2]);
   graph.dispose();
+  await assert.rejects(step({}), /disagree|disposed/);
 });
 
 test('all kinds of outputs, ops and assignments', options, async () => {
@@ -253,7 +246,7 @@ test('all kinds of outputs, ops and assignments', options, async () => {
   const flag = tf.variable(tf.tensor1d([true, false], 'bool'), false);
   const a = tf.variable(tf.scalar(1), false);
   const b = tf.variable(tf.scalar(2), false);
-  const fn = ({ x, ids, on }: Feeds) => {
+  const fn = ({ x, ids, on }: Feeds): Feeds => {
     const [left, right] = tf.split(x!, 2, 1);
     const { values: best, indices } = tf.topk(x!, 2);
     seen.assign(ids!);

@@ -2,17 +2,22 @@
  * TFJS's WebAssembly backend, made fast enough to train on. Knows nothing of the method.
  *
  *   const { version, simd } = await loadWasm(); // the backend, from node_modules, no network
- *   fastWasmKernels(); //                          replaces the slow kernels, for the whole process
+ *   fastWasmKernels(); //                          replaces its slow kernels, for the whole process
  *
  * The stock backend is quick where XNNPACK does the work (plain matrix products, + - * /, clip, sigmoid, softmax)
  * and 5 to 500 times slower than memory in many other places; each kernel below says why. They are registered
  * under the same names, so TFJS's ops and its own gradients use them as they are. A case that a replacement does
  * not cover (other dtypes, rare broadcasts, empty tensors) goes to the kernel it replaced.
+ *
+ *   A. Loading   B. Copies   C. Matrix products   D. Sums   E. Cutting and joining   F. Repeating and picking
+ *   G. Elementwise formulas, compiled to SIMD
  */
 import { createRequire } from 'node:module';
 import { dirname, sep } from 'node:path';
 import * as tf from '@tensorflow/tfjs';
 import type { BackendWasm } from '@tensorflow/tfjs-backend-wasm';
+
+// ---- A. Loading ----
 
 /** Loads the backend (SIMD where the machine has it, no threads under Node) and makes it the current one. */
 export async function loadWasm(): Promise<{ version: string; simd: boolean }> {
@@ -37,23 +42,25 @@ export async function loadWasm(): Promise<{ version: string; simd: boolean }> {
 interface Emscripten {
   HEAPU8: Uint8Array;
   HEAP32: Int32Array;
+  asm: { memory: object };
   _malloc(bytes: number): number;
   _free(pointer: number): void;
   cwrap(name: string, returns: null, takes: 'number'[]): (...args: number[]) => void;
 }
+
 type Info = tf.TensorInfo;
-type Inputs = Record<'x' | 'a' | 'b' | 'condition' | 't' | 'e' | 'indices' | 'segmentIds', Info>;
+type Inputs = Record<'x' | 'a' | 'b' | 'indices' | 'segmentIds', Info>;
 interface Attrs {
   axis: number | number[];
-  begin: number[];
-  size: number | number[];
   batchDims: number;
+  begin: number[];
   dtype: tf.DataType;
   keepDims: boolean;
   numOrSizeSplits: number | number[];
   numSegments: number;
   perm: number[];
   reps: number[];
+  size: number[];
   transposeA: boolean;
   transposeB: boolean;
 }
@@ -61,7 +68,6 @@ interface Attrs {
 type Kernel = (inputs: Inputs, attrs: Attrs, stock: () => Info | Info[]) => Info | Info[];
 
 const sizeOf = (shape: number[]): number => tf.util.sizeFromShape(shape);
-const sameShape = (a: Info, b: Info): boolean => tf.util.arraysEqual(a.shape, b.shape);
 const isFloat = (...xs: Info[]) => xs.every(x => x.dtype === 'float32' && sizeOf(x.shape) > 0);
 const isWide = (...xs: Info[]) => xs.every(x => x.dtype === 'float32' || x.dtype === 'int32'); // 4 bytes each
 
@@ -78,36 +84,34 @@ export function fastWasmKernels(): void {
 
   const stockOf = (name: string) => {
     const kernelFunc = tf.getKernel(name, 'wasm').kernelFunc as unknown as (args: object) => Info;
-    return (inputs: Partial<Inputs>, attrs: Partial<Attrs>) => kernelFunc({ inputs, attrs, backend });
+    return (inputs: Partial<Inputs>, attrs: Partial<Attrs> = {}) => kernelFunc({ inputs, attrs, backend });
   };
-  const replace = (name: string, kernel: Kernel): void => {
-    const old = tf.getKernel(name, 'wasm') as tf.KernelConfig | undefined;
-    if (old) tf.unregisterKernel(name, 'wasm');
+  const replace = (kernelName: string, kernel: Kernel): void => {
+    const old = tf.getKernel(kernelName, 'wasm') as tf.KernelConfig | undefined;
+    if (old) tf.unregisterKernel(kernelName, 'wasm');
     const kernelFunc: tf.KernelFunc = args =>
       kernel(args.inputs as Inputs, args.attrs as unknown as Attrs, () => old!.kernelFunc(args));
-    tf.registerKernel({ ...old, kernelName: name, backendName: 'wasm', kernelFunc });
+    tf.registerKernel({ ...old, kernelName, backendName: 'wasm', kernelFunc });
   };
 
-  // Take views and addresses only after the kernel's last allocation: allocating may grow the heap, and that
+  // Take views and addresses only after a kernel's last allocation: allocating may grow the heap, and that
   // detaches every view made before.
   const output = (shape: number[], dtype: tf.DataType = 'float32') => backend.makeOutput(shape, dtype);
   const address = (x: Info) => backend.getMemoryOffset(x.dataId);
-  const floats = (x: Info) => new Float32Array(wasm.HEAPU8.buffer, address(x), sizeOf(x.shape));
-  const ints = (x: Info) => new Int32Array(wasm.HEAPU8.buffer, address(x), sizeOf(x.shape));
-  const bools = (x: Info) => new Uint8Array(wasm.HEAPU8.buffer, address(x), sizeOf(x.shape));
+  const values = (x: Info) => backend.typedArrayFromHeap(x);
   const drop = (x: Info) => backend.disposeData(x.dataId);
-  /** The same data, perhaps under another shape: copies nothing, counts one more reference. */
-  const alias = (x: Info, shape = x.shape): Info => {
+
+  // ---- B. Copies that need not be: the tape clones each tensor it saves, and gradients cast all they touch ----
+
+  /** The same data once more: one more reference to it is counted. */
+  const alias = (x: Info): Info => {
     backend.incRef(x.dataId);
-    return { dataId: x.dataId, shape, dtype: x.dtype };
+    return { dataId: x.dataId, shape: x.shape, dtype: x.dtype };
   };
-
-  // ---- Copies that need not be: the tape clones each tensor it saves, and gradients cast all they touch ----
-
   replace('Identity', ({ x }, _, stock) => (x.dtype === 'string' ? stock() : alias(x)));
   replace('Cast', ({ x }, { dtype }, stock) => (x.dtype === dtype ? alias(x) : stock()));
 
-  // ---- Transposes and matrix products ----
+  // ---- C. Matrix products: a transposed operand or a batch goes through plain loops, 15 times slower ----
 
   const transpose = stockOf('Transpose');
   /** x [..., rows, cols] -> [..., cols, rows] */
@@ -118,8 +122,8 @@ export function fastWasmKernels(): void {
     let out: Info;
     if (rows % 128) out = transpose({ x: { ...x, shape: [n, rows, cols] } }, { perm: [0, 2, 1] });
     else {
-      // The stock kernel writes one input row to places that are a multiple of 512 bytes apart, which evict each
-      // other from the cache (10 times slower). So: transpose blocks of 32 rows, then move whole block rows.
+      // The stock kernel writes each input row to places that are a multiple of 512 bytes apart and so evict each
+      // other from the cache (10 times slower). Instead: transpose blocks of 32 rows, then move their rows.
       const blocks = transpose({ x: { ...x, shape: [(n * rows) / 32, 32, cols] } }, { perm: [0, 2, 1] });
       out = transpose({ x: { ...blocks, shape: [n, rows / 32, cols, 32] } }, { perm: [0, 2, 1, 3] });
       drop(blocks);
@@ -144,7 +148,7 @@ export function fastWasmKernels(): void {
     const out = output([...batch, s, t]);
     const shapes = wasm._malloc(24) >>> 0;
     wasm.HEAP32.set([1, s, k, 1, k, t], shapes >>> 2);
-    const [A, B, C] = [-1, -2, -3]; // ids the backend does not give: it counts up from 1
+    const [A, B, C] = [-1, -2, -3]; // ids that the backend does not give: it counts up from 1
     for (let i = 0; i < n; i++) {
       wasm.tfjs.registerTensor(A, s * k, address(a) + 4 * i * s * k);
       wasm.tfjs.registerTensor(B, k * t, address(b) + 4 * i * k * t);
@@ -155,7 +159,6 @@ export function fastWasmKernels(): void {
     wasm._free(shapes);
     return out;
   };
-  // Products with a transposed operand run a plain loop, 15 times slower than XNNPACK: transpose first.
   replace('BatchMatMul', ({ a, b }, { transposeA, transposeB }, stock) => {
     if (!isFloat(a, b) || !tf.util.arraysEqual(a.shape.slice(0, -2), b.shape.slice(0, -2))) return stock();
     const passing: Info[] = [];
@@ -173,15 +176,14 @@ export function fastWasmKernels(): void {
     return out;
   });
 
-  // ---- Sums: over leading axes the stock kernel transposes first ----
+  // ---- D. Sums: over leading axes the stock kernel transposes first ----
 
   replace('Sum', ({ x }, { axis, keepDims }, stock) => {
     const axes = tf.util.parseAxisParam(axis, x.shape);
-    const count = axes.length;
-    if (!isFloat(x) || count === x.shape.length || !axes.every((a, i) => a === i)) return stock();
-    const rest = x.shape.slice(count);
+    if (!isFloat(x) || axes.length === x.shape.length || !axes.every((a, i) => a === i)) return stock();
+    const rest = x.shape.slice(axes.length);
     const out = output(keepDims ? [...axes.map(() => 1), ...rest] : rest);
-    const [from, cols] = [floats(x), sizeOf(rest)];
+    const [from, cols] = [values(x), sizeOf(rest)];
     const sums = new Float64Array(cols);
     let i = 0;
     for (
@@ -192,13 +194,13 @@ export function fastWasmKernels(): void {
       for (let j = 0, k = i; j < cols; j++, k++)
         sums[j]! += from[k]! + from[k + cols]! + from[k + 2 * cols]! + from[k + 3 * cols]!;
     for (let j = 0; i < from.length; i++, j = (j + 1) % cols) sums[j]! += from[i]!;
-    floats(out).set(sums);
+    values(out).set(sums);
     return out;
   });
 
-  // ---- Cutting and joining: the stock Slice copies the whole input first, once for each piece of a split ----
+  // ---- E. Cutting and joining: the stock Slice copies its whole input first, and a split is many slices ----
 
-  /** Copies `rows` runs of `width` 4-byte elements; addresses and strides are counted in elements. */
+  /** Copies `rows` runs of `width` 4-byte elements; places and strides are counted in elements. */
   const copyRows = (
     rows: number,
     width: number,
@@ -212,189 +214,302 @@ export function fastWasmKernels(): void {
       if (width > 16) heap.copyWithin(to, from, from + width);
       else for (let i = 0; i < width; i++) heap[to + i] = heap[from + i]!;
   };
+  const place = (x: Info) => address(x) >>> 2;
   /** x[..., begin : begin + size, ...] on one axis */
   const piece = (x: Info, axis: number, begin: number, size: number): Info => {
     const inner = sizeOf(x.shape.slice(axis + 1));
     const out = output(x.shape.with(axis, size), x.dtype);
-    const stride = x.shape[axis]! * inner;
-    const from = (address(x) >>> 2) + begin * inner;
-    copyRows(sizeOf(x.shape.slice(0, axis)), size * inner, from, stride, address(out) >>> 2, size * inner);
+    const outer = sizeOf(x.shape.slice(0, axis));
+    copyRows(outer, size * inner, place(x) + begin * inner, x.shape[axis]! * inner, place(out), size * inner);
     return out;
   };
-  replace('Slice', ({ x }, attrs, stock) => {
-    const [begin, size] = tf.slice_util.parseSliceParams(x as tf.Tensor, attrs.begin, attrs.size);
-    const cut = size.flatMap((s, axis) => (s === x.shape[axis] ? [] : [axis]));
+  replace('Slice', ({ x }, { begin, size }, stock) => {
+    const [from = [], sizes = []] = tf.slice_util.parseSliceParams(x as tf.Tensor, begin, size);
+    const cut = sizes.flatMap((s, axis) => (s === x.shape[axis] ? [] : [axis]));
     if (!isWide(x) || cut.length > 1) return stock();
-    return cut.length ? piece(x, cut[0]!, begin[cut[0]!]!, size[cut[0]!]!) : alias(x);
+    return cut.length ? piece(x, cut[0]!, from[cut[0]!]!, sizes[cut[0]!]!) : alias(x);
   });
   replace('SplitV', ({ x }, attrs, stock) => {
     if (!isWide(x)) return stock();
     const axis = tf.util.parseAxisParam(attrs.axis, x.shape)[0]!;
-    let end = 0;
-    return tf.backend_util
-      .prepareSplitSize(x as tf.Tensor, attrs.numOrSizeSplits, axis)
-      .map(size => piece(x, axis, (end += size) - size, size));
+    const sizes = tf.backend_util.prepareSplitSize(x as tf.Tensor, attrs.numOrSizeSplits, axis);
+    return sizes.map((size, i) => piece(x, axis, tf.util.sum(sizes.slice(0, i)), size));
   });
-  // One typed-array view for each row and input; copyWithin on the heap needs none.
+  // the stock kernel makes a typed-array view for each row of each input
   replace('Concat', (inputs, attrs, stock) => {
     const xs = Object.values(inputs);
     if (!isWide(...xs)) return stock();
-    const axis = tf.util.parseAxisParam(attrs.axis, xs[0]!.shape)[0]!;
     const shapes = xs.map(x => x.shape);
+    const axis = tf.util.parseAxisParam(attrs.axis, shapes[0]!)[0]!;
     tf.backend_util.assertParamsConsistent(shapes, axis);
     const out = output(tf.backend_util.computeOutShape(shapes, axis), xs[0]!.dtype);
-    const stride = sizeOf(out.shape.slice(axis));
-    let to = address(out) >>> 2;
+    const [outer, stride] = [sizeOf(out.shape.slice(0, axis)), sizeOf(out.shape.slice(axis))];
+    let to = place(out);
     for (const x of xs) {
       const width = sizeOf(x.shape.slice(axis));
-      copyRows(sizeOf(x.shape.slice(0, axis)), width, address(x) >>> 2, width, to, stride);
+      copyRows(outer, width, place(x), width, to, stride);
       to += width;
     }
     return out;
   });
 
-  // ---- Repeating and picking rows ----
+  // ---- F. Repeating and picking ----
 
-  // The stock kernel finds the source of every element by divisions: 40 ns each. tf.where and tf.broadcastTo use it.
+  // the stock kernel finds each element's source by divisions, 40 ns each; tf.where and tf.broadcastTo tile
   replace('Tile', ({ x }, { reps }, stock) => {
     if (x.dtype === 'string' || sizeOf(x.shape) === 0 || reps.includes(0)) return stock();
     let out = alias(x);
     for (const [axis, times] of reps.entries()) {
       if (times === 1) continue;
-      const whole = out;
-      out = output(whole.shape.with(axis, whole.shape[axis]! * times), x.dtype);
-      const width = sizeOf(whole.shape.slice(axis));
-      const [from, to] = [backend.typedArrayFromHeap(whole), backend.typedArrayFromHeap(out)];
+      const once = out;
+      out = output(once.shape.with(axis, once.shape[axis]! * times), x.dtype);
+      const [from, to, width] = [values(once), values(out), sizeOf(once.shape.slice(axis))];
       for (let i = 0, o = 0; i < from.length; i += width, o += width * times)
         if (width === 1) to.fill(from[i]!, o, o + times);
         else for (let r = 0; r < times; r++) to.set(from.subarray(i, i + width), o + r * width);
-      drop(whole);
+      drop(once);
     }
     return out;
   });
   replace('GatherV2', ({ x, indices }, attrs, stock) => {
-    if (!isWide(x, indices) || attrs.batchDims) return stock();
     const axis = tf.util.parseAxisParam(attrs.axis, x.shape)[0]!;
-    const [length, inner] = [x.shape[axis]!, sizeOf(x.shape.slice(axis + 1))];
-    if (ints(indices).some(i => i < 0 || i >= length)) return stock(); // it throws the error
-    const out = output([...x.shape.slice(0, axis), ...indices.shape, ...x.shape.slice(axis + 1)], x.dtype);
-    const [outer, picked] = [sizeOf(x.shape.slice(0, axis)), ints(indices)];
-    for (let p = 0; p < picked.length; p++) {
-      const [from, to] = [(address(x) >>> 2) + picked[p]! * inner, (address(out) >>> 2) + p * inner];
-      copyRows(outer, inner, from, length * inner, to, picked.length * inner);
-    }
+    const [outer, length, inner] = [x.shape.slice(0, axis), x.shape[axis]!, x.shape.slice(axis + 1)];
+    if (!isWide(x, indices) || attrs.batchDims || values(indices).some(i => i < 0 || i >= length))
+      return stock();
+    const out = output([...outer, ...indices.shape, ...inner], x.dtype);
+    const [picks, rows, width] = [values(indices), sizeOf(outer), sizeOf(inner)];
+    for (const [i, pick] of picks.entries())
+      copyRows(
+        rows,
+        width,
+        place(x) + pick * width,
+        length * width,
+        place(out) + i * width,
+        picks.length * width,
+      );
     return out;
   });
-  // Missing in the wasm backend; tf.gather's gradient needs it.
+  // not in the stock backend at all; tf.gather's gradient needs it
   replace('UnsortedSegmentSum', ({ x, segmentIds }, { numSegments }) => {
     const inner = x.shape.slice(segmentIds.shape.length);
     const out = output([numSegments, ...inner], x.dtype);
-    const width = sizeOf(inner);
-    const [from, ids, to] = [
-      backend.typedArrayFromHeap(x),
-      ints(segmentIds),
-      backend.typedArrayFromHeap(out),
-    ];
-    to.fill(0);
-    for (let i = 0; i < ids.length; i++)
-      if (ids[i]! >= 0 && ids[i]! < numSegments)
-        for (let j = 0; j < width; j++) to[ids[i]! * width + j]! += from[i * width + j]!;
+    const [from, ids, to, width] = [values(x), values(segmentIds), values(out).fill(0), sizeOf(inner)];
+    for (const [i, id] of ids.entries())
+      if (id >= 0 && id < numSegments)
+        for (let j = 0; j < width; j++) to[id * width + j]! += from[i * width + j]!;
     return out;
   });
 
-  // ---- Comparisons and choices: stock ones take an indirect call for each element, and branch on the data ----
+  // ---- G. Elementwise formulas: the stock kernels call a function for each element, 3 to 14 ns each ----
 
-  type CompareLoop = (a: Float32Array, b: Float32Array, out: Uint8Array, am: number, bm: number) => void;
-  /** The masks am, bm are -1, or 0 for a single value that is compared with all: a[i & am]. */
-  const compare = (name: string, loop: CompareLoop) =>
-    replace(name, ({ a, b }, _, stock) => {
-      const single = (x: Info) => sizeOf(x.shape) === 1;
-      if (!isFloat(a, b) || !(sameShape(a, b) || single(a) || single(b))) return stock();
-      const out = output(tf.broadcast_util.assertAndGetBroadcastShape(a.shape, b.shape), 'bool');
-      loop(floats(a), floats(b), bools(out), single(a) ? 0 : -1, single(b) ? 0 : -1);
+  const compiled = compile(wasm.asm.memory);
+  const copies = wasm._malloc(32) >>> 0; // for single values that meet whole tensors: four copies of each
+  for (const [name, { takes, gives }] of Object.entries(FORMULAS))
+    replace(name, (inputs, _, stock) => {
+      const xs = Object.values(inputs);
+      const shape = xs.map(x => x.shape).reduce(tf.broadcast_util.assertAndGetBroadcastShape);
+      const n = sizeOf(shape);
+      const isSingle = (x: Info) => x.dtype === 'float32' && sizeOf(x.shape) === 1;
+      const fits = xs.every((x, i) => x.dtype === takes[i] && (sizeOf(x.shape) === n || isSingle(x)));
+      if (n < 4 || !fits) return stock();
+      if (name === 'Pow' && Number.isInteger(values(xs[1]!)[0])) return stock(); // it has powers of negative numbers
+      const out = output(shape, gives);
+      const operands = [out, ...xs].map((x, i) => {
+        const lane = sizeOf(x.shape) < n ? 0 : x.dtype === 'bool' ? 1 : 4; // bytes from one element to the next
+        const start = lane ? address(x) : copies + 16 * (i - 1);
+        if (!lane) wasm.HEAP32.fill(wasm.HEAP32[place(x)]!, start >>> 2, (start >>> 2) + 4);
+        return { start, lane };
+      });
+      const run = (from: number, vectors: number) =>
+        compiled[name]!(
+          vectors,
+          ...operands.map(o => o.start + from * o.lane),
+          ...operands.map(o => 4 * o.lane),
+        );
+      run(0, n >> 2);
+      if (n % 4) run(n - 4, 1); // the last few elements, with their neighbours once more
       return out;
     });
-  const greater: CompareLoop = (a, b, out, am, bm) => {
-    for (let i = 0; i < out.length; i++) out[i] = +(a[i & am]! > b[i & bm]!);
-  };
-  const greaterEqual: CompareLoop = (a, b, out, am, bm) => {
-    for (let i = 0; i < out.length; i++) out[i] = +(a[i & am]! >= b[i & bm]!);
-  };
-  compare('Greater', greater);
-  compare('GreaterEqual', greaterEqual);
-  compare('Less', (a, b, out, am, bm) => greater(b, a, out, bm, am));
-  compare('LessEqual', (a, b, out, am, bm) => greaterEqual(b, a, out, bm, am));
-  replace('LogicalAnd', ({ a, b }, _, stock) => {
-    if (!sameShape(a, b)) return stock();
-    const result = output(a.shape, 'bool');
-    const [p, q, out] = [bools(a), bools(b), bools(result)];
-    for (let i = 0; i < out.length; i++) out[i] = p[i]! & q[i]!;
-    return result;
-  });
-  replace('Select', ({ condition, t, e }, _, stock) => {
-    if (!isWide(t, e) || !sameShape(condition, t)) return stock();
-    const result = output(t.shape, t.dtype);
-    const [c, p, q, out] = [bools(condition), ints(t), ints(e), ints(result)];
-    for (let i = 0; i < out.length; i++) out[i] = (p[i]! & -c[i]!) | (q[i]! & (c[i]! - 1)); // by bits: no branch
-    return result;
-  });
-
-  // ---- Elementary functions: stock ones call the C library for each element ----
-
-  const unary = (name: string, loop: (x: Float32Array, out: Float32Array) => void) =>
-    replace(name, ({ x }, _, stock) => {
-      if (!isFloat(x)) return stock();
-      const out = output(x.shape);
-      loop(floats(x), floats(out));
-      return out;
-    });
-  unary('Exp', (x, out) => {
-    for (let i = 0; i < out.length; i++) out[i] = exp(x[i]!);
-  });
-  unary('Tanh', (x, out) => {
-    for (let i = 0; i < out.length; i++) {
-      const e = exp(2 * Math.min(x[i]!, 20));
-      out[i] = (e - 1) / (e + 1);
-    }
-  });
-  // Abramowitz and Stegun 7.1.26, as in the stock kernel: within 1.5e-7
-  unary('Erf', (x, out) => {
-    for (let i = 0; i < out.length; i++) {
-      const z = Math.abs(x[i]!);
-      const t = 1 / (1 + 0.3275911 * z);
-      const p =
-        t * (0.254829592 + t * (-0.284496736 + t * (1.421413741 + t * (-1.453152027 + t * 1.061405429))));
-      out[i] = Math.sign(x[i]!) * (1 - p * exp(-z * z));
-    }
-  });
-  replace('Pow', ({ a, b }, _, stock) => {
-    if (!isFloat(a, b) || sizeOf(b.shape) > 1 || b.shape.length > a.shape.length) return stock();
-    const result = output(a.shape);
-    const [x, bits, out, p] = [floats(a), ints(a), floats(result), floats(b)[0]!];
-    for (let i = 0; i < out.length; i++) {
-      const ordinary = bits[i]! >= 0x00800000 && bits[i]! < 0x7f800000; // positive, normal, finite
-      out[i] = ordinary ? exp(p * log(bits[i]!)) : x[i]! ** p;
-    }
-    return result;
-  });
 }
 
-const ROOTS = Float64Array.from({ length: 256 }, (_, i) => 2 ** (i / 256));
-const POWERS = Float64Array.from({ length: 320 }, (_, i) => 2 ** (i - 160));
-/** eˣ to 1e-12 for |x| < 88, then 0 or infinity as a float32: e^x = 2^k 2^(j/256) e^r with |r| < 0.0014. */
-function exp(x: number): number {
-  const y = x < -104 ? -104 : x > 89 ? 89 : x; // NaN stays
-  const n = (y * (256 / Math.LN2) + 40960.5) | 0; // rounded, and shifted to be positive
-  const r = y - (n - 40960) * (Math.LN2 / 256);
-  return POWERS[n >> 8]! * ROOTS[n & 255]! * (1 + r * (1 + r * (1 / 2 + r * (1 / 6))));
+/** The instructions that leave one vector of four lanes on the stack. */
+type Code = number[];
+interface Formula {
+  takes: tf.DataType[];
+  gives: tf.DataType;
+  code: (...inputs: Code[]) => Code;
 }
+const unary = (code: (x: Code) => Code): Formula => ({ takes: ['float32'], gives: 'float32', code });
+const binary = (code: (a: Code, b: Code) => Code, gives: tf.DataType = 'float32'): Formula => ({
+  takes: ['float32', 'float32'],
+  gives,
+  code: code as Formula['code'],
+});
 
-const MIDDLES = Float64Array.from({ length: 256 }, (_, i) => 1 + (i + 0.5) / 256);
-const INVERSES = MIDDLES.map(m => 1 / m);
-const LOGS = MIDDLES.map(Math.log);
-/** ln of a positive normal float32, given its bits: ln(2^e m) = e ln 2 + ln(middle) + ln(1 + r), |r| < 0.002. */
-function log(bits: number): number {
-  const j = (bits >> 15) & 255;
-  const r = (1 + (bits & 0x7fffff) * 2 ** -23) * INVERSES[j]! - 1;
-  return ((bits >> 23) - 127) * Math.LN2 + LOGS[j]! + r * (1 - r * (1 / 2 - r * (1 / 3 - r / 4)));
+/** A number that is not negative, seven bits to a byte. */
+const leb = (n: number): Code => (n < 64 ? [n] : [(n & 127) | 128, ...leb(n >>> 7)]);
+const op =
+  (opcode: number) =>
+  (...operands: Code[]): Code => [...operands.flat(), 0xfd, ...leb(opcode)];
+const [add, sub, mul, div, sqrt, abs] = [op(0xe4), op(0xe5), op(0xe6), op(0xe7), op(0xe3), op(0xe0)];
+const [max, min, pmin, pmax] = [op(0xe9), op(0xe8), op(0xea), op(0xeb)]; // pmin(x, c), pmax(x, c) leave NaN as it is
+const [equal, less, greater, lessEqual, greaterEqual] = [op(0x41), op(0x43), op(0x44), op(0x45), op(0x46)];
+const [and, or, not, choose] = [op(0x4e), op(0x50), op(0x4d), op(0x52)]; // choose(yes, no, mask)
+const [toFloat, addBits, subBits] = [op(0xfa), op(0xae), op(0xb1)];
+const shiftLeft = (x: Code, by: number) => op(0xab)(x, [0x41, by]);
+const shiftRight = (x: Code, by: number) => op(0xac)(x, [0x41, by]);
+const bits = (n: number): Code => [0x41, ...leb(n), 0xfd, 0x11];
+const num = (x: number): Code => [0x43, ...new Uint8Array(new Float32Array([x]).buffer), 0xfd, 0x13];
+
+let locals = 0; // of the function being compiled
+/** let v = value in body(v) */
+const using = (value: Code, body: (v: Code) => Code): Code => {
+  const v = leb(locals++);
+  return [...value, 0x21, ...v, ...body([0x20, ...v])];
+};
+/** c₀ + c₁x + c₂x² + ... */
+const polynomial = (x: Code, cs: number[]): Code =>
+  cs.slice(0, -1).reduceRight((sum, c) => add(num(c), mul(x, sum)), num(cs.at(-1)!));
+
+/** eˣ = 2ⁿ eʳ with n = round(x / ln 2), |r| < 0.35; ln 2 in two parts, so that n ln 2 is exact. 0 below e⁻⁸⁷. */
+const exp = (x: Code): Code =>
+  using(pmax(pmin(x, num(89)), num(-88)), y =>
+    // adding 1.5 2²³ leaves n in the lowest bits; from there it goes into the exponent
+    using(add(mul(y, num(Math.LOG2E)), num(1.5 * 2 ** 23)), shifted =>
+      using(sub(shifted, num(1.5 * 2 ** 23)), n =>
+        using(sub(sub(y, mul(n, num(0.693359375))), mul(n, num(Math.LN2 - 0.693359375))), r =>
+          mul(
+            polynomial(r, [1, 1, 1 / 2, 1 / 6, 1 / 24, 1 / 120, 1 / 720]),
+            addBits(shiftLeft(shifted, 23), bits(0x3f800000)),
+          ),
+        ),
+      ),
+    ),
+  );
+/** ln x = e ln 2 + ln m with m in [√½, √2), and ln m = 2 artanh((m − 1) / (m + 1)). */
+const log = (x: Code): Code =>
+  using(shiftRight(subBits(x, bits(0x3f3504f3)), 23), e =>
+    using(subBits(x, shiftLeft(e, 23)), m =>
+      using(div(sub(m, num(1)), add(m, num(1))), s =>
+        using(mul(s, s), q => {
+          const finite = add(
+            mul(toFloat(e), num(Math.LN2)),
+            mul(s, polynomial(q, [2, 2 / 3, 2 / 5, 2 / 7, 2 / 9])),
+          );
+          const orInfinite = sub(
+            add(finite, and(x, equal(x, num(Infinity)))),
+            and(num(Infinity), equal(x, num(0))),
+          );
+          return or(orInfinite, not(greaterEqual(x, num(0)))); // all bits set is NaN
+        }),
+      ),
+    ),
+  );
+/** Abramowitz and Stegun 7.1.26, as in the stock kernel: within 1.5e-7; odd, so computed for |x|. */
+const erf = (x: Code): Code =>
+  using(abs(x), z =>
+    using(div(num(1), add(num(1), mul(z, num(0.3275911)))), t => {
+      const p = polynomial(t, [0, 0.254829592, -0.284496736, 1.421413741, -1.453152027, 1.061405429]);
+      return or(sub(num(1), mul(p, exp(sub(num(0), mul(z, z))))), and(x, num(-0)));
+    }),
+  );
+/** (e²ˣ − 1) / (e²ˣ + 1), and near 0, where that cancels, its series */
+const tanh = (x: Code): Code =>
+  using(exp(mul(pmin(x, num(20)), num(2))), e =>
+    using(mul(x, x), q => {
+      const series = mul(x, polynomial(q, [1, -1 / 3, 2 / 15, -17 / 315]));
+      return choose(series, div(sub(e, num(1)), add(e, num(1))), less(q, num(0.04)));
+    }),
+  );
+
+const FORMULAS: Record<string, Formula> = {
+  Exp: unary(exp),
+  Log: unary(log),
+  Erf: unary(erf),
+  Tanh: unary(tanh),
+  Sqrt: unary(sqrt),
+  Rsqrt: unary(x => div(num(1), sqrt(x))),
+  Pow: binary((x, p) => exp(mul(p, log(x)))),
+  Maximum: binary(max),
+  Minimum: binary(min),
+  Equal: binary(equal, 'bool'),
+  Less: binary(less, 'bool'),
+  LessEqual: binary(lessEqual, 'bool'),
+  Greater: binary(greater, 'bool'),
+  GreaterEqual: binary(greaterEqual, 'bool'),
+  LogicalAnd: { takes: ['bool', 'bool'], gives: 'bool', code: and },
+  Select: { takes: ['bool', 'float32', 'float32'], gives: 'float32', code: (c, t, e) => choose(t!, e!, c!) },
+};
+
+declare const WebAssembly: {
+  Module: new (bytes: Uint8Array) => object;
+  Instance: new (
+    module: object,
+    imports: object,
+  ) => { exports: Record<string, (...numbers: number[]) => void> };
+};
+
+/**
+ * A function for each formula: (vectors, addresses of output and inputs, byte steps of output and inputs).
+ * (Loops in JavaScript would be no faster than the stock kernels: once the heap has grown, V8 checks each access.)
+ */
+function compile(memory: object) {
+  const local = (get: number, index: number): Code => [get, ...leb(index)];
+  const functions = Object.values(FORMULAS).map(({ takes, gives, code }) => {
+    const pointers = [1, ...takes.map((_, i) => 2 + i)];
+    const parameters = 1 + 2 * pointers.length;
+    locals = parameters;
+    const inputs = takes.map((dtype, i) => [
+      ...local(0x20, 2 + i),
+      // a bool is a byte of 0 or 1: to four lanes of no bits or all bits
+      ...(dtype === 'bool'
+        ? [0xfd, 0x5c, 0, 0, 0xfd, 0x89, 1, 0xfd, 0xa9, 1, 0xfd, 0xa1, 1]
+        : [0xfd, 0, 0, 0]),
+    ]);
+    const loop = [
+      ...[0x03, 0x40, ...local(0x20, 1), ...code(...inputs)],
+      // the lanes' first bits, spread to four bytes
+      ...(gives === 'bool'
+        ? [0xfd, 0xa4, 1, 0x41, ...leb(0x204081), 0x6c, 0x41, ...leb(0x01010101), 0x71, 0x36, 0, 0]
+        : [0xfd, 0x0b, 0, 0]),
+      ...pointers.flatMap(p => [
+        ...local(0x20, p),
+        ...local(0x20, p + pointers.length),
+        0x6a,
+        ...local(0x21, p),
+      ]),
+      ...[0x20, 0, 0x41, 1, 0x6b, 0x22, 0, 0x0d, 0, 0x0b, 0x0b], // again while --vectors
+    ];
+    const body = [1, ...leb(locals - parameters), 0x7b, ...loop];
+    return {
+      type: [0x60, parameters, ...Array(parameters).fill(0x7f), 0],
+      code: [...leb(body.length), ...body],
+    };
+  });
+  const name = (text: string): Code => [text.length, ...Buffer.from(text)];
+  const section = (id: number, entries: Code[]): Code => {
+    const content = [...leb(entries.length), ...entries.flat()];
+    return [id, ...leb(content.length), ...content];
+  };
+  const bytes = new Uint8Array([
+    ...[0, 0x61, 0x73, 0x6d, 1, 0, 0, 0],
+    ...section(
+      1,
+      functions.map(f => f.type),
+    ),
+    ...section(2, [[...name('js'), ...name('memory'), 2, 0, 0]]),
+    ...section(
+      3,
+      functions.map((_, i) => leb(i)),
+    ),
+    ...section(
+      7,
+      Object.keys(FORMULAS).map((key, i) => [...name(key), 0, ...leb(i)]),
+    ),
+    ...section(
+      10,
+      functions.map(f => f.code),
+    ),
+  ]);
+  return new WebAssembly.Instance(new WebAssembly.Module(bytes), { js: { memory } }).exports;
 }

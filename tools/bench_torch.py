@@ -1,18 +1,22 @@
-"""Times one training step of the method as its PyTorch original is written; tools/bench.ts runs it beside ours.
+"""Times one training step written as the PyTorch original writes it; tools/bench.ts runs it beside ours.
 
     python tools/bench_torch.py --preset toy --threads 2 --steps 20
-    python tools/bench_torch.py --sizes '{"layers": 1, "dModel": 32, ...}' --batch 16 --seq 32
+    python tools/bench_torch.py --preset stories260K --sizes '{"ciDModel": 64}' --batch 16 --seq 32
     python tools/bench_torch.py --preset pile-4L-block --device cuda --autocast
 
-Written by us in that style: nn.Linear layers replaced by modules that form the delta in every masked forward, two
-backwards for the inner source steps, one for the third source gradient, one for the total, torch.optim.AdamW as it
-comes, fused attention. Weights and tokens are random: the time of a step does not depend on them. Prints one JSON
-line: device, threads, sizes, msPerStep (median), times (ms), peakRssBytes (of the process), baseRssBytes (its peak
-before the model was made: Python and PyTorch themselves) and on CUDA peakCudaBytes.
+Our own code in that style: nn.Linear layers are replaced by modules that form the delta in every masked
+forward; the sources have a backward for each inner step and one more beside the total's;
+torch.optim.AdamW as it comes; fused attention. Weights and tokens are random, since the time of a step
+does not depend on them.
 
---sizes takes a preset's fields, all of them or, beside --preset, some: layers, dModel, heads, kvHeads, mlp, vocab,
-gated (SwiGLU as in llama, else GELU as in llama_simple_mlp), tied, components ({linear layer: C}; layers that are
-not named stay whole), ciDModel, ciNBlocks, ciNHeads, ciMlpHidden, batch, seq.
+Prints one JSON line: torch, device, autocast, threads, sizes, msPerStep (the median), times (all, ms),
+peakRssBytes (of the process), baseRssBytes (its peak before the model was made: Python and PyTorch
+themselves) and on CUDA peakCudaBytes.
+
+--sizes takes a preset's fields, all of them or, beside --preset, some: layers, dModel, heads, kvHeads,
+mlp, vocab, gated (SwiGLU as in llama, else GELU as in llama_simple_mlp), tied, components ({linear
+layer: C}; layers that are not named stay whole), ciDModel, ciNBlocks, ciNHeads, ciMlpHidden, batch,
+seq.
 """
 
 import argparse
@@ -135,7 +139,7 @@ class TargetModel(nn.Module):
 
 
 class ComponentLinear(nn.Module):
-    """Stands in for one nn.Linear. `mask` None: the target's own layer, which notes its input for the CI function."""
+    """Stands in for one nn.Linear. Without a mask it is that layer, noting its input for the CI function."""
 
     def __init__(self, weight: Tensor, C: int):
         super().__init__()

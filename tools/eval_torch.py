@@ -1,11 +1,12 @@
-"""The deterministic evaluation of a finished run, by tools/reference.py: what `eval --run DIR` has to agree with.
+"""The deterministic evaluation of a run by tools/reference.py: what `eval --run DIR` must agree with.
 
     python tools/eval_torch.py --run DIR --eval-data rows.json
 
-Reads DIR/config.json and DIR/components.safetensors, the model they name, and rows of equal length ([[ids], ...]),
-which are evaluated as one batch; prints one JSON object under the original's metric names: L0, KL and CE under the
-ci, unmasked, rounded and zero masks, ce_target, kl_alive, the hidden activations under the CI masks,
-FaithfulnessLoss, and ImportanceMinimalityLoss (p at its end value unless --p says otherwise, R = 1).
+Reads DIR/config.json and DIR/components.safetensors, the model they name, and rows of equal length
+([[ids], ...]), which are evaluated as one batch. Prints one JSON object under the original's metric
+names: L0, KL and CE under the ci, unmasked, rounded and zero masks, ce_target, kl_alive, the hidden
+activations under the CI masks, FaithfulnessLoss, and ImportanceMinimalityLoss (p at its end value
+unless --p says otherwise, R = 1).
 """
 
 import argparse

@@ -1,53 +1,75 @@
-"""Writes tools/fixtures/method/: what PyTorch (tools/reference.py, in float64) says about two tiny random targets.
+"""Writes tools/fixtures/method/: what PyTorch (tools/reference.py, in float64) says about two tiny targets.
 
-    python tools/make_fixtures.py           write the files, after the checks below
-    python tools/make_fixtures.py --check   only the checks: the reference against finite differences, the delta-free
-                                            form and PyTorch's Adam, and how far the same numbers are off in float32
+    python tools/make_fixtures.py           check, then write the files
+    python tools/make_fixtures.py --check   check only
 
-Each of simple_mlp/ (`llama_simple_mlp`: 2 layers, tied, every linear layer decomposed) and llama/ (`llama`: 2
-layers, untied, 4 heads on 2 key-value heads, biases everywhere, half of the linear layers decomposed) is a Hugging
-Face folder (config.json, model.safetensors) with two files more. Neighbouring modules have different C. B = 3,
-S = 7, N = 21 positions, row-major (position n is row n // S, place n % S). Wide tensors hold the modules side by
-side, sorted by path: masks, CI and draws [N, sumC]; delta masks and routes [N, M]; sources [N, sumC + M], the last
-M columns for the deltas. To keep the files small, what is marked * is in simple_mlp/ only.
+The checks: the reference against finite differences, against the delta-free form of the masked forward
+and against PyTorch's Adam; no CI logit near a kink; and, printed, how far the same computation in
+float32 is off.
+
+simple_mlp/ (`llama_simple_mlp`: 2 layers, tied, every linear layer decomposed) and llama/ (`llama`: 2
+layers, untied, 4 heads on 2 key-value heads, biases everywhere, half of the linear layers decomposed)
+are Hugging Face folders (config.json, model.safetensors) with two files more. Neighbouring modules
+differ in C. B = 3, S = 7, N = 21 positions, row-major (position n is row n // S, place n % S). Wide
+tensors hold the modules side by side, sorted by path: masks, CI and draws [N, sumC]; delta masks and
+routes [N, M]; sources [N, sumC + M], the last M columns for the deltas. To keep the files small, what
+is marked * is in simple_mlp/ only.
 
 fixture.json
-  config     the camelCase config of everything below (exceptions are named below)
-  modules    {path: {dIn, dOut, C}} in order
-  tokens     [3][7], of everything but step2;   tokens2 [3][7], of step2
-  p, lr, lrPpgd, t, sourcesT    importance exponent, learning rates; AdamW steps and source steps taken before step1
-  losses     faith, imp (R = 1), imp3 (R = 3, the whole batch), stoch, ppgd at the stored state, without coefficients
-  step1, step2*, accum*         {faith, imp, stoch, ppgd, total, clipNorm}: the losses inside that step (ppgd after
-             its inner source steps) and the norm of all V and U gradients together before clipping
-  warmup     the faithfulness before each of 3 warm-up steps (AdamW on V, U from zero moments, faithfulnessWarmupLr)
-  schedules  [{nSteps, step, mainLr, ppgdLr, p}] under the paper's defaults
-  eval       {metric name: value} on `tokens` at the stored parameters, with p, R = 1
+  config              camelCase; everything below was computed with it, except where said
+  modules             {path: {dIn, dOut, C}} in order
+  tokens, tokens2     [3][7]; tokens2 is for step2, tokens for everything else
+  p, lr, lrPpgd       importance exponent and the two learning rates of the steps
+  t, sourcesT         AdamW steps and source steps taken before step1
+  losses              at the stored state, without coefficients: faith, imp (R = 1), imp3 (R = 3, the
+                      whole batch), stoch, ppgd
+  step1, step2*, accum*  {faith, imp, stoch, ppgd, total, clipNorm}: the losses inside that step (ppgd
+                        after its inner source steps), and the norm of the gradients of all V and U
+                        together before clipping
+  warmup              the faithfulness before each of 3 warm-up steps (AdamW on V, U from zero moments,
+                      lr faithfulnessWarmupLr)
+  schedules           [{nSteps, step, mainLr, ppgdLr, p}] under the paper's defaults
+  eval                {metric name: value} on `tokens` at the stored parameters, with p, R = 1
 
 fixture.safetensors, all float32
-  components.<path>.V [dIn, C], .U [C, dOut], ci_fn.*      the parameters, named as in components.safetensors
-  target/logits [N, vocab]; target/input/<path> [N, dIn]   the target's forward
-  masked/{m, delta, route}  given masks (route is 0 or 1); masked/logits with, masked/logits_unrouted without routes
-  ci/{z, g, g_upper}        [N, sumC]
-  sigmoid/{z, upstream}     [K] hand-picked points, each with an upstream gradient
-  sigmoid/{lower, lower_grad, upper, upper_grad}    value and gradient of both sigmoids there
-  draws/{u [N, sumC], u_delta [N, M], u_route [N, M], u_k [N, 1]}    uniform numbers of the stochastic loss and of
-             step1: m = g + (1-g)u, delta = u_delta, k = 1 + floor(M u_k), routed = the k largest u_route of a row
-  draws/route [N, M]        the routes that follow, 0 or 1;   draws2/* the same of step2
-  sources/{s, m, v}         [N, sumC + M] sources (some exactly 0 or 1) and their moments before step1
-  moments/m/<parameter>, moments/v/<parameter> [1]    AdamW's moments before step1; v is the same for all elements
-  grad/<loss>/<parameter>   of that loss alone, coefficient 1, at the stored parameters, draws and sources (no inner
-             steps). faith: V, U; imp: ci_fn; stoch and ppgd: all; and grad/ppgd/sources [N, sumC + M].
-             They don't add up to the total's ci_fn gradient: the lower-leaky sigmoid's depends on the sum's sign.
-  step1/grad/<parameter>    of the total, before clipping;   step1/source_grad: of ppgd, after the inner steps
-  step1/params/<parameter>, step1/{m, v}/<parameter>*, step1/sources/{s, m, v}
-             after the whole step: 2 inner ascents of the sources, the update, the third ascent
-  step2/params/<parameter>*, step2/sources/s*    after one more step: tokens2, draws2, the same p and rates
-  accum/grad/<parameter>*, accum/sources/s*      step1 again, but with microBatches = 3 (a row each): the averaged
-             gradients before clipping, and the sources after the step
-  warmup/components.<path>.{V, U}    after the 3 warm-up steps
-  eval/pgd_start, eval/pgd_end       [1, sumC + M] PGDReconLoss's shared source before and after its steps
-  The other random metrics take their draws from above: *_stoch_masked draws/{u, u_delta}; *_random_masked masked/m;
-  StochasticHiddenActsReconLoss draws2/{u, u_delta}; StochasticReconSubsetLoss draws2 with its routes.
+  components.<path>.V, .U, ci_fn.*  [dIn, C], [C, dOut]: the parameters, named as in
+                                    components.safetensors
+  target/logits       [N, vocab] of the target's own forward; target/input/<path> [N, dIn], the input of
+                      each module
+  masked/             m, delta, route: given masks (route is 0 or 1); logits, logits_unrouted [N,
+                      vocab]: under them, with and without the routes
+  ci/                 z, g, g_upper [N, sumC]
+  sigmoid/            z, upstream [K]: hand-picked points, each with an upstream gradient; lower,
+                      lower_grad, upper, upper_grad: value and gradient of both sigmoids there
+  draws/              u [N, sumC], u_delta [N, M], u_route [N, M], u_k [N, 1]: the uniform numbers of
+                      the stochastic loss and of step1. m = g + (1-g)u, delta = u_delta, k = 1 + floor(M
+                      u_k), routed are the k largest u_route of a row. route [N, M]: the routes that
+                      follow, 0 or 1
+  draws2/             the same of step2
+  sources/            s, m, v [N, sumC + M]: sources (some exactly 0 or 1) and their moments before
+                      step1
+  moments/            m/<parameter>; v/<parameter> [1]: AdamW's before step1; v is the same for all
+                      elements
+  grad/<loss>/        <parameter>: gradient of that loss alone, coefficient 1, at the stored parameters,
+                      draws and sources (no inner steps). faith has V and U; imp ci_fn; stoch and ppgd
+                      all, and ppgd sources [N, sumC + M]. They do not add up to the total's ci_fn
+                      gradient, because the lower-leaky sigmoid's depends on the sign of the summed
+                      upstream gradient
+  step1/              grad/<parameter>: of the total, before clipping. source_grad: of ppgd, after the
+                      inner steps. After the whole step (2 inner ascents of the sources, the update, the
+                      third ascent): params/<parameter>, m/<parameter>*, v/<parameter>*, sources/s,
+                      sources/m, sources/v
+  step2/*             params/<parameter>, sources/s: after one more step with tokens2, draws2, the same
+                      p and rates
+  accum/*             step1 once more, with microBatches = 3 (a row each): grad/<parameter>, averaged,
+                      before clipping; sources/s after the step
+  warmup/             components.<path>.V, .U after the 3 warm-up steps
+  eval/               pgd_start, pgd_end [1, sumC + M]: PGDReconLoss's shared source before and after
+                      its steps
+
+The other random metrics take their draws from above: *_stoch_masked from draws/u and u_delta,
+*_random_masked its masks from masked/m, StochasticHiddenActsReconLoss draws2/u and u_delta,
+StochasticReconSubsetLoss draws2 with its routes.
 """
 
 import argparse
@@ -167,15 +189,7 @@ def llama_target(random: Random) -> tuple[dict, Params]:
     return config, weights
 
 
-LLAMA_MODULES = (
-    "0.self_attn.q",
-    "0.self_attn.v",
-    "0.mlp.gate",
-    "0.mlp.down",
-    "1.self_attn.k",
-    "1.self_attn.o",
-    "1.mlp.up",
-)
+LLAMA_MODULES = "0.self_attn.q 0.self_attn.v 0.mlp.gate 0.mlp.down 1.self_attn.k 1.self_attn.o 1.mlp.up"
 SIMPLE_MLP_ONLY = ("step1/m", "step1/v", "step2", "accum")
 TARGETS = {
     "simple_mlp": (simple_mlp_target, 1, CONFIG),
@@ -184,11 +198,11 @@ TARGETS = {
 
 
 def choose_modules(target: ref.Target) -> list[ref.Module]:
-    paths = [f"model.layers.{name}_proj" for name in LLAMA_MODULES]
-    if target.type == "llama_simple_mlp":
-        paths = [
-            name.removesuffix(".weight") for name in target.weights if ".attn." in name or ".mlp." in name
-        ]
+    if target.type == "llama":
+        paths = [f"model.layers.{name}_proj" for name in LLAMA_MODULES.split()]
+    else:
+        names = [name for name in target.weights if ".attn." in name or ".mlp." in name]
+        paths = [name.removesuffix(".weight") for name in names]
     return ref.make_modules(target, {path: 2 + (2 * j) % 3 for j, path in enumerate(sorted(paths))})
 
 
@@ -225,8 +239,8 @@ def to_dtype(x, dtype: torch.dtype):
 def make_inputs(d: Decomposition, random: Random) -> Inputs:
     sumC, M = sum(module.C for module in d.modules), len(d.modules)
     params = ref.init_params(d, random.generator)
-    # A fresh CI function answers about 0 everywhere. This one's answers spread over [0, 1] and beyond; every fifth
-    # component is dead and every seventh always on.
+    # A fresh CI function answers about 0 everywhere. This one's answers spread over [0, 1] and beyond; every
+    # fifth component is dead and every seventh always on.
     params["ci_fn.proj_out.weight"] *= 2
     params["ci_fn.proj_out.bias"] += 0.4
     params["ci_fn.proj_out.bias"][::5] -= 8
@@ -389,7 +403,8 @@ def check(d: Decomposition, given: Inputs) -> None:
     distance = min((context.z - kink).abs().min().item() for kink in kinks)
     assert distance > 1e-4, f"a CI logit is within {distance} of a kink: choose another seed"
 
-    # Autograd of the adversarial loss against central differences along random directions of V, U and the sources.
+    # Autograd of the adversarial loss against central differences, along a random direction of each V, of
+    # each U and of the sources.
     leaves = {name: params[name].clone() for name in ref.component_names(params)}
     leaves["sources"] = given.sources.s.clone()
     for t in leaves.values():
@@ -434,31 +449,28 @@ def check(d: Decomposition, given: Inputs) -> None:
     torch.testing.assert_close(step.source_grad, grads[-1], rtol=1e-9, atol=1e-12)
 
 
-def float32_error(
-    d: Decomposition, given: Inputs, tensors: dict[str, Tensor], numbers: dict
-) -> dict[str, float]:
-    """Per group of answers the worst error of the same computation in float32. Of tensors: |error| / max |value|."""
+def float32_error(d: Decomposition, given: Inputs, tensors: dict, numbers: dict) -> dict[str, float]:
+    """Per group of answers the worst relative error of float32; of a tensor, max |error| / max |value|."""
     weights32 = to_dtype(d.target.weights, torch.float32)
     d32 = dataclasses.replace(d, target=dataclasses.replace(d.target, weights=weights32))
     tensors32, numbers32 = answers(d32, to_dtype(given, torch.float32))
     worst = {}
 
-    def note(group: str, error: float) -> None:
-        worst[group] = max(worst.get(group, 0.0), error)
+    def note(group: str, error: float, scale: float) -> None:
+        worst[group] = max(worst.get(group, 0.0), abs(error) / (abs(scale) or 1.0))
 
     for name, true in tensors.items():
-        scale = true.abs().max().clamp(min=1e-30) if true.is_floating_point() else 1
-        error = (tensors32[name].double() - true.double()).abs().max() / scale
-        note(
-            "/".join(
-                name.split("/")[: 2 if name.split("/")[0] in ("grad", "step1", "step2", "accum") else 1]
-            ),
-            error,
-        )
+        first, second, *_ = name.split("/")
+        group = f"{first}/{second}" if first in ("grad", "step1", "step2", "accum") else first
+        error = (tensors32[name].double() - true.double()).abs().max()
+        note(group, error.item(), true.double().abs().max().item())
     for group in ("losses", "step1", "step2", "accum", "eval"):
         for name, true in numbers[group].items():
-            note(f"numbers/{group}", abs(numbers32[group][name] - true) / max(abs(true), 1e-30))
-    return {group: float(error) for group, error in worst.items()}
+            note(f"numbers/{group}", numbers32[group][name] - true, true)
+    return worst
+
+
+# ---- Files ----
 
 
 def camel(name: str) -> str:
@@ -466,50 +478,54 @@ def camel(name: str) -> str:
     return first + "".join(word.capitalize() for word in rest)
 
 
+def make(name: str, only_check: bool) -> None:
+    make_target, seed, cfg = TARGETS[name]
+    folder, random = FOLDER / name, Random(seed)
+    config, weights = make_target(random)
+    if not only_check:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        (folder / "model.safetensors").write_bytes(safetensors.torch.save(weights))
+    target = ref.load_target(folder)
+    d = Decomposition(target, choose_modules(target), cfg)
+    given = make_inputs(d, random)
+    stored = given_tensors(given)
+    d = dataclasses.replace(d, target=ref.load_target(folder, torch.float64))
+    given = to_dtype(given, torch.float64)
+
+    check(d, given)
+    tensors, numbers = answers(d, given)
+    print(f"{name}: checked; worst errors of float32:")
+    for group, error in float32_error(d, given, tensors, numbers).items():
+        print(f"  {group:<20}{error:.1e}")
+    if only_check:
+        return
+
+    stored |= tensors
+    if name != "simple_mlp":
+        stored = {key: t for key, t in stored.items() if not key.startswith(SIMPLE_MLP_ONLY)}
+        numbers = {key: value for key, value in numbers.items() if key not in SIMPLE_MLP_ONLY}
+    stored = {key: t.to(torch.float32).contiguous() for key, t in stored.items()}
+    (folder / "fixture.safetensors").write_bytes(safetensors.torch.save(stored))
+    record = {
+        "config": {camel(key): value for key, value in vars(cfg).items()},
+        "modules": {m.path: {"dIn": m.d_in, "dOut": m.d_out, "C": m.C} for m in d.modules},
+        "tokens": given.tokens.tolist(),
+        "tokens2": given.tokens2.tolist(),
+        **{"p": P, "lr": LR, "lrPpgd": LR_PPGD, "t": T, "sourcesT": SOURCES_T},
+        **numbers,
+        "schedules": schedule_points(),
+    }
+    (folder / "fixture.json").write_text(json.dumps(record, indent=1) + "\n")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Writes tools/fixtures/method from tools/reference.py")
     parser.add_argument("--check", action="store_true", help="only check; write nothing")
-    only_check = parser.parse_args().check
+    args = parser.parse_args()
     torch.set_num_threads(1)
-    for name, (make_target, seed, cfg) in TARGETS.items():
-        folder = FOLDER / name
-        folder.mkdir(parents=True, exist_ok=True)
-        random = Random(seed)
-        config, weights = make_target(random)
-        if not only_check:
-            (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-            (folder / "model.safetensors").write_bytes(safetensors.torch.save(weights))
-        target = ref.load_target(folder)
-        d = Decomposition(target, choose_modules(target), cfg)
-        given = make_inputs(d, random)
-        stored = given_tensors(given)
-        d = dataclasses.replace(d, target=ref.load_target(folder, torch.float64))
-        given = to_dtype(given, torch.float64)
-
-        check(d, given)
-        tensors, numbers = answers(d, given)
-        print(f"{name}: checked; worst errors of float32:")
-        for group, error in float32_error(d, given, tensors, numbers).items():
-            print(f"  {group:<20}{error:.1e}")
-        if only_check:
-            continue
-        stored |= tensors
-        if name != "simple_mlp":
-            stored = {key: t for key, t in stored.items() if not key.startswith(SIMPLE_MLP_ONLY)}
-            numbers = {key: value for key, value in numbers.items() if key not in SIMPLE_MLP_ONLY}
-        stored = {key: t.to(torch.float32).contiguous() for key, t in stored.items()}
-        (folder / "fixture.safetensors").write_bytes(safetensors.torch.save(stored))
-        modules = {m.path: {"dIn": m.d_in, "dOut": m.d_out, "C": m.C} for m in d.modules}
-        record = {
-            "config": {camel(key): value for key, value in vars(cfg).items()},
-            "modules": modules,
-            "tokens": given.tokens.tolist(),
-            "tokens2": given.tokens2.tolist(),
-            **{"p": P, "lr": LR, "lrPpgd": LR_PPGD, "t": T, "sourcesT": SOURCES_T},
-            **numbers,
-            "schedules": schedule_points(),
-        }
-        (folder / "fixture.json").write_text(json.dumps(record, indent=1) + "\n")
+    for name in TARGETS:
+        make(name, args.check)
 
 
 if __name__ == "__main__":

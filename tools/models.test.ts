@@ -140,6 +140,9 @@ test('what a config asks for and is not done is refused by the name of the field
     ['llama', { rms_norm_eps: 'small' }],
     ['llama', { head_dim: 0 }],
     ['mistral', { sliding_window: 'none' }],
+    ['llama_simple_mlp', { rotary_adjacent_pairs: true }],
+    ['llama_simple_mlp', { use_grouped_query_attention: false }],
+    ['llama_simple_mlp', { attention_sinks: true }],
   ];
   for (const [name, change] of notDone)
     refused(name.replace('gpt_neox', 'pythia'), new RegExp(Object.keys(change)[0]!), change);
@@ -153,9 +156,7 @@ test('rotary embeddings that are not done are refused by name', () => {
   }
   refused('llama', /factor/, { rope_scaling: { type: 'linear' } });
   refused('llama3', /low_freq_factor/, { rope_scaling: { rope_type: 'llama3', factor: 2 } });
-  refused('llama3', /high_freq_factor/, {
-    rope_scaling: { rope_type: 'llama3', factor: 2, low_freq_factor: 4, high_freq_factor: 4 },
-  });
+  refused('llama3', /high_freq_factor/, { rope_scaling: { rope_type: 'llama3', factor: 2, low_freq_factor: 1 } });
   refused('llama', /rope_theta/, { rope_theta: 'large' });
   refused('llama', /rope_scaling/, { rope_scaling: 'linear' });
   refused('qwen3', /rope_parameters/, { rope_parameters: { full_attention: { rope_theta: 1e4 } } });

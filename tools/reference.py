@@ -1,13 +1,15 @@
 """The method in plain PyTorch, written as literally as it can be: the referee of nano-param-decomp.ts.
 
-Nothing here is clever. The delta component is formed, every gradient comes from autograd (the lower-leaky
-sigmoid has its hand-made one), AdamW and clipping are PyTorch's own, and no function draws a random number: all
-of them are given. It runs in the dtype of the target's weights; the fixtures are computed in float64.
+Nothing here is clever. The delta component is formed, every gradient comes from autograd (the lower-
+leaky sigmoid has its hand-made one), AdamW and clipping are PyTorch's own, and no loss, step or metric
+draws a random number: they are given. It runs in the dtype of the target's weights; the fixtures are
+computed in float64.
 
-Shapes: B rows, S positions a row, N = B*S positions, M decomposed modules sorted by path, C components of one.
-Tensors over positions are flat. "Wide" tensors hold all modules side by side: CI, masks and draws [N, sumC],
-delta masks and routes [N, M], adversarial sources [N, sumC + M] (the last M columns are the delta sources).
-Parameters are one flat dict: `components.<path>.V` [d_in, C], `.U` [C, d_out], and `ci_fn.*` as nn.Linear's.
+Shapes: B rows, S positions each, N = B*S positions, M decomposed modules sorted by path, C components
+of one. Tensors over positions are flat. "Wide" tensors hold all modules side by side: CI, masks and
+draws [N, sumC], delta masks and routes [N, M], adversarial sources [N, sumC + M] (the last M columns
+are the delta sources). Parameters are one flat dict: `components.<path>.V` [d_in, C], `.U` [C, d_out],
+and `ci_fn.*` laid out as nn.Linear's.
 """
 
 import json
@@ -615,7 +617,7 @@ def hidden_acts_mse(
     d: Decomposition, params: Params, context: Context, masks: Masks, name: str
 ) -> dict[str, float]:
     """Per module, the mean square of (its output in the wholly masked forward − its output in the target
-    forward), bias included: errors of earlier modules count in later ones. total is the mean over all outputs.
+    forward), bias included: errors of earlier modules count in later ones. total: the mean over all outputs.
     """
     outputs = {}
     target_forward(d.target, context.tokens, recording(masked_linear(d, params, masks), outputs=outputs))

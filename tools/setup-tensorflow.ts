@@ -13,7 +13,7 @@
  * CACHE is $NANO_TENSORFLOW_CACHE or ~/.cache/nano-param-decomp. It outlives `npm ci`: run this again after one, it
  * takes seconds. Each of the three folders is made beside its place and renamed: it is whole or not there.
  */
-import { type SpawnOptions, spawn, spawnSync } from 'node:child_process';
+import { type SpawnOptions, spawn } from 'node:child_process';
 import { once } from 'node:events';
 import { existsSync, readdirSync, readFileSync, realpathSync, statfsSync, statSync } from 'node:fs';
 import { cp, mkdir, readFile, rename, rm, writeFile } from 'node:fs/promises';
@@ -82,7 +82,11 @@ async function run(what: string, [program, ...args]: string[], options: SpawnOpt
   interrupt.signal.throwIfAborted();
   // Its own process group: an interrupt reaches us alone, and we end the program together with its children.
   const child = spawn(program!, args, { ...options, stdio: ['ignore', 'pipe', 'pipe'], detached: true });
-  const stop = () => child.exitCode ?? process.kill(-child.pid!);
+  const stop = () => {
+    try {
+      process.kill(-child.pid!);
+    } catch {} // it has ended already
+  };
   interrupt.signal.addEventListener('abort', stop);
   const texts = [child.stdout!, child.stderr!].map(stream => stream.setEncoding('utf8').toArray());
   const [code, signal] = await once(child, 'close');
@@ -119,20 +123,23 @@ function folderSize(folder: string): number {
   return files.reduce((sum, file) => sum + (statSync(file, { throwIfNoEntry: false })?.size ?? 0), 0);
 }
 
-type Tools = ReturnType<typeof findTools>;
+type Tools = Awaited<ReturnType<typeof findTools>>;
 
 /** The programs that an installation needs, or an error that names all that are missing. */
-function findTools() {
+async function findTools() {
   const missing: string[] = [];
-  const find = (name: string, ...commands: string[]) => {
-    const works = ([program, ...args]: string[]) => spawnSync(program!, [...args, '--version']).status === 0;
-    const found = commands.map(command => command.split(' ')).find(works);
-    if (!found) missing.push(name);
-    return found ?? [];
+  const find = async (name: string, ...commands: string[][]) => {
+    for (const command of commands) {
+      const answer = await run(name, [...command, '--version']).catch(() => undefined);
+      interrupt.signal.throwIfAborted();
+      if (answer !== undefined) return command;
+    }
+    missing.push(name);
+    return [];
   };
-  const python = find('Python 3', 'python3', 'python');
-  const pip = find('pip', 'python3 -m pip', 'python -m pip', 'pip3', 'pip');
-  const tools = { python, pip, npm: find('npm', 'npm'), gcc: find('g++', 'g++') };
+  const python = await find('Python 3', ['python3'], ['python']);
+  const pip = await find('pip', ['python3', '-m', 'pip'], ['python', '-m', 'pip'], ['pip3'], ['pip']);
+  const tools = { python, pip, npm: await find('npm', ['npm']), gcc: await find('g++', ['g++']) };
   if (missing.length === 0) return tools;
   const hint = 'Debian, Ubuntu: apt install python3-pip g++; Fedora: dnf install python3-pip gcc-c++';
   throw new SetupError(`missing here: ${missing.join(', ')} (${hint})`);
@@ -254,7 +261,7 @@ async function install(gpu: boolean, version: string): Promise<void> {
   const needsLibrary = !existsSync(library);
   const needsBinding = !existsSync(binding) || !readFileSync(binding).includes(library); // else the cache was moved
   if (needsLibrary || needsBinding) {
-    const tools = findTools();
+    const tools = await findTools();
     if (needsLibrary) await installLibrary(library, `${name}==${version}`, gpu, glibc, tools);
     if (needsBinding) await buildPackage(built, packageVersion, join(library, 'tensorflow'), tools);
   }
@@ -296,7 +303,7 @@ if (process.argv[1] && realpathSync(process.argv[1]) === import.meta.filename) {
   await main().catch(error => {
     const { aborted } = interrupt.signal;
     say(
-      `setup-tensorflow: ${aborted ? 'interrupted; wheels that arrived are kept for the next try' : error.message}`,
+      `setup-tensorflow: ${aborted ? 'interrupted; what is whole so far is kept for the next try' : error.message}`,
     );
     process.exitCode = aborted ? 130 : (error.exitCode ?? 1);
   });
