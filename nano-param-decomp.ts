@@ -223,6 +223,17 @@ export interface Engine {
    */
   compile<F extends Tensors, O extends Tensors>(name: string, fn: (feeds: F) => O): (feeds: F) => Promise<O>;
 }
+/** tf.tidy for an async function: disposes of the tensors made in it. (Jobs run one at a time.) */
+export async function tidyAsync<X>(job: () => Promise<X>): Promise<X> {
+  tf.engine().startScope();
+  try {
+    return await job();
+  } finally {
+    tf.engine().endScope();
+  }
+}
+const numbers = async (t: T): Promise<Float32Array> => (await t.data()) as Float32Array;
+
 /** Right on every engine, and what a traced graph is compared with. */
 const opByOp: Pick<Engine, 'compile'> = { compile: (_name, fn) => async feeds => tf.tidy(() => fn(feeds)) };
 
@@ -1348,19 +1359,16 @@ export interface Masks {
  * Putting Δᵀ in and collecting (x V) U and x Wᵀ gives the same without ever forming Δ:
  *   y = ((x V) ⊙ a) U + s ⊙ (x Wᵀ) + b,   a = r (m − δ),   s = 1 − r (1 − δ).
  */
-export function maskedLinear(
-  { target, modules }: Problem,
-  params: Tensors,
-  { mask, delta, route }: Masks,
-): Linear {
+export function maskedLinear({ target, modules }: Problem, params: Tensors, masked: Masks): Linear {
+  const { mask, delta, route } = masked;
   const index = new Map(modules.map((m, i) => [m.path, i]));
   const columns = (x: T<'N M'>) => tf.split(x, modules.length, 1);
-  const masks = tf.split(
-    mask,
-    modules.map(m => m.C),
-    1,
-  );
-  const [deltas, routes] = [delta && columns(delta), route && columns(route)];
+  const sizes = modules.map(m => m.C);
+  const [masks, deltas, routes] = [
+    tf.split(mask, sizes, 1),
+    delta && columns(delta),
+    route && columns(route),
+  ];
   const own = ownLinear(target);
   return (name, x) => {
     const i = index.get(name);
@@ -1377,12 +1385,14 @@ export function maskedLinear(
 }
 
 /** The target's logits [N, vocab] with its decomposed layers masked. */
-export const maskedLogits = (
+export function maskedLogits(
   problem: Problem,
   params: Tensors,
   tokens: T<'B S'>,
   masks: Masks,
-): T<'N vocab'> => targetForward(problem.target, tokens, maskedLinear(problem, params, masks));
+): T<'N vocab'> {
+  return targetForward(problem.target, tokens, maskedLinear(problem, params, masks));
+}
 
 /** The target's own forward, which everything else is measured against. */
 export interface TargetPass {
@@ -1430,11 +1440,10 @@ export function ciShapes({ modules, config }: Problem): Record<string, number[]>
 }
 
 /** Its input: every module's activation, RMS-normed without a learned scale, side by side. */
-export const ciInput = ({ modules }: Problem, { acts }: TargetPass): T<'N ΣdIn'> =>
-  tf.concat(
-    modules.map(m => rmsNormalize(acts[m.path]!, FLOAT32_EPSILON)),
-    1,
-  );
+export function ciInput({ modules }: Problem, { acts }: TargetPass): T<'N ΣdIn'> {
+  const normed = modules.map(m => rmsNormalize(acts[m.path]!, FLOAT32_EPSILON));
+  return tf.concat(normed, 1);
+}
 
 /** Logits z [N, ΣC] of causal importance. */
 export function ciLogits({ config }: Problem, params: Tensors, input: T<'N ΣdIn'>, S: number): T<'N ΣC'> {
@@ -1446,8 +1455,8 @@ export function ciLogits({ config }: Problem, params: Tensors, input: T<'N ΣdIn
   const B = input.shape[0]! / S;
   const headDim = config.ciDModel / config.ciNHeads;
   const frequencies = Float32Array.from(
-    { length: headDim / 2 },
-    (_, i) => config.ciRopeBase ** ((-2 * i) / headDim),
+    range(0, headDim / 2),
+    i => config.ciRopeBase ** ((-2 * i) / headDim),
   );
   let x: T<'N d'> = linear('proj_in', input);
   for (let i = 0; i < config.ciNBlocks; i++) {
@@ -1706,17 +1715,13 @@ export function lossesAndGradients(
   const names = Object.keys(params).filter(isComponent);
   // total = Σ coefficient × loss, so the coefficients are the upstream gradient of the vector of losses
   const coefficients = tf.tensor1d([config.coeffFaith, config.coeffImp, config.coeffStoch, config.coeffPpgd]);
-  const { value, grads } = tf.valueAndGrads(losses)(
-    [...names.map(n => params[n]!), z, sources.s],
-    coefficients,
-  );
+  const leaves = [...names.map(n => params[n]!), z, sources.s];
+  const { value, grads } = tf.valueAndGrads(losses)(leaves, coefficients);
   const [dz, dSources] = grads.splice(names.length) as [T, T];
   const gradients: Tensors = Object.fromEntries(names.map((n, i) => [n, grads[i]!]));
   const ciNames = Object.keys(params).filter(n => !isComponent(n));
-  const ciGradients = tf.grads(() => ciLogits(problem, params, input, S))(
-    ciNames.map(n => params[n]!),
-    dz,
-  );
+  const ciLeaves = ciNames.map(n => params[n]!);
+  const ciGradients = tf.grads(() => ciLogits(problem, params, input, S))(ciLeaves, dz);
   for (const [i, n] of ciNames.entries()) gradients[n] = ciGradients[i]!;
 
   if (config.coeffPpgd > 0) {
@@ -1772,18 +1777,13 @@ export function applyGradients({ config }: Problem, state: State, gradients: Ten
 /** What a compiled step returns, in order. */
 const STEP_METRICS = [
   ...LOSSES.map(l => `loss/${l}`),
-  'loss/total',
-  'train/l0',
-  'grad_norm/components',
-  'grad_norm/ci',
+  ...['loss/total', 'train/l0', 'grad_norm/components', 'grad_norm/ci'],
 ];
 
 function stepMetrics(config: Config, losses: T, l0: T, norms: { components: T; ci: T }): T {
   const coefficients = [config.coeffFaith, config.coeffImp, config.coeffStoch, config.coeffPpgd];
-  return tf.concat([
-    losses,
-    tf.stack([tf.sum(tf.mul(losses, coefficients)), l0, norms.components, norms.ci]),
-  ]);
+  const total = tf.sum(tf.mul(losses, coefficients));
+  return tf.concat([losses, tf.stack([total, l0, norms.components, norms.ci])]);
 }
 
 /** The feeds of a step that are the same for all of its shards. */
@@ -1797,11 +1797,7 @@ function scheduleFeeds(config: Config, step: number): Omit<StepFeeds, 'tokens' |
  * Compiles the training step: moves the state on and resolves to STEP_METRICS. With microBatches = R > 1 the batch
  * comes in R shards, one after another; each has its own rows of the sources, and their gradients are averaged.
  */
-export function compileStep(
-  engine: Engine,
-  problem: Problem,
-  state: State,
-): (step: number, data: Rows) => Promise<Float32Array> {
+export function compileStep(engine: Engine, problem: Problem, state: State) {
   const { config } = problem;
   const { s, m, v } = state.sources;
   const R = config.microBatches;
@@ -1818,54 +1814,41 @@ export function compileStep(
     const rows = tf.add(tf.range(0, n, 1, 'int32'), tf.mul(index, tf.scalar(n, 'int32'))) as tf.Tensor1D;
     const mine = { s: tf.gather(s, rows), m: tf.gather(m, rows), v: tf.gather(v, rows) };
     const { losses, gradients, sources, l0 } = lossesAndGradients(problem, state.params, mine, feeds);
-    for (const [all, part] of [
-      [s, sources.s],
-      [m, sources.m],
-      [v, sources.v],
-    ] as const) {
+    const put = (all: tf.Variable, part: T) =>
       all.assign(tf.tensorScatterUpdate(all, rows.expandDims(1), part));
-    }
+    put(s, sources.s);
+    put(m, sources.m);
+    put(v, sources.v);
     for (const [name, sum] of Object.entries(state.summed))
       sum.assign(tf.add(sum, tf.div(gradients[name]!, R)));
     return { losses: tf.div(losses, R), l0: tf.div(l0, R) };
   });
   const update = engine.compile(
     'update',
-    ({ losses, l0, ...feeds }: Omit<StepFeeds, 'tokens' | 'key'> & Record<'losses' | 'l0', T>) => {
+    ({ losses, l0, ...feeds }: AdamFeeds & Record<'losses' | 'l0', T>) => {
       const norms = applyGradients(problem, state, state.summed, feeds);
       for (const sum of Object.values(state.summed)) sum.assign(tf.zerosLike(sum));
       return { metrics: stepMetrics(config, losses, l0, norms) };
     },
   );
 
-  return async (step, data) => {
-    const rows = batchIndices(data.count, config.batchSize, step, config.seed);
-    const shared = scheduleFeeds(config, step);
-    const shardFeeds = (r: number) => ({
-      tokens: tokenBatch(data, rows.slice((r * rows.length) / R, ((r + 1) * rows.length) / R)),
-      key: randomKey(config.seed, step * R + r),
-    });
-    const made: Tensors[] = [shared];
-    const keep = <X extends Tensors>(tensors: X): X => {
-      made.push(tensors);
-      return tensors;
-    };
-    let result: { metrics: T };
-    if (R === 1) result = await whole({ ...shared, ...keep(shardFeeds(0)) });
-    else {
-      let sums = keep({ losses: tf.zeros([LOSSES.length]), l0: tf.scalar(0) });
+  return (step: number, data: Rows): Promise<Float32Array> =>
+    tidyAsync(async () => {
+      const rows = batchIndices(data.count, config.batchSize, step, config.seed);
+      const shared = scheduleFeeds(config, step);
+      const feeds = (r: number) => ({
+        ...{ ...shared, key: randomKey(config.seed, step * R + r) },
+        tokens: tokenBatch(data, rows.slice((r * rows.length) / R, ((r + 1) * rows.length) / R)),
+      });
+      if (R === 1) return numbers((await whole(feeds(0))).metrics);
+      let [losses, l0]: [T, T] = [tf.zeros([LOSSES.length]), tf.scalar(0)];
       for (let r = 0; r < R; r++) {
-        const part = keep(
-          await shard({ ...shared, ...keep({ ...shardFeeds(r), index: tf.scalar(r, 'int32') }) }),
-        );
-        sums = keep({ losses: tf.add(sums.losses, part.losses), l0: tf.add(sums.l0, part.l0) });
+        const part = await shard({ ...feeds(r), index: tf.scalar(r, 'int32') });
+        [losses, l0] = [tf.add(losses, part.losses), tf.add(l0, part.l0)];
       }
-      result = await update({ ...shared, ...sums });
-    }
-    const values = (await result.metrics.data()) as Float32Array;
-    tf.dispose([made, result]);
-    return values;
-  };
+      const { lrMain, c1, c2 } = shared;
+      return numbers((await update({ losses, l0, lrMain, c1, c2 })).metrics);
+    });
 }
 
 /** V ~ N(0, 1/dIn), U ~ N(0, 1/C); the CI function as PyTorch's nn.Linear: uniform ±1/√fan_in, biases too. */
@@ -1875,13 +1858,13 @@ export function initialParams(problem: Problem): Params {
   let purpose = PURPOSE.init;
   const draws = (n: number) => uniformArray(n, config.seed, 0, purpose++);
   const normal = (shape: number[], deviation: number) => {
-    const u = draws(2 * tf.util.sizeFromShape(shape)); // Box-Muller
-    const radius = (i: number) => deviation * Math.sqrt(-2 * Math.log(1 - u[2 * i]!));
-    const values = Float32Array.from(
-      { length: u.length / 2 },
-      (_, i) => radius(i) * Math.cos(2 * Math.PI * u[2 * i + 1]!),
+    const [u, w] = [draws(tf.util.sizeFromShape(shape)), draws(tf.util.sizeFromShape(shape))]; // Box-Muller
+    const value = (i: number) =>
+      deviation * Math.sqrt(-2 * Math.log(1 - u[i]!)) * Math.cos(2 * Math.PI * w[i]!);
+    return frozen(
+      u.map((_, i) => value(i)),
+      shape,
     );
-    return frozen(values, shape);
   };
   for (const { path: name, dIn, dOut, C } of modules) {
     params[`components.${name}.V`] = normal([dIn, C], 1 / Math.sqrt(dIn));
@@ -1890,10 +1873,8 @@ export function initialParams(problem: Problem): Params {
   const shapes = ciShapes(problem);
   for (const [name, shape] of Object.entries(shapes)) {
     const bound = 1 / Math.sqrt(shapes[name.replace(/bias$/, 'weight')]![1]!);
-    params[name] = frozen(
-      draws(tf.util.sizeFromShape(shape)).map(u => bound * (2 * u - 1)),
-      shape,
-    );
+    const values = draws(tf.util.sizeFromShape(shape)).map(u => bound * (2 * u - 1));
+    params[name] = frozen(values, shape);
   }
   return params;
 }
@@ -1906,14 +1887,9 @@ const zerosLike = (params: Params): Params =>
 export function initialState({ modules, config }: Problem, params: Params): State {
   const shape = [config.batchSize * config.seqLen, totalC(modules) + modules.length];
   const s = frozen(uniformArray(shape[0]! * shape[1]!, config.seed, 0, PURPOSE.sources), shape);
+  const sources = { s, m: zeros(shape), v: zeros(shape) };
   const summed = config.microBatches > 1 ? zerosLike(params) : {};
-  return {
-    params,
-    m: zerosLike(params),
-    v: zerosLike(params),
-    sources: { s, m: zeros(shape), v: zeros(shape) },
-    summed,
-  };
+  return { params, m: zerosLike(params), v: zerosLike(params), sources, summed };
 }
 
 /** Faithfulness warm-up: AdamW on V and U alone, from moments 0, which it leaves at 0. */
@@ -1923,11 +1899,8 @@ export async function warmUp(
   state: State,
   report: (done: number, loss: number) => void,
 ) {
-  const {
-    faithfulnessWarmupSteps: steps,
-    faithfulnessWarmupLr,
-    faithfulnessWarmupLrFinalFrac,
-  } = problem.config;
+  const { config } = problem;
+  const steps = config.faithfulnessWarmupSteps;
   const names = Object.keys(state.params).filter(isComponent);
   const step = engine.compile('warm-up', (feeds: AdamFeeds) => {
     const loss = () => faithfulnessLoss(problem, state.params);
@@ -1936,15 +1909,11 @@ export async function warmUp(
     return { loss: value };
   });
   for (let i = 0; i < steps; i++) {
-    const lrMain = tf.scalar(faithfulnessWarmupLr * cosine(i, steps, faithfulnessWarmupLrFinalFrac));
-    const feeds = {
-      lrMain,
-      c1: tf.scalar(1 - MAIN_BETAS.beta1 ** (i + 1)),
-      c2: tf.scalar(1 - MAIN_BETAS.beta2 ** (i + 1)),
-    };
-    const { loss } = await step(feeds);
-    report(i + 1, (await loss.data())[0]!);
-    tf.dispose([loss, feeds]);
+    const lr = config.faithfulnessWarmupLr * cosine(i, steps, config.faithfulnessWarmupLrFinalFrac);
+    const [c1, c2] = [1 - MAIN_BETAS.beta1 ** (i + 1), 1 - MAIN_BETAS.beta2 ** (i + 1)];
+    const feeds = () => ({ lrMain: tf.scalar(lr), c1: tf.scalar(c1), c2: tf.scalar(c2) });
+    const [loss] = await tidyAsync(async () => numbers((await step(feeds())).loss));
+    report(i + 1, loss!);
   }
   for (const moment of [...Object.values(state.m), ...Object.values(state.v)]) {
     tf.tidy(() => moment.assign(tf.zeros(moment.shape)));
@@ -2073,13 +2042,11 @@ export function compileEvaluation(engine: Engine, problem: Problem, params: Para
   const hidden = engine.compile('hidden acts', ({ tokens, key }: Record<'tokens' | 'key', T>) =>
     hiddenActsErrors(problem, params, tokens, evaluationDraws(problem, tokens.size, key).subset),
   );
-  const numbers = async (t: T): Promise<Float32Array> => {
-    const values = await t.data();
-    t.dispose();
-    return values as Float32Array;
-  };
 
-  return async (rows: Rows, { step, slow }: { step: number; slow: boolean }): Promise<Evaluation> => {
+  const evaluate = async (
+    rows: Rows,
+    { step, slow }: { step: number; slow: boolean },
+  ): Promise<Evaluation> => {
     const metrics: Metrics = {};
     const [meanCi, active] = [new Float32Array(sumC), new Float32Array(sumC)];
     const p = tf.scalar(schedule(config, Math.min(step, config.nSteps - 1)).p);
@@ -2104,11 +2071,9 @@ export function compileEvaluation(engine: Engine, problem: Problem, params: Para
       let source = tf.tidy(() => uniform([1, sumC + modules.length], key, PURPOSE.pgd));
       for (let i = 0; i <= config.pgdEvalNSteps; i++) {
         const { kl, next } = await pgd({ tokens, source });
-        if (i === config.pgdEvalNSteps) add('loss/PGDReconLoss', (await kl.data())[0]!);
-        tf.dispose([kl, source]);
+        if (i === config.pgdEvalNSteps) add('loss/PGDReconLoss', (await numbers(kl))[0]!);
         source = next;
       }
-      source.dispose();
       for (const [kind, errors] of slow ? Object.entries(await hidden({ tokens, key })) : []) {
         const values = await numbers(errors);
         const total =
@@ -2126,8 +2091,6 @@ export function compileEvaluation(engine: Engine, problem: Problem, params: Para
     for (const { tokens, share } of batches) {
       metrics['eval/ce_kl/kl_alive'] += share * (await numbers((await alive({ tokens, mask })).kl))[0]!;
     }
-    tf.dispose([p, mask, batches.map(b => [b.tokens, b.key])]);
-
     for (const [name, difference] of Object.entries(metrics)) {
       if (!name.includes('ce_difference')) continue;
       metrics[name.replace('difference', 'unrecovered')] =
@@ -2142,6 +2105,7 @@ export function compileEvaluation(engine: Engine, problem: Problem, params: Para
     metrics['eval/n_alive'] = meanCi.reduce((n, ci) => n + Number(ci >= DEAD_BELOW), 0);
     return { metrics, meanCi };
   };
+  return (rows: Rows, options: { step: number; slow: boolean }) => tidyAsync(() => evaluate(rows, options));
 }
 
 // ---- K. Run folder --------------------------------------------------------------------------------------------------
@@ -2964,11 +2928,6 @@ export async function scoreRules(
     const logits = maskedLogits(problem, params, tokens, { mask, delta: tf.ones([1, modules.length]) });
     return { kl: tf.sum(tf.mul(probs, tf.sub(logProbs, tf.logSoftmax(logits))), 1) };
   });
-  const numbers = async (t: T) => {
-    const values = (await t.data()) as Float32Array;
-    t.dispose();
-    return values;
-  };
   const tokens = tokenBatch(rows, range(0, labels.length));
   const active = await numbers((await answers({ tokens })).active); // [N, ΣC]
   const inForce = labels.flat();
@@ -2991,7 +2950,6 @@ export async function scoreRules(
       [1, sumC],
     );
     const kl = await numbers((await without({ tokens, mask })).kl);
-    mask.dispose();
     const mean = (wanted: boolean) => {
       const chosen = kl.filter((_, n) => inForce[n]!.includes(r) === wanted);
       return chosen.reduce((a, b) => a + b, 0) / Math.max(1, chosen.length);
@@ -3010,7 +2968,6 @@ export async function scoreRules(
       ...{ klInForce, klElsewhere, causal: klInForce > 0.1 && klElsewhere < klInForce / 10 },
     });
   }
-  tokens.dispose();
   const meanF1 = scores.reduce((a, s) => a + s.f1, 0) / scores.length;
   const count = (wanted: (s: RuleScore) => boolean) => scores.filter(wanted).length;
   return { rules: scores, meanF1, nF1AtLeast80: count(s => s.f1 >= 0.8), nCausal: count(s => s.causal) };
@@ -3315,7 +3272,7 @@ async function decompose(
     return interrupted;
   }
   const { metrics } = await evaluate(heldOut, { step: c.nSteps, slow: false });
-  const board = labels && (await scoreRules(engine, problem, params, data.heldOut, labels));
+  const board = labels && (await tidyAsync(() => scoreRules(engine, problem, params, data.heldOut, labels)));
   console.log(summary(problem, metrics, board));
   if (c.harvest) await harvestRun(engine, problem, params, data, board);
   console.log(

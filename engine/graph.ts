@@ -492,8 +492,11 @@ export class Graph {
   private check(expected: Expected[], outputs: Outputs): void {
     const wrong = expected.flatMap(({ key, eager, variable, before }) => {
       const actual = this.backend.readSync((variable ?? outputs[key]!).dataId);
-      // a variable is judged by its change, as far as its rounding lets one see that
-      const scale = before ? distance(eager, before) + 1e-3 * distance(eager) : distance(eager);
+      // A variable is judged by its change, as far as its rounding lets one see that; an output may be the small
+      // difference of large numbers, so that numbers below 0.01 are held to an absolute error.
+      const scale = before
+        ? distance(eager, before) + 1e-3 * distance(eager)
+        : distance(eager) + 0.01 * Math.sqrt(eager.length);
       const error = distance(actual, eager) / (scale + 1e-9);
       return error <= this.options.tolerance ? [] : [`${key} by ${error.toPrecision(2)}`];
     });
