@@ -48,16 +48,19 @@ export interface GraphOptions {
   xla?: boolean;
   /** check the first two calls of each function, see above (default true) */
   verify?: boolean;
-  /** allowed relative error of an output or of a variable's change, in the Euclidean norm (default 1e-3) */
+  /** allowed relative error of an output, in the Euclidean norm (default 1e-3); see `check` for variables */
   tolerance?: number;
   log?: (line: string) => void;
 }
-/** What a function became: calls recorded, nodes without duplicates and dead ones, and their number by op. */
+/**
+ * What a function became: calls recorded, and nodes without duplicates and dead ones. `byOp` tells where the time goes:
+ * the nodes of each op, and how long their calls took when they were recorded (on a CPU; a GPU works behind).
+ */
 export interface FunctionStats {
   name: string;
   ops: number;
   nodes: number;
-  byOp: Record<string, number>;
+  byOp: Record<string, { nodes: number; ms: number }>;
 }
 
 const MAX_CONST_BYTES = 2 ** 20;
@@ -145,12 +148,13 @@ interface Value {
 interface Recorded extends Node {
   key: string; // op, inputs and attributes: what has the same key has the same value
   constant?: Values | undefined; // of a Const
+  ms?: number; // what the call took
 }
 /** A recorded function, ready to be loaded and run. */
 interface Compiled {
   prefix: string;
   ops: number;
-  nodes: Node[];
+  nodes: Recorded[];
   feeds: string; // names of the placeholders, by the feeds' sorted keys
   fetches: string; // names of the outputs, and of what waits for the assignments
   outputs: string[]; // the outputs' keys
@@ -197,8 +201,9 @@ class Trace {
     };
     const executeOp: Binding['executeOp'] = (op, attrs, ids, count) => {
       if (STATEFUL.test(op)) throw new Error(`${op} has hidden state: use a random op keyed by a fed seed`);
+      const start = performance.now();
       const outputs = this.binding.executeOp(op, attrs, ids, count);
-      this.record(op, attrs, ids, outputs);
+      this.record(op, attrs, ids, outputs, performance.now() - start);
       return outputs;
     };
     return Object.create(this.binding, {
@@ -207,7 +212,7 @@ class Trace {
     });
   }
 
-  private record(op: string, attrs: Attr[], ids: number[], outputs: Meta[]): void {
+  private record(op: string, attrs: Attr[], ids: number[], outputs: Meta[], ms: number): void {
     this.ops++;
     const inputs = ids.map(id => this.value(id, op));
     const [x, y] = [inputs[0], outputs[0]];
@@ -218,7 +223,9 @@ class Trace {
     // XLA's generator would draw other bits for a seed, so stateless random ops stay TensorFlow's
     const xla = { name: '_XlaCompile', type: AttrType.bool, value: !op.startsWith('Stateless') };
     const refs = inputs.map(({ ref }) => ref);
-    const { name } = this.add(op, refs, this.xla ? [...attrs, xla] : attrs);
+    const node = this.add(op, refs, this.xla ? [...attrs, xla] : attrs);
+    const { name } = node;
+    node.ms ??= ms;
     const varies = inputs.some(input => input.varies);
     outputs.forEach(({ id, shape, dtype }, k) => {
       this.values.set(id, { ref: k ? `${name}:${k}` : name, varies, shape, dtype });
@@ -524,8 +531,12 @@ export class Graph {
     }
     this.loaded = slots;
     this.functions.push(compiled);
-    const byOp: Record<string, number> = {};
-    for (const { op } of compiled.nodes) byOp[op] = (byOp[op] ?? 0) + 1;
+    const byOp: FunctionStats['byOp'] = {};
+    for (const { op, ms = 0 } of compiled.nodes) {
+      const sum = (byOp[op] ??= { nodes: 0, ms: 0 });
+      sum.nodes++;
+      sum.ms += ms;
+    }
     const loadMs = performance.now() - start;
     const [ops, nodes] = [compiled.ops, compiled.nodes.length];
     this.stats.functions.push({ name, ops, nodes, byOp });

@@ -53,7 +53,9 @@ export async function loadTensorFlow(
   } catch (error) {
     const { message, code } = error as NodeJS.ErrnoException;
     const missing = code?.endsWith('MODULE_NOT_FOUND') && message.includes(name);
-    const problem = missing ? 'is not installed' : `does not load (${message.split('\n')[0]})`;
+    const problem = missing
+      ? 'is not installed'
+      : `does not load (${message.split('\n')[0]!.replace(/[. ]+$/, '')})`;
     throw new Error(`TensorFlow ${problem}: run \`npm run tensorflow\``, { cause: error });
   } finally {
     process.argv = argv;

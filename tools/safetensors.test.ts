@@ -7,7 +7,7 @@ import fs from 'node:fs';
 import os from 'node:os';
 import path from 'node:path';
 import { after, test } from 'node:test';
-import { openSafetensors, UsageError, writeSafetensors } from '/tmp/drafts/safetensors.ts';
+import { openSafetensors, UsageError, writeSafetensors } from '../nano-param-decomp.ts';
 
 const fixtures = path.join(import.meta.dirname, 'fixtures/safetensors');
 const folder = fs.mkdtempSync(path.join(os.tmpdir(), 'safetensors-'));
