@@ -144,7 +144,7 @@ const GROUPS = {
     engine: text('auto', 'auto: TensorFlow if it loads, else WASM', 'auto tensorflow webgpu wasm'),
     precision: text('auto', 'of matrix products; auto: tf32 on CUDA, else float32', 'auto float32 tf32 bf16'),
     graph: flag(true, 'trace the step into a TensorFlow graph (--no-graph runs it op by op)'),
-    xla: text('auto', 'compile the graph with XLA; auto: where it was measured to pay', 'auto on off'),
+    xla: text('auto', 'compile the graph with XLA; auto: off, it was not measured to pay', 'auto on off'),
     threads: int(0, 'threads of the TensorFlow CPU engine; 0 = all cores', 0, 1024),
   },
 };
@@ -285,7 +285,6 @@ async function startTensorFlow({ precision, graph, xla, threads }: EngineOptions
   const compiled = graph && xla === 'on';
   const products = precision === 'auto' ? {} : { precision: precision as 'float32' | 'tf32' | 'bf16' };
   const { version, gpu } = await loadTensorFlow({
-    xla: compiled,
     ...products,
     ...(threads > 0 ? { threads } : {}),
   });
@@ -3411,8 +3410,8 @@ export async function main(argv: string[]): Promise<number> {
   } catch (error) {
     return refuse(`${(error as Error).message.split('. To specify')[0]} (--help lists the flags)`);
   }
-  if (flags.help) return (console.log(help()), 0);
-  if (flags.version) return (console.log(VERSION), 0);
+  if (flags.help) return console.log(help()), 0;
+  if (flags.version) return console.log(VERSION), 0;
   const changes: Partial<Config> = {};
   for (const [name, { value }] of Object.entries(FIELDS)) {
     const raw = typeof value === 'boolean' ? flags[`no-${kebab(name)}`] && false : flags[kebab(name)];

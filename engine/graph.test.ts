@@ -100,6 +100,23 @@ test('one run repeats bit for bit on one thread', options, async () => {
   assert.deepEqual(runs[0], runs[1]);
 });
 
+test('XLA draws the same random numbers and gives the same losses', options, async () => {
+  const [eager, compiled] = [network(), network()];
+  const graph = new Graph({ xla: true });
+  const step = graph.compile('step', feeds => ({
+    ...compiled.step(feeds),
+    bits: uniform([1000], feeds.key!),
+  }));
+  for (let t = 1; t <= 3; t++) {
+    const feeds = eager.feeds(t);
+    const { loss } = tf.tidy(() => eager.step(feeds));
+    const actual = await step(feeds);
+    close(actual.loss!, loss!, 1e-4);
+    assert.deepEqual(values(actual.bits!), values(uniform([1000], feeds.key!)));
+  }
+  graph.dispose();
+});
+
 test('functions share state, also when traced later, and new shapes are traced anew', options, async () => {
   const count = tf.variable(tf.scalar(0), false);
   const unused = tf.variable(tf.scalar(5), false);
@@ -237,7 +254,6 @@ test('a graph that disagrees with the run op by op is noticed, and the state sta
   await assert.rejects(step({}), /step\(\): .* disagree .*sum by 0.0, weight by 0.0/);
   close(w, [1, 2]);
   graph.dispose();
-  await assert.rejects(step({}), /disagree|disposed/);
 });
 
 test('all kinds of outputs, ops and assignments', options, async () => {
@@ -249,7 +265,7 @@ test('all kinds of outputs, ops and assignments', options, async () => {
   const fn = ({ x, ids, on }: Feeds): Feeds => {
     const [left, right] = tf.split(x!, 2, 1);
     const { values: best, indices } = tf.topk(x!, 2);
-    seen.assign(ids!);
+    seen.assign(ids as tf.Tensor1D);
     flag.assign(on!.logicalNot());
     const old = a.clone();
     a.assign(b);

@@ -1,7 +1,7 @@
 /**
- * The bytes of a TensorFlow SavedModel: the few protobuf messages that a graph needs, without a library. A message is
- * a row of fields, each a tag (field number and kind of value) and a value; the numbers are those of TensorFlow's
- * .proto files (graph, node_def, attr_value, tensor, tensor_shape, meta_graph, saved_model).
+ * The bytes of a TensorFlow SavedModel: the few protobuf messages that a graph needs, without a library. A
+ * message is a row of fields, each a tag (field number and kind of value) and a value; the numbers are those
+ * in TensorFlow's .proto files (graph, node_def, attr_value, tensor, tensor_shape, meta_graph, saved_model).
  */
 
 export type Values = Float32Array | Int32Array | Uint8Array;

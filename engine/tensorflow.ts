@@ -11,8 +11,6 @@ export interface TensorFlowOptions {
   threads?: number;
   /** of matrix products on CUDA: float32 turns TF32 off; bf16 also needs a call of `useBf16Products` */
   precision?: 'float32' | 'tf32' | 'bf16';
-  /** compile graphs (not single ops) with XLA */
-  xla?: boolean;
 }
 
 /** The part of tfjs-node that is used here. Its own types can't be: the package is optional. */
@@ -34,14 +32,13 @@ interface Backend {
 export async function loadTensorFlow(
   options: TensorFlowOptions = {},
 ): Promise<{ version: string; gpu: boolean }> {
-  const { threads, precision, xla } = options;
+  const { threads, precision } = options;
   const { env } = process;
   env.TF_CPP_MIN_LOG_LEVEL ??= '2'; // errors only
   env.TF_ENABLE_ONEDNN_OPTS ??= '0'; // its ops double a step's time at small sizes
   env.TF_FORCE_GPU_ALLOW_GROWTH ??= 'true'; // else it takes the whole GPU at once
   if (threads !== undefined) env.TF_NUM_INTRAOP_THREADS = env.TF_NUM_INTEROP_THREADS = String(threads);
   if (precision === 'float32') env.NVIDIA_TF32_OVERRIDE = '0';
-  if (xla) env.TF_XLA_FLAGS = `${env.TF_XLA_FLAGS ?? ''} --tf_xla_auto_jit=2 --tf_xla_cpu_global_jit`.trim();
   // tfjs-node calls these two: gone in Node 23, and Node 22 warns at each first call
   Object.assign(util, { isArray: Array.isArray, isNullOrUndefined: (value: unknown) => value == null });
 

@@ -4,20 +4,16 @@
  *   const { version, simd } = await loadWasm(); // the backend, from node_modules, no network
  *   fastWasmKernels(); //                          replaces its slow kernels, for the whole process
  *
- * The stock backend is quick where XNNPACK does the work (plain matrix products, + - * /, clip, sigmoid, softmax)
- * and 5 to 500 times slower than memory in many other places; each kernel below says why. They are registered
- * under the same names, so TFJS's ops and its own gradients use them as they are. A case that a replacement does
- * not cover (other dtypes, rare broadcasts, empty tensors) goes to the kernel it replaced.
- *
- *   A. Loading   B. Copies   C. Matrix products   D. Sums   E. Cutting and joining   F. Repeating and picking
- *   G. Elementwise formulas, compiled to SIMD
+ * The stock backend is quick where XNNPACK does the work (plain matrix products, + - * /, clip, sigmoid, softmax,
+ * pooling) and 5 to 500 times slower than memory in many other places; each kernel below says why. They are
+ * registered under the same names, so TFJS's ops and its own gradients use them as they are. A case that a
+ * replacement does not cover (other dtypes, rare broadcasts, empty tensors) goes to the kernel it replaced.
  */
 import { createRequire } from 'node:module';
 import { dirname, sep } from 'node:path';
 import * as tf from '@tensorflow/tfjs';
 import type { BackendWasm } from '@tensorflow/tfjs-backend-wasm';
-
-// ---- A. Loading ----
+import { compileFormulas, FORMULAS } from './simd.ts';
 
 /** Loads the backend (SIMD where the machine has it, no threads under Node) and makes it the current one. */
 export async function loadWasm(): Promise<{ version: string; simd: boolean }> {
@@ -55,12 +51,15 @@ interface Attrs {
   batchDims: number;
   begin: number[];
   dtype: tf.DataType;
+  filterSize: number[];
   keepDims: boolean;
   numOrSizeSplits: number | number[];
   numSegments: number;
+  pad: 'valid';
   perm: number[];
   reps: number[];
   size: number[];
+  strides: number;
   transposeA: boolean;
   transposeB: boolean;
 }
@@ -100,18 +99,20 @@ export function fastWasmKernels(): void {
   const address = (x: Info) => backend.getMemoryOffset(x.dataId);
   const values = (x: Info) => backend.typedArrayFromHeap(x);
   const drop = (x: Info) => backend.disposeData(x.dataId);
+  /** x's data under another shape, for the time of a kernel */
+  const view = (x: Info, shape: number[]): Info => ({ dataId: x.dataId, shape, dtype: x.dtype });
 
-  // ---- B. Copies that need not be: the tape clones each tensor it saves, and gradients cast all they touch ----
+  // ---- Copies that need not be: the tape clones each tensor it saves, and gradients cast all they touch ----
 
-  /** The same data once more: one more reference to it is counted. */
+  /** x's data as an output: one more reference to it is counted. */
   const alias = (x: Info): Info => {
     backend.incRef(x.dataId);
-    return { dataId: x.dataId, shape: x.shape, dtype: x.dtype };
+    return view(x, x.shape);
   };
   replace('Identity', ({ x }, _, stock) => (x.dtype === 'string' ? stock() : alias(x)));
   replace('Cast', ({ x }, { dtype }, stock) => (x.dtype === dtype ? alias(x) : stock()));
 
-  // ---- C. Matrix products: a transposed operand or a batch goes through plain loops, 15 times slower ----
+  // ---- Matrix products: a transposed operand or a batch goes through plain loops, 15 times slower ----
 
   const transpose = stockOf('Transpose');
   /** x [..., rows, cols] -> [..., cols, rows] */
@@ -120,12 +121,12 @@ export function fastWasmKernels(): void {
     const batch = x.shape.slice(0, -2);
     const n = sizeOf(batch);
     let out: Info;
-    if (rows % 128) out = transpose({ x: { ...x, shape: [n, rows, cols] } }, { perm: [0, 2, 1] });
+    if (rows % 128) out = transpose({ x: view(x, [n, rows, cols]) }, { perm: [0, 2, 1] });
     else {
       // The stock kernel writes each input row to places that are a multiple of 512 bytes apart and so evict each
       // other from the cache (10 times slower). Instead: transpose blocks of 32 rows, then move their rows.
-      const blocks = transpose({ x: { ...x, shape: [(n * rows) / 32, 32, cols] } }, { perm: [0, 2, 1] });
-      out = transpose({ x: { ...blocks, shape: [n, rows / 32, cols, 32] } }, { perm: [0, 2, 1, 3] });
+      const blocks = transpose({ x: view(x, [(n * rows) / 32, 32, cols]) }, { perm: [0, 2, 1] });
+      out = transpose({ x: view(blocks, [n, rows / 32, cols, 32]) }, { perm: [0, 2, 1, 3] });
       drop(blocks);
     }
     out.shape = [...batch, cols, rows];
@@ -176,51 +177,39 @@ export function fastWasmKernels(): void {
     return out;
   });
 
-  // ---- D. Sums: over leading axes the stock kernel transposes first ----
+  // ---- Sums over leading axes: the stock kernels transpose first. XNNPACK's mean pooling needs not ----
 
-  replace('Sum', ({ x }, { axis, keepDims }, stock) => {
-    const axes = tf.util.parseAxisParam(axis, x.shape);
-    if (!isFloat(x) || axes.length === x.shape.length || !axes.every((a, i) => a === i)) return stock();
-    const rest = x.shape.slice(axes.length);
-    const out = output(keepDims ? [...axes.map(() => 1), ...rest] : rest);
-    const [from, cols] = [values(x), sizeOf(rest)];
-    const sums = new Float64Array(cols);
-    let i = 0;
-    for (
-      ;
-      i + 4 * cols <= from.length;
-      i += 4 * cols // four rows at a time: fewer trips to `sums`
-    )
-      for (let j = 0, k = i; j < cols; j++, k++)
-        sums[j]! += from[k]! + from[k + cols]! + from[k + 2 * cols]! + from[k + 3 * cols]!;
-    for (let j = 0; i < from.length; i++, j = (j + 1) % cols) sums[j]! += from[i]!;
-    values(out).set(sums);
-    return out;
-  });
+  const averagePool = stockOf('AvgPool');
+  for (const name of ['Sum', 'Mean'])
+    replace(name, ({ x }, { axis, keepDims }, stock) => {
+      const axes = tf.util.parseAxisParam(axis, x.shape);
+      const rest = x.shape.slice(axes.length);
+      const [cols, rows] = [sizeOf(rest), sizeOf(x.shape) / sizeOf(rest)];
+      if (!isFloat(x) || rows === 1 || !rest.length || !axes.every((a, i) => a === i)) return stock();
+      const image = view(x, [1, rows, 1, cols]);
+      const out = averagePool({ x: image }, { filterSize: [rows, 1], strides: 1, pad: 'valid' });
+      const means = values(out);
+      if (name === 'Sum') for (let i = 0; i < cols; i++) means[i]! *= rows;
+      out.shape = keepDims ? [...axes.map(() => 1), ...rest] : rest;
+      return out;
+    });
 
-  // ---- E. Cutting and joining: the stock Slice copies its whole input first, and a split is many slices ----
+  // ---- Cutting and joining: the stock Slice copies its whole input first, and a split is many slices ----
 
-  /** Copies `rows` runs of `width` 4-byte elements; places and strides are counted in elements. */
-  const copyRows = (
-    rows: number,
-    width: number,
-    from: number,
-    fromStride: number,
-    to: number,
-    toStride: number,
-  ) => {
+  const place = (x: Info) => address(x) >>> 2;
+  /** Copies `rows` runs of `width` 4-byte elements; places and steps are counted in elements. */
+  const copyRows = (rows: number, width: number, from: number, step: number, to: number, toStep: number) => {
     const heap = wasm.HEAP32;
-    for (let r = 0; r < rows; r++, from += fromStride, to += toStride)
+    for (let r = 0; r < rows; r++, from += step, to += toStep)
       if (width > 16) heap.copyWithin(to, from, from + width);
       else for (let i = 0; i < width; i++) heap[to + i] = heap[from + i]!;
   };
-  const place = (x: Info) => address(x) >>> 2;
   /** x[..., begin : begin + size, ...] on one axis */
   const piece = (x: Info, axis: number, begin: number, size: number): Info => {
-    const inner = sizeOf(x.shape.slice(axis + 1));
+    const [outer, inner] = [sizeOf(x.shape.slice(0, axis)), sizeOf(x.shape.slice(axis + 1))];
     const out = output(x.shape.with(axis, size), x.dtype);
-    const outer = sizeOf(x.shape.slice(0, axis));
-    copyRows(outer, size * inner, place(x) + begin * inner, x.shape[axis]! * inner, place(out), size * inner);
+    const [from, step, width] = [place(x) + begin * inner, x.shape[axis]! * inner, size * inner];
+    copyRows(outer, width, from, step, place(out), width);
     return out;
   };
   replace('Slice', ({ x }, { begin, size }, stock) => {
@@ -253,7 +242,7 @@ export function fastWasmKernels(): void {
     return out;
   });
 
-  // ---- F. Repeating and picking ----
+  // ---- Repeating and picking ----
 
   // the stock kernel finds each element's source by divisions, 40 ns each; tf.where and tf.broadcastTo tile
   replace('Tile', ({ x }, { reps }, stock) => {
@@ -274,19 +263,13 @@ export function fastWasmKernels(): void {
   replace('GatherV2', ({ x, indices }, attrs, stock) => {
     const axis = tf.util.parseAxisParam(attrs.axis, x.shape)[0]!;
     const [outer, length, inner] = [x.shape.slice(0, axis), x.shape[axis]!, x.shape.slice(axis + 1)];
-    if (!isWide(x, indices) || attrs.batchDims || values(indices).some(i => i < 0 || i >= length))
-      return stock();
+    const outside = (i: number) => i < 0 || i >= length; // the stock kernel throws the error
+    if (!isWide(x, indices) || attrs.batchDims || values(indices).some(outside)) return stock();
     const out = output([...outer, ...indices.shape, ...inner], x.dtype);
-    const [picks, rows, width] = [values(indices), sizeOf(outer), sizeOf(inner)];
+    const [picks, width, rows] = [values(indices), sizeOf(inner), sizeOf(outer)];
+    const [from, to, step, toStep] = [place(x), place(out), length * width, picks.length * width];
     for (const [i, pick] of picks.entries())
-      copyRows(
-        rows,
-        width,
-        place(x) + pick * width,
-        length * width,
-        place(out) + i * width,
-        picks.length * width,
-      );
+      copyRows(rows, width, from + pick * width, step, to + i * width, toStep);
     return out;
   });
   // not in the stock backend at all; tf.gather's gradient needs it
@@ -300,216 +283,34 @@ export function fastWasmKernels(): void {
     return out;
   });
 
-  // ---- G. Elementwise formulas: the stock kernels call a function for each element, 3 to 14 ns each ----
+  // ---- Elementwise formulas: the stock kernels make a call for each element ----
 
-  const compiled = compile(wasm.asm.memory);
+  if (!tf.env().getBool('WASM_HAS_SIMD_SUPPORT')) return;
+  const compiled = compileFormulas(wasm.asm.memory);
   const copies = wasm._malloc(32) >>> 0; // for single values that meet whole tensors: four copies of each
   for (const [name, { takes, gives }] of Object.entries(FORMULAS))
     replace(name, (inputs, _, stock) => {
       const xs = Object.values(inputs);
       const shape = xs.map(x => x.shape).reduce(tf.broadcast_util.assertAndGetBroadcastShape);
       const n = sizeOf(shape);
-      const isSingle = (x: Info) => x.dtype === 'float32' && sizeOf(x.shape) === 1;
-      const fits = xs.every((x, i) => x.dtype === takes[i] && (sizeOf(x.shape) === n || isSingle(x)));
-      if (n < 4 || !fits) return stock();
-      if (name === 'Pow' && Number.isInteger(values(xs[1]!)[0])) return stock(); // it has powers of negative numbers
+      const single = (x: Info) => x.dtype === 'float32' && sizeOf(x.shape) === 1;
+      const fit = xs.every((x, i) => x.dtype === takes[i] && (sizeOf(x.shape) === n || single(x)));
+      if (n < 4 || !fit) return stock();
+      // whole powers have negative bases too
+      if (name === 'Pow' && !(single(xs[1]!) && values(xs[1]!)[0]! % 1)) return stock();
       const out = output(shape, gives);
       const operands = [out, ...xs].map((x, i) => {
-        const lane = sizeOf(x.shape) < n ? 0 : x.dtype === 'bool' ? 1 : 4; // bytes from one element to the next
-        const start = lane ? address(x) : copies + 16 * (i - 1);
-        if (!lane) wasm.HEAP32.fill(wasm.HEAP32[place(x)]!, start >>> 2, (start >>> 2) + 4);
-        return { start, lane };
+        const width = sizeOf(x.shape) < n ? 0 : x.dtype === 'bool' ? 1 : 4; // bytes to the next element
+        const start = width ? address(x) : copies + 16 * (i - 1);
+        if (!width) wasm.HEAP32.fill(wasm.HEAP32[place(x)]!, start >>> 2, (start >>> 2) + 4);
+        return { start, width };
       });
-      const run = (from: number, vectors: number) =>
-        compiled[name]!(
-          vectors,
-          ...operands.map(o => o.start + from * o.lane),
-          ...operands.map(o => 4 * o.lane),
-        );
+      const run = (from: number, vectors: number) => {
+        const starts = operands.map(({ start, width }) => start + from * width);
+        compiled[name]!(vectors, ...starts, ...operands.map(({ width }) => 4 * width));
+      };
       run(0, n >> 2);
-      if (n % 4) run(n - 4, 1); // the last few elements, with their neighbours once more
+      if (n % 4) run(n - 4, 1); // the last one to three, with their neighbours once more
       return out;
     });
-}
-
-/** The instructions that leave one vector of four lanes on the stack. */
-type Code = number[];
-interface Formula {
-  takes: tf.DataType[];
-  gives: tf.DataType;
-  code: (...inputs: Code[]) => Code;
-}
-const unary = (code: (x: Code) => Code): Formula => ({ takes: ['float32'], gives: 'float32', code });
-const binary = (code: (a: Code, b: Code) => Code, gives: tf.DataType = 'float32'): Formula => ({
-  takes: ['float32', 'float32'],
-  gives,
-  code: code as Formula['code'],
-});
-
-/** A number that is not negative, seven bits to a byte. */
-const leb = (n: number): Code => (n < 64 ? [n] : [(n & 127) | 128, ...leb(n >>> 7)]);
-const op =
-  (opcode: number) =>
-  (...operands: Code[]): Code => [...operands.flat(), 0xfd, ...leb(opcode)];
-const [add, sub, mul, div, sqrt, abs] = [op(0xe4), op(0xe5), op(0xe6), op(0xe7), op(0xe3), op(0xe0)];
-const [max, min, pmin, pmax] = [op(0xe9), op(0xe8), op(0xea), op(0xeb)]; // pmin(x, c), pmax(x, c) leave NaN as it is
-const [equal, less, greater, lessEqual, greaterEqual] = [op(0x41), op(0x43), op(0x44), op(0x45), op(0x46)];
-const [and, or, not, choose] = [op(0x4e), op(0x50), op(0x4d), op(0x52)]; // choose(yes, no, mask)
-const [toFloat, addBits, subBits] = [op(0xfa), op(0xae), op(0xb1)];
-const shiftLeft = (x: Code, by: number) => op(0xab)(x, [0x41, by]);
-const shiftRight = (x: Code, by: number) => op(0xac)(x, [0x41, by]);
-const bits = (n: number): Code => [0x41, ...leb(n), 0xfd, 0x11];
-const num = (x: number): Code => [0x43, ...new Uint8Array(new Float32Array([x]).buffer), 0xfd, 0x13];
-
-let locals = 0; // of the function being compiled
-/** let v = value in body(v) */
-const using = (value: Code, body: (v: Code) => Code): Code => {
-  const v = leb(locals++);
-  return [...value, 0x21, ...v, ...body([0x20, ...v])];
-};
-/** c₀ + c₁x + c₂x² + ... */
-const polynomial = (x: Code, cs: number[]): Code =>
-  cs.slice(0, -1).reduceRight((sum, c) => add(num(c), mul(x, sum)), num(cs.at(-1)!));
-
-/** eˣ = 2ⁿ eʳ with n = round(x / ln 2), |r| < 0.35; ln 2 in two parts, so that n ln 2 is exact. 0 below e⁻⁸⁷. */
-const exp = (x: Code): Code =>
-  using(pmax(pmin(x, num(89)), num(-88)), y =>
-    // adding 1.5 2²³ leaves n in the lowest bits; from there it goes into the exponent
-    using(add(mul(y, num(Math.LOG2E)), num(1.5 * 2 ** 23)), shifted =>
-      using(sub(shifted, num(1.5 * 2 ** 23)), n =>
-        using(sub(sub(y, mul(n, num(0.693359375))), mul(n, num(Math.LN2 - 0.693359375))), r =>
-          mul(
-            polynomial(r, [1, 1, 1 / 2, 1 / 6, 1 / 24, 1 / 120, 1 / 720]),
-            addBits(shiftLeft(shifted, 23), bits(0x3f800000)),
-          ),
-        ),
-      ),
-    ),
-  );
-/** ln x = e ln 2 + ln m with m in [√½, √2), and ln m = 2 artanh((m − 1) / (m + 1)). */
-const log = (x: Code): Code =>
-  using(shiftRight(subBits(x, bits(0x3f3504f3)), 23), e =>
-    using(subBits(x, shiftLeft(e, 23)), m =>
-      using(div(sub(m, num(1)), add(m, num(1))), s =>
-        using(mul(s, s), q => {
-          const finite = add(
-            mul(toFloat(e), num(Math.LN2)),
-            mul(s, polynomial(q, [2, 2 / 3, 2 / 5, 2 / 7, 2 / 9])),
-          );
-          const orInfinite = sub(
-            add(finite, and(x, equal(x, num(Infinity)))),
-            and(num(Infinity), equal(x, num(0))),
-          );
-          return or(orInfinite, not(greaterEqual(x, num(0)))); // all bits set is NaN
-        }),
-      ),
-    ),
-  );
-/** Abramowitz and Stegun 7.1.26, as in the stock kernel: within 1.5e-7; odd, so computed for |x|. */
-const erf = (x: Code): Code =>
-  using(abs(x), z =>
-    using(div(num(1), add(num(1), mul(z, num(0.3275911)))), t => {
-      const p = polynomial(t, [0, 0.254829592, -0.284496736, 1.421413741, -1.453152027, 1.061405429]);
-      return or(sub(num(1), mul(p, exp(sub(num(0), mul(z, z))))), and(x, num(-0)));
-    }),
-  );
-/** (e²ˣ − 1) / (e²ˣ + 1), and near 0, where that cancels, its series */
-const tanh = (x: Code): Code =>
-  using(exp(mul(pmin(x, num(20)), num(2))), e =>
-    using(mul(x, x), q => {
-      const series = mul(x, polynomial(q, [1, -1 / 3, 2 / 15, -17 / 315]));
-      return choose(series, div(sub(e, num(1)), add(e, num(1))), less(q, num(0.04)));
-    }),
-  );
-
-const FORMULAS: Record<string, Formula> = {
-  Exp: unary(exp),
-  Log: unary(log),
-  Erf: unary(erf),
-  Tanh: unary(tanh),
-  Sqrt: unary(sqrt),
-  Rsqrt: unary(x => div(num(1), sqrt(x))),
-  Pow: binary((x, p) => exp(mul(p, log(x)))),
-  Maximum: binary(max),
-  Minimum: binary(min),
-  Equal: binary(equal, 'bool'),
-  Less: binary(less, 'bool'),
-  LessEqual: binary(lessEqual, 'bool'),
-  Greater: binary(greater, 'bool'),
-  GreaterEqual: binary(greaterEqual, 'bool'),
-  LogicalAnd: { takes: ['bool', 'bool'], gives: 'bool', code: and },
-  Select: { takes: ['bool', 'float32', 'float32'], gives: 'float32', code: (c, t, e) => choose(t!, e!, c!) },
-};
-
-declare const WebAssembly: {
-  Module: new (bytes: Uint8Array) => object;
-  Instance: new (
-    module: object,
-    imports: object,
-  ) => { exports: Record<string, (...numbers: number[]) => void> };
-};
-
-/**
- * A function for each formula: (vectors, addresses of output and inputs, byte steps of output and inputs).
- * (Loops in JavaScript would be no faster than the stock kernels: once the heap has grown, V8 checks each access.)
- */
-function compile(memory: object) {
-  const local = (get: number, index: number): Code => [get, ...leb(index)];
-  const functions = Object.values(FORMULAS).map(({ takes, gives, code }) => {
-    const pointers = [1, ...takes.map((_, i) => 2 + i)];
-    const parameters = 1 + 2 * pointers.length;
-    locals = parameters;
-    const inputs = takes.map((dtype, i) => [
-      ...local(0x20, 2 + i),
-      // a bool is a byte of 0 or 1: to four lanes of no bits or all bits
-      ...(dtype === 'bool'
-        ? [0xfd, 0x5c, 0, 0, 0xfd, 0x89, 1, 0xfd, 0xa9, 1, 0xfd, 0xa1, 1]
-        : [0xfd, 0, 0, 0]),
-    ]);
-    const loop = [
-      ...[0x03, 0x40, ...local(0x20, 1), ...code(...inputs)],
-      // the lanes' first bits, spread to four bytes
-      ...(gives === 'bool'
-        ? [0xfd, 0xa4, 1, 0x41, ...leb(0x204081), 0x6c, 0x41, ...leb(0x01010101), 0x71, 0x36, 0, 0]
-        : [0xfd, 0x0b, 0, 0]),
-      ...pointers.flatMap(p => [
-        ...local(0x20, p),
-        ...local(0x20, p + pointers.length),
-        0x6a,
-        ...local(0x21, p),
-      ]),
-      ...[0x20, 0, 0x41, 1, 0x6b, 0x22, 0, 0x0d, 0, 0x0b, 0x0b], // again while --vectors
-    ];
-    const body = [1, ...leb(locals - parameters), 0x7b, ...loop];
-    return {
-      type: [0x60, parameters, ...Array(parameters).fill(0x7f), 0],
-      code: [...leb(body.length), ...body],
-    };
-  });
-  const name = (text: string): Code => [text.length, ...Buffer.from(text)];
-  const section = (id: number, entries: Code[]): Code => {
-    const content = [...leb(entries.length), ...entries.flat()];
-    return [id, ...leb(content.length), ...content];
-  };
-  const bytes = new Uint8Array([
-    ...[0, 0x61, 0x73, 0x6d, 1, 0, 0, 0],
-    ...section(
-      1,
-      functions.map(f => f.type),
-    ),
-    ...section(2, [[...name('js'), ...name('memory'), 2, 0, 0]]),
-    ...section(
-      3,
-      functions.map((_, i) => leb(i)),
-    ),
-    ...section(
-      7,
-      Object.keys(FORMULAS).map((key, i) => [...name(key), 0, ...leb(i)]),
-    ),
-    ...section(
-      10,
-      functions.map(f => f.code),
-    ),
-  ]);
-  return new WebAssembly.Instance(new WebAssembly.Module(bytes), { js: { memory } }).exports;
 }

@@ -292,7 +292,8 @@ function newTarget(random: () => number): Target {
   return { arch, linears, weights, dir: '', sha256: '' };
 }
 
-const nextWordLoss = (target: Target, rows: tf.Tensor2D) =>
+/** Mean loss in nats over all words but the first of each row. */
+export const nextWordLoss = (target: Target, rows: tf.Tensor2D) =>
   crossEntropy(tf.logSoftmax(targetForward(target, rows)), rows) as tf.Scalar;
 
 /** AdamW with a warm-up and a cosine, on stories that are hardly ever seen twice. */

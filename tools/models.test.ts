@@ -49,10 +49,16 @@ function unpack(file: string): Tensors {
   const { __metadata__, ...header } = JSON.parse(data.toString('utf8', 8, start));
   const entries = Object.entries(header as Record<string, { data_offsets: [number, number] } & Raw>);
   return Object.fromEntries(
-    entries.map(([name, { dtype, shape, data_offsets: [from, to] }]) => [
-      name,
-      { dtype, shape, bytes: data.subarray(start + from, start + to) },
-    ]),
+    entries.map(
+      ([
+        name,
+        {
+          dtype,
+          shape,
+          data_offsets: [from, to],
+        },
+      ]) => [name, { dtype, shape, bytes: data.subarray(start + from, start + to) }],
+    ),
   );
 }
 
@@ -156,7 +162,9 @@ test('rotary embeddings that are not done are refused by name', () => {
   }
   refused('llama', /factor/, { rope_scaling: { type: 'linear' } });
   refused('llama3', /low_freq_factor/, { rope_scaling: { rope_type: 'llama3', factor: 2 } });
-  refused('llama3', /high_freq_factor/, { rope_scaling: { rope_type: 'llama3', factor: 2, low_freq_factor: 1 } });
+  refused('llama3', /high_freq_factor/, {
+    rope_scaling: { rope_type: 'llama3', factor: 2, low_freq_factor: 1 },
+  });
   refused('llama', /rope_theta/, { rope_theta: 'large' });
   refused('llama', /rope_scaling/, { rope_scaling: 'linear' });
   refused('qwen3', /rope_parameters/, { rope_parameters: { full_attention: { rope_theta: 1e4 } } });
@@ -204,9 +212,12 @@ test('folders that are no checkpoint are refused by the name of the file', () =>
   refused('llama', /config\.json/, edit('config.json', '{"model_type": "llama", '));
   refused('llama', /config\.json/, edit('config.json', '[]'));
   refused('llama', /no model\.safetensors/, remove('model.safetensors'));
+  refused('llama_simple_mlp-original', /model_step_7.*model_step_8/, (_, dir) =>
+    fs.copyFileSync(path.join(dir, 'model_step_7.safetensors'), path.join(dir, 'model_step_8.safetensors')),
+  );
   const index = 'model.safetensors.index.json';
   refused('mistral', /model-00002-of-00003\.safetensors/, remove('model-00002-of-00003.safetensors'));
-  refused('mistral', /weight_map/, edit(index, '{}'));
+  refused('mistral', /index\.json/, edit(index, '{}'));
   refused('mistral', /index\.json/, edit(index, '{"weight_map": {"a": "../../secret.safetensors"}}'));
   refused('mistral', /index\.json/, edit(index, '{"weight_map": {"a": 1}}'));
   refused('mistral', /index\.json/, edit(index, 'null'));

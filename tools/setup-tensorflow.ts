@@ -5,10 +5,9 @@
  * a library of 2022 from a host that refuses many people. This script takes today's library from Python's wheel,
  * compiles the binding against it with one g++ call, and puts it where Node looks:
  *
- *   CACHE/tensorflow-VERSION-cpu|gpu/library/          tensorflow/ beside nvidia/ as in the wheels: so they find
- *                                                      each other
- *   CACHE/tensorflow-VERSION-cpu|gpu/tfjs-node-gpu-V/  the npm package with the compiled binding
- *   node_modules/@tensorflow/tfjs-node-gpu/            a copy of that package; the big libraries stay in the cache
+ *   CACHE/tensorflow-VERSION-cpu/library/          tensorflow/, beside nvidia/ with --gpu: there it looks for CUDA
+ *   CACHE/tensorflow-VERSION-cpu/tfjs-node-gpu-V/  the npm package with the compiled binding
+ *   node_modules/@tensorflow/tfjs-node-gpu/        a copy of that package; the big libraries stay in the cache
  *
  * CACHE is $NANO_TENSORFLOW_CACHE or ~/.cache/nano-param-decomp. It outlives `npm ci`: run this again after one, it
  * takes seconds. Each of the three folders is made beside its place and renamed: it is whole or not there.
@@ -20,6 +19,7 @@ import { cp, mkdir, readFile, rename, rm, writeFile } from 'node:fs/promises';
 import { homedir } from 'node:os';
 import { basename, dirname, join, resolve } from 'node:path';
 import { parseArgs } from 'node:util';
+import * as tf from '@tensorflow/tfjs';
 import { loadTensorFlow } from '../engine/tensorflow.ts';
 
 const PACKAGE = '@tensorflow/tfjs-node-gpu';
@@ -54,28 +54,32 @@ export function cacheRoot(env: NodeJS.ProcessEnv): string {
   return join(env.XDG_CACHE_HOME || join(homedir(), '.cache'), 'nano-param-decomp');
 }
 
+function glibcVersion(): string | undefined {
+  const report = process.report.getReport() as unknown as { header: { glibcVersionRuntime?: string } };
+  return report.header.glibcVersionRuntime;
+}
+
 /** The name of the wheel for this machine, or an error that says why there is none. */
 export function wheelName(gpu: boolean, platform: string, arch: string, glibc: string | undefined): string {
   if (platform === 'linux' && glibc && arch === 'x64') return gpu ? 'tensorflow' : 'tensorflow-cpu';
   if (platform === 'linux' && glibc && arch === 'arm64' && !gpu) return 'tensorflow'; // there it has no CUDA inside
   const here = `${platform} ${arch}${platform === 'linux' && !glibc ? ' without glibc' : ''}`;
-  const needs = `Linux with glibc on x86_64${gpu ? '' : ' or aarch64'}`;
-  throw new SetupError(
-    `no TensorFlow${gpu ? ' with CUDA' : ''} for ${here}: it takes ${needs}; other engines work`,
-  );
+  const [what, needs] = gpu ? ['TensorFlow with CUDA', 'x86_64'] : ['TensorFlow', 'x86_64 or aarch64'];
+  throw new SetupError(`no ${what} for ${here}: it takes Linux with glibc on ${needs}; other engines work`);
 }
 
 /** What the extra `and-cuda` of a TensorFlow wheel requires, in pip's words. */
 export function cudaRequirements(metadata: string): string[] {
-  return [...metadata.matchAll(/^Requires-Dist: *([^;\n]+?) *;.*extra *== *["']and-cuda["']/gm)].map(
-    m => m[1]!,
-  );
+  const lines = metadata.matchAll(/^Requires-Dist: *([^;\n]+?) *;.*extra *== *["']and-cuda["']/gm);
+  return [...lines].map(match => match[1]!);
 }
 
 // ---- Programs and folders -----------------------------------------------------------------------------------------
 
 const interrupt = new AbortController();
 const say = (line: string) => process.stderr.write(`${line}\n`);
+const words = (text: string) => text.split(' ');
+const remove = (folder: string) => rm(folder, { recursive: true, force: true, maxRetries: 5 });
 
 /** Runs a program to its end and returns what it printed; its failure becomes one line. */
 async function run(what: string, [program, ...args]: string[], options: SpawnOptions = {}): Promise<string> {
@@ -95,26 +99,25 @@ async function run(what: string, [program, ...args]: string[], options: SpawnOpt
   const [output, errors] = (await Promise.all(texts)).map(chunks => chunks.join(''));
   if (code === 0) return output!;
   const lines = errors!.trim().split('\n');
-  const line =
-    lines.find(line => /^(?!npm err\S* (code|errno|syscall|path)).*err(or)?\b/i.test(line)) ?? lines.at(-1);
-  throw new SetupError(`${what} failed: ${line || (signal ?? `exit code ${code}`)}`);
+  const telling = lines.find(line => /^(?!npm err\S* (code|errno|syscall|path)).*err(or)?\b/i.test(line));
+  throw new SetupError(`${what} failed: ${telling || lines.at(-1) || signal || `exit code ${code}`}`);
 }
 
 /** Makes the folder `target`, whole or not at all. */
-async function publish(target: string, build: (folder: string) => Promise<unknown>): Promise<void> {
+export async function publish(target: string, build: (folder: string) => Promise<unknown>): Promise<void> {
   const [parent, prefix] = [dirname(target), `${basename(target)}.partial-`];
   await mkdir(parent, { recursive: true });
   for (const name of readdirSync(parent).filter(name => name.startsWith(prefix)))
-    if (!existsSync(`/proc/${name.slice(prefix.length)}`)) await rm(join(parent, name), { recursive: true }); // killed
+    if (!existsSync(`/proc/${name.slice(prefix.length)}`)) await remove(join(parent, name)); // its maker was killed
   const partial = join(parent, `${prefix}${process.pid}`);
   try {
     await mkdir(partial);
     await build(partial);
     interrupt.signal.throwIfAborted();
-    await rm(target, { recursive: true, force: true });
+    await remove(target);
     await rename(partial, target);
   } finally {
-    await rm(partial, { recursive: true, force: true, maxRetries: 5 });
+    await remove(partial);
   }
 }
 
@@ -128,8 +131,8 @@ type Tools = Awaited<ReturnType<typeof findTools>>;
 /** The programs that an installation needs, or an error that names all that are missing. */
 async function findTools() {
   const missing: string[] = [];
-  const find = async (name: string, ...commands: string[][]) => {
-    for (const command of commands) {
+  const find = async (name: string, ...commands: string[]) => {
+    for (const command of commands.map(words)) {
       const answer = await run(name, [...command, '--version']).catch(() => undefined);
       interrupt.signal.throwIfAborted();
       if (answer !== undefined) return command;
@@ -137,9 +140,9 @@ async function findTools() {
     missing.push(name);
     return [];
   };
-  const python = await find('Python 3', ['python3'], ['python']);
-  const pip = await find('pip', ['python3', '-m', 'pip'], ['python', '-m', 'pip'], ['pip3'], ['pip']);
-  const tools = { python, pip, npm: await find('npm', ['npm']), gcc: await find('g++', ['g++']) };
+  const python = await find('Python 3', 'python3', 'python');
+  const pip = await find('pip', 'python3 -m pip', 'python -m pip', 'pip3', 'pip');
+  const tools = { python, pip, npm: await find('npm', 'npm'), gcc: await find('g++', 'g++') };
   if (missing.length === 0) return tools;
   const hint = 'Debian, Ubuntu: apt install python3-pip g++; Fedora: dnf install python3-pip gcc-c++';
   throw new SetupError(`missing here: ${missing.join(', ')} (${hint})`);
@@ -148,7 +151,8 @@ async function findTools() {
 // ---- The three steps ----------------------------------------------------------------------------------------------
 
 /** What is taken out of the wheels: libraries, the headers of the C interface, CUDA without its headers. */
-const KEEP = String.raw`tensorflow/lib[^/]*\.so|nvidia/(?!.*/include/)|tensorflow/include/(tensorflow|tsl|xla)/(.*/)?(c|eager|platform)/[^/]*\.h$`;
+const HEADERS = String.raw`tensorflow/include/(tensorflow|tsl|xla)/(.*/)?(c|eager|platform)/[^/]*\.h$`;
+const KEEP = String.raw`tensorflow/lib[^/]*\.so|nvidia/(?!.*/include/)|${HEADERS}`;
 // It prints the wheel's metadata. Python's own `extractall` would drop the mode that makes CUDA's ptxas executable.
 const UNPACK = `
 import os, re, sys, zipfile
@@ -160,44 +164,30 @@ for file in wheel.infolist():
         os.chmod(wheel.extract(file, folder), file.external_attr >> 16 or 0o644)`;
 
 /** Downloads the wheels (one that arrived is kept for the next try) and unpacks what is needed of them. */
-async function installLibrary(
-  target: string,
-  requirement: string,
-  gpu: boolean,
-  glibc: string,
-  tools: Tools,
-) {
+async function installLibrary(target: string, requirement: string, gpu: boolean, tools: Tools) {
   const wheels = `${target}-wheels`;
   await mkdir(wheels, { recursive: true });
   const disk = statfsSync(wheels);
   const [needed, free] = [(gpu ? 9.5e9 : 1.3e9) - folderSize(wheels), disk.bavail * disk.bsize];
-  const inGB = (bytes: number) => `${(bytes / 1e9).toFixed(1)} GB`;
-  if (free < needed)
-    throw new SetupError(`${wheels} needs ${inGB(needed)} of disk, but has ${inGB(free)} free`);
+  const [need, have] = [needed, free].map(bytes => `${(bytes / 1e9).toFixed(1)} GB`);
+  if (free < needed) throw new SetupError(`${wheels} needs ${need} of disk, but has ${have} free`);
 
   // Any CPython's wheel will do, since only its C library is used: so 3.12's, whatever Python is here.
   const arch = process.arch === 'x64' ? 'x86_64' : 'aarch64';
-  const minor = Number(glibc.split('.')[1]);
+  const minor = Number(glibcVersion()!.split('.')[1]);
   const tags = Array.from({ length: minor - 4 }, (_, i) => `manylinux_2_${minor - i}_${arch}`);
   const platforms = [...tags, `manylinux2014_${arch}`].flatMap(tag => ['--platform', tag]);
-  const wheel = [
-    '--only-binary',
-    ':all:',
-    '--python-version',
-    '3.12',
-    '--implementation',
-    'cp',
-    ...platforms,
-  ];
-  const quiet = ['--quiet', '--no-deps', '--no-cache-dir', '--disable-pip-version-check'];
-
+  const wheel = [...words('--only-binary :all: --python-version 3.12 --implementation cp'), ...platforms];
+  const options = words('download --no-deps --no-cache-dir --quiet --disable-pip-version-check');
   const download = async (requirement: string, folder: string) => {
     const show = (text: string) => process.stderr.isTTY && process.stderr.write(`\r${text}\x1b[K`);
     const timer = setInterval(() => show(`  ${(folderSize(folder) / 1e6).toFixed(0)} MB`), 500);
     const env = { ...process.env, TMPDIR: folder }; // /tmp may be small, and this one is cleaned up
-    const command = [...tools.pip, 'download', ...quiet, ...wheel, '--dest', folder, requirement];
-    await run('pip', command, { env }).finally(() => clearInterval(timer));
-    show('');
+    const command = [...tools.pip, ...options, ...wheel, '--dest', folder, requirement];
+    await run('pip', command, { env }).finally(() => {
+      clearInterval(timer);
+      show('');
+    });
   };
 
   await publish(target, async folder => {
@@ -214,7 +204,7 @@ async function installLibrary(
     if (!existsSync(join(folder, 'tensorflow/libtensorflow_cc.so.2')))
       throw new SetupError(`the wheel ${requirement} has no libtensorflow_cc.so.2: try another --version`);
   });
-  await rm(wheels, { recursive: true });
+  await remove(wheels);
 }
 
 /** Takes the package from npm without running its installer, and compiles its binding against the library. */
@@ -229,15 +219,13 @@ async function buildPackage(target: string, version: string, library: string, { 
     const dependencies = { ...JSON.parse(original).dependencies, 'node-api-headers': '^1.9.0' };
     delete dependencies['@tensorflow/tfjs'];
     await writeFile(join(cwd, 'package.json'), JSON.stringify({ dependencies }));
-    const options = ['--ignore-scripts', '--no-package-lock', '--no-audit', '--no-fund'];
+    const options = words('--ignore-scripts --no-package-lock --no-audit --no-fund');
     await run('npm install', [...npm, 'install', ...options], { cwd });
     await writeFile(join(cwd, 'package.json'), original);
 
     await mkdir(join(cwd, dirname(BINDING)), { recursive: true });
-    const flags = ['-O2', '-shared', '-fPIC', '-std=c++17', '-DNAPI_VERSION=8', '-o', BINDING];
-    const headers = ['node_modules/node-api-headers/include', join(library, 'include'), '.'].map(
-      path => `-I${path}`,
-    );
+    const flags = words(`-O2 -shared -fPIC -std=c++17 -DNAPI_VERSION=8 -o ${BINDING}`);
+    const headers = ['-I.', '-Inode_modules/node-api-headers/include', `-I${library}/include`];
     const sources = ['binding/tfjs_backend.cc', 'binding/tfjs_binding.cc'];
     const libraries = [`-L${library}`, '-l:libtensorflow_cc.so.2', '-l:libtensorflow_framework.so.2'];
     const rpath = ['-Xlinker', '-rpath', '-Xlinker', library];
@@ -245,12 +233,9 @@ async function buildPackage(target: string, version: string, library: string, { 
   });
 }
 
-async function install(gpu: boolean, version: string): Promise<void> {
-  const report = process.report.getReport() as unknown as { header: { glibcVersionRuntime?: string } };
-  const glibc = report.header.glibcVersionRuntime ?? '';
-  const name = wheelName(gpu, process.platform, process.arch, glibc);
-  const modules = join(PROJECT, 'node_modules');
-  if (!existsSync(join(modules, '@tensorflow/tfjs'))) throw new SetupError('run `npm install` first');
+/** Returns where it keeps the library. */
+async function install(gpu: boolean, version: string): Promise<string> {
+  const name = wheelName(gpu, process.platform, process.arch, glibcVersion());
   const manifest = JSON.parse(await readFile(join(PROJECT, 'package.json'), 'utf8'));
   const packageVersion: string = manifest.optionalDependencies[PACKAGE];
 
@@ -262,10 +247,13 @@ async function install(gpu: boolean, version: string): Promise<void> {
   const needsBinding = !existsSync(binding) || !readFileSync(binding).includes(library); // else the cache was moved
   if (needsLibrary || needsBinding) {
     const tools = await findTools();
-    if (needsLibrary) await installLibrary(library, `${name}==${version}`, gpu, glibc, tools);
+    if (needsLibrary) await installLibrary(library, `${name}==${version}`, gpu, tools);
     if (needsBinding) await buildPackage(built, packageVersion, join(library, 'tensorflow'), tools);
   }
-  await publish(join(modules, PACKAGE), folder => cp(join(built, 'package'), folder, { recursive: true }));
+  await publish(join(PROJECT, 'node_modules', PACKAGE), folder =>
+    cp(join(built, 'package'), folder, { recursive: true }),
+  );
+  return cache;
 }
 
 // ---- The proof, and the command line ------------------------------------------------------------------------------
@@ -273,15 +261,11 @@ async function install(gpu: boolean, version: string): Promise<void> {
 /** A matrix product and a gradient on TensorFlow, through the same TFJS that the project uses. */
 async function prove(): Promise<string> {
   const { version, gpu } = await loadTensorFlow();
-  const tf = await import('@tensorflow/tfjs');
   const a = tf.tensor2d([1, 2, 3, 4], [2, 2]);
   const b = tf.tensor2d([5, 6, 7, 8], [2, 2]);
   const product = String(a.matMul(b).arraySync());
-  const gradient = String(
-    tf
-      .grad(x => tf.matMul(x, b).sum())(a)
-      .arraySync(),
-  ); // each row: the row sums of b
+  const derivative = tf.grad(x => tf.sum(tf.matMul(x, b)));
+  const gradient = String(derivative(a).arraySync()); // each row: the row sums of b
   if (product !== '19,22,43,50' || gradient !== '11,15,11,15')
     throw new SetupError(`TensorFlow ${version} computes wrong: product ${product}, gradient ${gradient}`);
   return `TensorFlow ${version} works: matrix product and gradient are right, on the ${gpu ? 'GPU' : 'CPU'}`;
@@ -291,9 +275,13 @@ async function main(): Promise<void> {
   const { gpu, version, check, help } = parseOptions(process.argv.slice(2));
   if (help) return console.log(USAGE);
   if (check) return console.log(await prove());
-  await install(gpu, version);
+  const cache = await install(gpu, version);
   const command = [process.execPath, ...process.execArgv, import.meta.filename, '--check'];
-  const proof = await run('the check', command); // in a process of its own: a bad library could end this one
+  const env = { ...process.env, TF_CPP_MIN_LOG_LEVEL: '3' };
+  // in a process of its own: a bad library could end this one
+  const proof = await run('the check', command, { env }).catch(error => {
+    throw new SetupError(`${error.message} (if it stays, remove ${cache})`);
+  });
   process.stdout.write(proof);
   if (gpu && proof.endsWith('CPU\n')) say('but TensorFlow sees no GPU here: does `nvidia-smi` list one?');
 }
@@ -303,7 +291,7 @@ if (process.argv[1] && realpathSync(process.argv[1]) === import.meta.filename) {
   await main().catch(error => {
     const { aborted } = interrupt.signal;
     say(
-      `setup-tensorflow: ${aborted ? 'interrupted; what is whole so far is kept for the next try' : error.message}`,
+      `setup-tensorflow: ${aborted ? 'interrupted; what is whole is kept for the next try' : error.message}`,
     );
     process.exitCode = aborted ? 130 : (error.exitCode ?? 1);
   });

@@ -1,0 +1,191 @@
+/**
+ * Times the same training step here and in PyTorch (bench_torch.py, written the way the original writes it), in turn,
+ * on the same machine with the same threads and sizes.
+ *
+ *   npm run bench                                    all sizes, 2 threads, TensorFlow with and without XLA, WASM at toy
+ *   npm run bench -- --sizes toy,stories260K --rounds 5 --steps 30 --threads 2
+ *   PYTHON=/path/to/python npm run bench             the Python that has PyTorch (default python3)
+ *
+ * Weights and tokens are random: the time of a step does not depend on them. Each number is the median over rounds of
+ * the median over steps of a fresh process; "faster" is PyTorch's time over ours. Memory is the process's peak.
+ */
+import { spawnSync } from 'node:child_process';
+import { fileURLToPath } from 'node:url';
+import { parseArgs } from 'node:util';
+import * as tf from '@tensorflow/tfjs';
+import * as nano from '../nano-param-decomp.ts';
+
+interface Result {
+  msPerStep: number;
+  peakRssBytes: number;
+  baseRssBytes: number;
+  torch?: string;
+  engine?: string;
+  note?: string;
+}
+interface Size {
+  target: Record<string, unknown>;
+  config: Partial<nano.Config>;
+  steps: number;
+  engines: string[];
+}
+
+const simple = (d: number, heads: number, kvHeads: number, mlp: number, vocab: number, layers: number) => ({
+  ...{
+    model_type: 'llama_simple_mlp',
+    hidden_size: d,
+    num_attention_heads: heads,
+    num_key_value_heads: kvHeads,
+  },
+  ...{ intermediate_size: mlp, vocab_size: vocab, num_hidden_layers: layers, max_position_embeddings: 512 },
+});
+/** The sizes of bench_torch.py's presets of the same names. */
+const SIZES: Record<string, Size> = {
+  toy: {
+    target: simple(48, 4, 4, 192, 88, 1),
+    config: { ...nano.PRESETS.toy!.config, seqLen: 32 },
+    ...{ steps: 60, engines: ['tensorflow', 'tensorflow-xla', 'wasm'] },
+  },
+  stories260K: {
+    target: { ...simple(64, 8, 4, 172, 512, 5), model_type: 'llama', tie_word_embeddings: true },
+    config: {
+      ...{ components: '*=64', batchSize: 8, seqLen: 64 },
+      ...{ ciDModel: 128, ciNBlocks: 2, ciNHeads: 4, ciMlpHidden: 512 },
+    },
+    ...{ steps: 20, engines: ['tensorflow', 'tensorflow-xla'] },
+  },
+  'simplestories-2L': {
+    target: simple(192, 6, 3, 768, 4019, 2),
+    config: { ...nano.PRESETS['simplestories-2L']!.config, batchSize: 4, seqLen: 128 },
+    ...{ steps: 8, engines: ['tensorflow', 'tensorflow-xla'] },
+  },
+  'pile-4L-block': {
+    target: simple(768, 6, 6, 3072, 50277, 1),
+    config: { ...nano.PRESETS['pile-4L']!.config, ciNBlocks: 1, batchSize: 1, seqLen: 128 },
+    ...{ steps: 3, engines: ['tensorflow', 'tensorflow-xla'] },
+  },
+};
+
+/** A target of the given architecture with random weights. */
+function randomTarget(config: Record<string, unknown>): nano.Target {
+  const arch = nano.readArchitecture(config, 'bench');
+  const linears = nano.linearLayers(arch);
+  const weights = new Map<string, tf.Variable>();
+  const random = (name: string, shape: number[], deviation: number) =>
+    weights.set(
+      name,
+      tf.tidy(() => tf.variable(tf.randomNormal(shape, 0, deviation), false)),
+    );
+  const ones = (name: string) =>
+    weights.set(
+      name,
+      tf.tidy(() => tf.variable(tf.ones([arch.dModel]), false)),
+    );
+  random(`${arch.names.embed}.weight`, [arch.vocab, arch.dModel], 0.1);
+  for (const { path, dIn, dOut } of linears) random(path, [dIn, dOut], 1 / Math.sqrt(dIn));
+  for (let i = 0; i < arch.nLayers; i++) {
+    for (const part of ['norm1', 'norm2'] as const) ones(`${arch.names[part].replace('{i}', `${i}`)}.weight`);
+  }
+  ones(`${arch.names.last}.weight`);
+  return { arch, linears, weights, dir: '', sha256: '' };
+}
+
+/** One process's measurement: the median time of a step. */
+async function measure(name: string, engineName: string, steps: number, threads: number): Promise<Result> {
+  const { target: targetConfig, config: differences } = SIZES[name]!;
+  const xla = engineName.endsWith('-xla') ? 'on' : 'off';
+  const config: nano.Config = {
+    ...{ ...nano.DEFAULTS, ...differences, nSteps: 1000, evalBatchSize: 1 },
+    ...{ engine: engineName.replace('-xla', ''), xla, threads },
+  };
+  const engine = await nano.startEngine(config);
+  const baseRssBytes = process.resourceUsage().maxRSS * 1024;
+  const target = randomTarget(targetConfig);
+  const problem = { target, modules: nano.chooseModules(target.linears, config.components), config };
+  const step = nano.compileStep(engine, problem, nano.initialState(problem, nano.initialParams(problem)));
+  const ids = Int32Array.from({ length: 64 * config.seqLen }, (_, i) => (i * 7919) % target.arch.vocab);
+  const row = (i: number) => ids.subarray(i * config.seqLen, (i + 1) * config.seqLen);
+  const rows = { count: 64, seqLen: config.seqLen, row };
+  const times: number[] = [];
+  const warmup = 3; // the first is traced, the second checked, and XLA compiles
+  for (let n = 0; n < warmup + steps; n++) {
+    const started = performance.now();
+    await step(n, rows);
+    if (n >= warmup) times.push(performance.now() - started);
+  }
+  const peakRssBytes = process.resourceUsage().maxRSS * 1024;
+  return { msPerStep: median(times), peakRssBytes, baseRssBytes, engine: engine.description };
+}
+
+function median(values: number[]): number {
+  const sorted = [...values].sort((a, b) => a - b);
+  return (sorted[Math.floor((sorted.length - 1) / 2)]! + sorted[Math.ceil((sorted.length - 1) / 2)]!) / 2;
+}
+
+/** The JSON line that a process prints last. */
+function run(command: string, args: string[]): Result {
+  const { stdout, stderr, status } = spawnSync(command, args, { encoding: 'utf8', maxBuffer: 1 << 28 });
+  const line = stdout?.trim().split('\n').at(-1) ?? '';
+  if (status !== 0 || !line.startsWith('{')) {
+    throw new Error(`${command} ${args[0]}: ${stderr?.trim().split('\n').at(-1) ?? 'failed'}`);
+  }
+  return JSON.parse(line);
+}
+
+const { values: flags } = parseArgs({
+  options: {
+    sizes: { type: 'string', default: Object.keys(SIZES).join() },
+    rounds: { type: 'string', default: '3' },
+    steps: { type: 'string', default: '0' },
+    threads: { type: 'string', default: '2' },
+    child: { type: 'string' },
+  },
+});
+const threads = Number(flags.threads);
+if (flags.child) {
+  console.log(JSON.stringify(await measure(flags.sizes, flags.child, Number(flags.steps), threads)));
+} else {
+  const here = (file: string) => fileURLToPath(new URL(file, import.meta.url));
+  const python = process.env.PYTHON ?? 'python3';
+  const lines = [
+    '| size | engine | ms/step | PyTorch | faster | memory | PyTorch |',
+    '|---|---|---|---|---|---|---|',
+  ];
+  for (const name of flags.sizes.split(',')) {
+    const size = SIZES[name];
+    if (!size) throw new Error(`--sizes: got ${name}, takes ${Object.keys(SIZES).join(', ')}`);
+    const steps = flags.steps === '0' ? String(size.steps) : flags.steps;
+    const common = ['--steps', steps, '--threads', flags.threads];
+    const results: Record<string, Result[]> = { torch: [] };
+    for (let round = 0; round < Number(flags.rounds); round++) {
+      results.torch!.push(run(python, [here('bench_torch.py'), '--preset', name, ...common]));
+      for (const engine of size.engines) {
+        const args = [...process.execArgv, here('bench.ts'), '--child', engine, '--sizes', name, ...common];
+        results[engine] = [...(results[engine] ?? []), run(process.execPath, args)];
+      }
+    }
+    const of = (engine: string) => {
+      const all = results[engine]!;
+      const memory = Math.max(...all.map(r => r.peakRssBytes - r.baseRssBytes)) / 2 ** 20;
+      return { ms: median(all.map(r => r.msPerStep)), memory: `${memory.toFixed(0)} MiB` };
+    };
+    const torch = of('torch');
+    for (const engine of size.engines) {
+      const ours = of(engine);
+      const faster = `${(torch.ms / ours.ms).toFixed(2)}x`;
+      const cells = [
+        name,
+        engine,
+        ours.ms.toFixed(1),
+        torch.ms.toFixed(1),
+        faster,
+        ours.memory,
+        torch.memory,
+      ];
+      lines.push(`| ${cells.join(' | ')} |`);
+      process.stderr.write(`${lines.at(-1)}\n`);
+    }
+    lines[0] = lines[0]!.replace(/PyTorch \|/, `PyTorch ${results.torch![0]!.torch} |`);
+  }
+  console.log(lines.join('\n'));
+}
