@@ -1896,7 +1896,7 @@ export async function warmUp(
   engine: Engine,
   problem: Problem,
   state: State,
-  report: (done: number, loss: number) => void,
+  goOn: (done: number, loss: number) => Promise<boolean>,
 ) {
   const { config } = problem;
   const steps = config.faithfulnessWarmupSteps;
@@ -1912,7 +1912,7 @@ export async function warmUp(
     const [c1, c2] = [1 - MAIN_BETAS.beta1 ** (i + 1), 1 - MAIN_BETAS.beta2 ** (i + 1)];
     const feeds = () => ({ lrMain: tf.scalar(lr), c1: tf.scalar(c1), c2: tf.scalar(c2) });
     const [loss] = await tidyAsync(async () => numbers((await step(feeds())).loss));
-    report(i + 1, loss!);
+    if (!(await goOn(i + 1, loss!))) return;
   }
   for (const moment of [...Object.values(state.m), ...Object.values(state.v)]) {
     tf.tidy(() => moment.assign(tf.zeros(moment.shape)));
@@ -2113,7 +2113,7 @@ export function compileEvaluation(engine: Engine, problem: Problem, params: Para
 // the first of the two renames the old pair has got second names (*.previous). So whenever a save is cut off, a state
 // is there beside its own components: both old, or both new.
 
-const PAIR = ['components', 'state'] as const;
+const PAIR = ['state', 'components'] as const; // in this order: where components are, a checkpoint is
 const pairFile = (dir: string, what: (typeof PAIR)[number], which: '' | '.next' | '.previous' = '') =>
   path.join(dir, `${what}${which}.safetensors`);
 
@@ -2196,8 +2196,10 @@ export async function saveCheckpoint(
   for (const what of PAIR) rename(pairFile(dir, what, '.next'), pairFile(dir, what));
 }
 
-/** The last checkpoint that is whole. A warning says so when it is not the one last written. */
-export function loadCheckpoint(dir: string): Checkpoint & { warning?: string } {
+/** The last checkpoint that is whole; undefined before the first. A warning says so when it is not the one last written. */
+export function loadCheckpoint(dir: string): (Checkpoint & { warning?: string }) | undefined {
+  const some = (['', '.previous'] as const).some(which => fs.existsSync(pairFile(dir, 'components', which)));
+  if (!some) return;
   for (const stateOf of ['', '.previous'] as const)
     for (const componentsOf of ['', '.previous'] as const) {
       const pair = fittingPair(pairFile(dir, 'components', componentsOf), pairFile(dir, 'state', stateOf));
@@ -2206,17 +2208,17 @@ export function loadCheckpoint(dir: string): Checkpoint & { warning?: string } {
         return { ...pair, warning: `${dir}: the last save was cut off; going on from step ${pair.step}` };
     }
   throw new UsageError(
-    `${dir}: holds no checkpoint (a state.safetensors with the components.safetensors it was saved with)`,
+    `${dir}: state.safetensors and components.safetensors are broken or not of the same save, the previous ones too`,
   );
 }
 
-// what a resumed run may change: nothing that the training's numbers depend on …
-const MAY_CHANGE =
-  'logEvery evalFreq slowEvalFreq saveEvery evalBatchSize ciAliveThreshold roundingThreshold pgdEvalStepSize pgdEvalNSteps'.split(
-    ' ',
-  );
-// … and what changes only how they are rounded, or which random numbers are drawn
-const CHANGES_BITS = ['engine', 'precision'];
+// What a resumed run may change: nothing that the training's numbers depend on (model and data are compared by content) …
+const MAY_CHANGE = [
+  ...['model', 'data', 'evalData', 'labels', 'out', 'logEvery', 'saveEvery', 'harvest', 'harvestRows'],
+  ...Object.keys(GROUPS.Evaluation),
+];
+// … and what changes only how they are rounded, or which random numbers are drawn.
+const CHANGES_BITS = Object.keys(GROUPS.Engine);
 
 /** Refuses, by name, fields that a resumed run must not change; returns a warning for each that costs exactness. */
 export function compareConfigs(
@@ -2230,7 +2232,7 @@ export function compareConfigs(
   if (refused.length)
     throw new UsageError(
       `--resume: ${refused.map(({ field, was, is }) => `${field} was ${was} and is now ${is}`).join(', ')}; ` +
-        `only ${[...MAY_CHANGE, ...CHANGES_BITS].join(', ')} may change`,
+        'start a new run for that',
     );
   return changes.map(
     ({ field, was, is }) => `${field} was ${was} and is now ${is}: not bit for bit the same run`,
@@ -2305,8 +2307,8 @@ function runRecord(
   { train, heldOut }: Data,
   engine: Engine,
 ): RunRecord {
-  const rows = crypto.createHash('sha256');
-  for (const part of [train, heldOut]) for (const i of range(0, part.count)) rows.update(part.row(i));
+  const rows = crypto.createHash('sha256'); // of the training rows
+  for (const i of range(0, train.count)) rows.update(train.row(i));
   const model = { path: config.model, type: target.arch.type, sha256: target.sha256 };
   const data = {
     path: config.data,
@@ -3209,8 +3211,12 @@ async function decompose(
   const params = initialParams(problem);
   const state = initialState(problem, params);
   let start = 0;
-  if (resume) {
-    const checkpoint = loadCheckpoint(c.out);
+  const checkpoint = resume && loadCheckpoint(c.out);
+  if (resume && !checkpoint) {
+    talk('resume   from the start: this run was stopped before its first checkpoint');
+    fs.rmSync(inRun('metrics.jsonl'), { force: true });
+  }
+  if (checkpoint) {
     if (checkpoint.warning) talk(`warning  ${checkpoint.warning}`);
     start = checkpoint.step;
     restore(checkpoint.components, params);
@@ -3226,22 +3232,27 @@ async function decompose(
     fs.appendFileSync(inRun('metrics.jsonl'), `${JSON.stringify({ step, ...metrics })}\n`);
   };
   const signals = watchSignals(talk);
-  if (!resume && c.faithfulnessWarmupSteps > 0) {
+  let interrupted: number | undefined;
+  if (!checkpoint && c.faithfulnessWarmupSteps > 0) {
     const show = startProgress(c.faithfulnessWarmupSteps);
-    await warmUp(engine, problem, state, (done, loss) => {
+    await warmUp(engine, problem, state, async (done, loss) => {
       show(done, () => `warm-up ${done}/${c.faithfulnessWarmupSteps}  faithfulness ${loss.toExponential(2)}`);
+      await checkFinite(done, { 'warm-up loss/faith': loss }, toWrite(params));
+      interrupted = await signals.interrupted();
+      return interrupted === undefined;
     });
+    // there is nothing to save yet: --resume begins again
+    if (interrupted !== undefined) return interrupted;
   }
   const step = compileStep(engine, problem, state);
   const evaluate = compileEvaluation(engine, problem, params);
   const show = startProgress(c.nSteps, start);
-  let interrupted: number | undefined;
   for (let n = start; n < c.nSteps && interrupted === undefined; n++) {
     const started = performance.now();
     const values = await step(n, data.train);
     const metrics: Metrics = Object.fromEntries(STEP_METRICS.map((name, i) => [name, values[i]!]));
-    await checkFinite(n, metrics, toWrite(params));
     const done = n + 1;
+    await checkFinite(done, metrics, toWrite(params));
     const due = (every: number) => done === c.nSteps || (every > 0 && done % every === 0);
     const losses = () => LOSSES.map(l => `${l} ${metrics[`loss/${l}`]!.toPrecision(3)}`).join('  ');
     show(done, () => `step ${done}/${c.nSteps}  ${losses()}  L0 ${metrics['train/l0']!.toFixed(1)}`);
@@ -3258,12 +3269,13 @@ async function decompose(
         ...memory,
       });
     }
-    interrupted = await signals.interrupted();
-    if (due(c.saveEvery) || interrupted !== undefined) await save(done);
-    if (due(c.evalFreq) && interrupted === undefined) {
+    if (due(c.evalFreq)) {
+      // before the save: what a resumed run finds in metrics.jsonl up to its step is then complete
       const slow = done === c.nSteps || (c.slowEvalFreq > 0 && done % c.slowEvalFreq === 0);
       log(done, (await evaluate(heldOut, { step: done, slow })).metrics);
     }
+    interrupted = await signals.interrupted();
+    if (due(c.saveEvery) || interrupted !== undefined) await save(done);
   }
   signals.stop();
   if (interrupted !== undefined) {
@@ -3333,7 +3345,9 @@ function compareRuns(old: RunRecord, now: RunRecord): string[] {
     if (old[part].sha256 !== now[part].sha256)
       refuse(`--resume: ${part} is not the one of this run (${old[part].path}): its SHA-256 differs`);
   }
-  return compareConfigs({ ...old.config, out: '' }, { ...now.config, out: '' });
+  // "auto" may have been another engine then
+  const fields = ({ config, engine, modules }: RunRecord) => ({ ...config, engine: engine.name, modules });
+  return compareConfigs(fields(old), fields(now));
 }
 
 /** A finished run, opened again with its own config. */
@@ -3346,7 +3360,7 @@ async function reopen(dir: string, changes: Partial<Config>) {
   if (problem.target.sha256 !== record.model.sha256)
     refuse(`${record.model.path}: not the model of this run (its SHA-256 differs)`);
   const params = initialParams(problem);
-  restore(loadCheckpoint(dir).components, params);
+  restore(pairFile(dir, 'components'), params);
   return { engine, problem, data, heldOut, params };
 }
 
@@ -3451,13 +3465,11 @@ if (process.argv[1] && fs.realpathSync(process.argv[1]) === fileURLToPath(import
   try {
     process.exitCode = await main(process.argv.slice(2));
   } catch (error) {
-    if (error instanceof UsageError) talk(`nano-param-decomp: ${error.message}`);
-    else
-      talk(
-        error instanceof DivergenceError
-          ? `nano-param-decomp: ${error.message}`
-          : String((error as Error).stack),
-      );
+    // a full disk is no bug of ours: its stack tells nothing
+    const { message, stack, code } = error as NodeJS.ErrnoException;
+    const known =
+      error instanceof UsageError || error instanceof DivergenceError || /^E[A-Z]+$/.test(code ?? '');
+    talk(known ? `nano-param-decomp: ${message}` : String(stack));
     process.exitCode = error instanceof UsageError ? 2 : 1;
   }
 }

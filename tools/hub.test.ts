@@ -364,7 +364,8 @@ test('a failure that passes is survived', async () => {
 });
 
 test('a connection that is cut goes on where it stopped', async () => {
-  const from = ({ range }: { range?: string }) => Number(/bytes=(\d+)-/.exec(range ?? '')?.[1] ?? 0);
+  const from = ({ range }: { range?: string | undefined }) =>
+    Number(/bytes=(\d+)-/.exec(range ?? '')?.[1] ?? 0);
   storage = (request, response, name) => {
     send(request, response, repo.files[name]!, from(request.headers) + 40_000);
   };
