@@ -1032,9 +1032,19 @@ export const ownLinear =
   (name, x) =>
     addBias(target, name, matmul(x, weight(target, name)));
 
-/** x / rms(x) over the last axis. */
+/**
+ * y = x r with r = 1 / √(mean x² + ε) over the last axis. By hand, since TFJS's own gradient takes three times the ops:
+ * dx = r (dy − y mean(y dy)).
+ */
 export const rmsNormalize = (x: T, eps: number): T =>
-  tf.mul(x, tf.rsqrt(tf.add(tf.mean(tf.square(x), -1, true), eps)));
+  tf.customGrad((a, save) => {
+    const r = tf.rsqrt(tf.add(tf.mean(tf.square(a as T), -1, true), eps));
+    const y = tf.mul(a as T, r);
+    (save as tf.GradSaveFunc)([y, r]);
+    const gradFunc = (dy: T, [y, r]: T[]) =>
+      tf.mul(r!, tf.sub(dy, tf.mul(y!, tf.mean(tf.mul(y!, dy), -1, true))));
+    return { value: y, gradFunc };
+  })(x);
 
 function norm(target: Target, name: string, x: T<'N d'>): T<'N d'> {
   const { eps } = target.arch;
@@ -1062,8 +1072,8 @@ function attend(q: T<'B H S hd'>, k: T<'B H S hd'>, v: T<'B H S hd'>, causal: bo
   const [B = 0, H = 0, S = 0, headDim = 0] = q.shape;
   const kvHeads = k.shape[1]!;
   const rows = (H / kvHeads) * S; // the q heads of a group, one below the other
-  let scores: T = tf.matMul(q.reshape([B, kvHeads, rows, headDim]), k, false, true);
-  scores = tf.mul(scores, 1 / Math.sqrt(headDim)).reshape([B, H, S, S]);
+  const scaled = tf.mul(q, 1 / Math.sqrt(headDim)).reshape([B, kvHeads, rows, headDim]);
+  let scores: T = tf.matMul(scaled, k, false, true).reshape([B, H, S, S]);
   if (causal) {
     const position = tf.range(0, S, 1, 'float32');
     const later = tf.cast(tf.greater(position.reshape([1, S]), position.reshape([S, 1])), 'float32');
@@ -1363,11 +1373,9 @@ export function maskedLinear({ target, modules }: Problem, params: Tensors, mask
   const index = new Map(modules.map((m, i) => [m.path, i]));
   const columns = (x: T<'N M'>) => tf.split(x, modules.length, 1);
   const sizes = modules.map(m => m.C);
-  const [masks, deltas, routes] = [
-    tf.split(mask, sizes, 1),
-    delta && columns(delta),
-    route && columns(route),
-  ];
+  const masks = tf.split(mask, sizes, 1);
+  const [deltas, routes] = [delta && columns(delta), route && columns(route)];
+  const kept = route ? columns(tf.sub(1, tf.mul(route, tf.sub(1, delta ?? 0)))) : deltas; // s
   const own = ownLinear(target);
   return (name, x) => {
     const i = index.get(name);
@@ -1377,9 +1385,8 @@ export function maskedLinear({ target, modules }: Problem, params: Tensors, mask
     if (r) a = tf.mul(r, a);
     const inner = tf.mul(matmul(x, V(params, modules[i]!)), a);
     const y = matmul(inner, U(params, modules[i]!));
-    if (!δ && !r) return addBias(target, name, y); // s = 0
-    const s = r ? tf.sub(1, tf.mul(r, tf.sub(1, δ ?? 0))) : δ!;
-    return addBias(target, name, tf.add(y, tf.mul(s, matmul(x, weight(target, name)))));
+    if (!kept) return addBias(target, name, y); // s = 0
+    return addBias(target, name, tf.add(y, tf.mul(kept[i]!, matmul(x, weight(target, name)))));
   };
 }
 
@@ -1519,16 +1526,22 @@ export function faithfulnessLoss({ target, modules }: Problem, params: Tensors):
  */
 export function importanceLoss(gUpper: T<'N ΣC'>, p: T, config: Config, R = config.microBatches): tf.Scalar {
   // ε: the slope of g^p at 0 is infinite when p < 1
-  const sigma = tf.sum(tf.pow(tf.add(gUpper, config.impEps), p), 0);
+  // x^p as exp(p ln x): TensorFlow's CPU pow goes number by number, twenty times slower
+  const sigma = tf.sum(tf.exp(tf.mul(p, tf.log(tf.add(gUpper, config.impEps)))), 0);
   const mu = tf.div(sigma, gUpper.shape[0]!);
   const log2 = tf.mul(tf.log(tf.add(1, tf.mul(R, sigma))), Math.LOG2E);
   return tf.sum(tf.mul(mu, tf.add(1, tf.mul(config.impBeta, log2))));
 }
 
-/** Mean over positions of KL(target ‖ prediction), in nats. */
-export function klLoss({ probs, logProbs }: TargetPass, logits: T<'N vocab'>): tf.Scalar {
-  return tf.div(tf.sum(tf.mul(probs, tf.sub(logProbs, tf.logSoftmax(logits)))), logits.shape[0]!);
-}
+/** Mean over positions of KL(target ‖ prediction), in nats. By hand, d logits = (softmax(logits) − target) / N. */
+export const klLoss = ({ probs, logProbs }: TargetPass, logits: T<'N vocab'>): T =>
+  tf.customGrad((x, save) => {
+    const predicted = tf.logSoftmax(x as T);
+    (save as tf.GradSaveFunc)([predicted]);
+    const N = predicted.shape[0]!;
+    const gradFunc = (dy: T, [log]: T[]) => tf.mul(tf.sub(tf.exp(log!), probs), tf.div(dy, N));
+    return { value: tf.div(tf.sum(tf.mul(probs, tf.sub(logProbs, predicted))), N), gradFunc };
+  })(logits);
 
 /** g + (1 − g) u: a component may be removed exactly as far as its importance allows. */
 export const interpolate = (g: T<'N ΣC'>, u: T<'N ΣC'>): T<'N ΣC'> => tf.add(g, tf.mul(tf.sub(1, g), u));
@@ -1567,7 +1580,7 @@ export function stochasticLoss(
   pass: TargetPass,
   g: T<'N ΣC'>,
   draws: Draws,
-): tf.Scalar {
+): T {
   return klLoss(
     pass,
     maskedLogits(problem, params, pass.tokens, { ...draws, mask: interpolate(g, draws.u) }),
@@ -1581,7 +1594,7 @@ export function adversarialLoss(
   pass: TargetPass,
   g: T<'N ΣC'>,
   sources: T,
-): tf.Scalar {
+): T {
   const [s, delta] = tf.split(sources, [totalC(problem.modules), problem.modules.length], 1) as [T, T];
   return klLoss(pass, maskedLogits(problem, params, pass.tokens, { mask: interpolate(g, s), delta }));
 }
@@ -1602,7 +1615,9 @@ export function adam(
   const { beta1, beta2, eps } = betas;
   const newM = tf.add(tf.mul(m, beta1), tf.mul(grad, 1 - beta1));
   const newV = tf.add(tf.mul(v, beta2), tf.mul(tf.square(grad), 1 - beta2));
-  const direction = tf.div(tf.div(newM, c1), tf.add(tf.sqrt(tf.div(newV, c2)), eps));
+  // the same, with c1 and c2 moved into factors that are scalars
+  const root = tf.sqrt(c2);
+  const direction = tf.div(tf.mul(newM, tf.div(root, c1)), tf.add(tf.sqrt(newV), tf.mul(eps, root)));
   return { direction, m: newM, v: newV };
 }
 
@@ -1652,14 +1667,20 @@ export function schedule(config: Config, step: number) {
 /** What a training step reads and changes: all tf.Variables, so that a traced graph keeps them on the device. */
 export interface State {
   params: Params;
-  /** Adam's moments, under the names of the parameters */
-  m: Params;
-  v: Params;
+  /** Adam's moments: one vector for all of a group, so that Adam is a few large ops and not many small ones */
+  m: Record<Group, tf.Variable>;
+  v: Record<Group, tf.Variable>;
   /** [batchSize·S, ΣC + M] each */
   sources: { s: tf.Variable; m: tf.Variable; v: tf.Variable };
-  /** gradients summed over the shards of a batch; empty when there is one */
-  summed: Params;
+  /** gradients averaged over the shards of a batch, in the same order as the moments */
+  summed: Record<Group, tf.Variable>;
 }
+/** V and U, and the CI function: clipped separately. */
+const GROUPS_OF_PARAMS = ['components', 'ci_fn'] as const;
+type Group = (typeof GROUPS_OF_PARAMS)[number];
+const namesOf = (params: Tensors, group: Group) => Object.keys(params).filter(name => name.startsWith(group));
+const ofGroups = <X>(make: (group: Group) => X) =>
+  Object.fromEntries(GROUPS_OF_PARAMS.map(group => [group, make(group)])) as Record<Group, X>;
 
 /** The feeds of one step (or of one shard of it). */
 type AdamFeeds = Record<'lrMain' | 'c1' | 'c2', T>;
@@ -1673,7 +1694,6 @@ export type StepFeeds = AdamFeeds & {
 };
 
 const LOSSES = ['faith', 'imp', 'stoch', 'ppgd'] as const;
-const isComponent = (name: string) => name.startsWith('components.');
 
 /**
  * Losses and gradients of one batch (or shard), and the adversary's moves: `ppgdInnerSteps` before, one after.
@@ -1711,14 +1731,14 @@ export function lossesAndGradients(
       adversarialLoss(problem, params, pass, gLower, sources.s),
     ]);
   };
-  const names = Object.keys(params).filter(isComponent);
+  const names = namesOf(params, 'components');
   // total = Σ coefficient × loss, so the coefficients are the upstream gradient of the vector of losses
   const coefficients = tf.tensor1d([config.coeffFaith, config.coeffImp, config.coeffStoch, config.coeffPpgd]);
   const leaves = [...names.map(n => params[n]!), z, sources.s];
   const { value, grads } = tf.valueAndGrads(losses)(leaves, coefficients);
   const [dz, dSources] = grads.splice(names.length) as [T, T];
   const gradients: Tensors = Object.fromEntries(names.map((n, i) => [n, grads[i]!]));
-  const ciNames = Object.keys(params).filter(n => !isComponent(n));
+  const ciNames = namesOf(params, 'ci_fn');
   const ciLeaves = ciNames.map(n => params[n]!);
   const ciGradients = tf.grads(() => ciLogits(problem, params, input, S))(ciLeaves, dz);
   for (const [i, n] of ciNames.entries()) gradients[n] = ciGradients[i]!;
@@ -1732,57 +1752,54 @@ export function lossesAndGradients(
   return { losses: value, gradients, sources, l0 };
 }
 
-/** √Σ‖grad‖² over the given gradients. */
-const globalNorm = (grads: [string, T][]): T =>
-  tf.sqrt(tf.addN(grads.map(([, grad]) => tf.sum(tf.square(grad)))));
+/** The gradients of each group side by side in one vector. */
+export const flatten = (gradients: Tensors) =>
+  ofGroups(group => tf.concat(namesOf(gradients, group).map(name => gradients[name]!.flatten())));
 
 /** min(1, limit / norm), with the 1e-6 of torch.nn.utils.clip_grad_norm_; limit 0 = off. */
 const clipFactor = (norm: T, limit: number): T =>
   limit > 0 ? tf.minimum(1, tf.div(limit, tf.add(norm, 1e-6))) : tf.onesLike(norm);
 
-/** AdamW with weight decay 0: moves the named parameters and their moments. */
-function adamUpdate(state: State, gradients: Tensors, { lrMain, c1, c2 }: AdamFeeds): void {
-  for (const [name, grad] of Object.entries(gradients)) {
-    const [param, m, v] = [state.params[name]!, state.m[name]!, state.v[name]!];
-    const step = adam(grad, m, v, MAIN_BETAS, c1, c2);
-    param.assign(tf.sub(param, tf.mul(lrMain, step.direction)));
-    m.assign(step.m);
-    v.assign(step.v);
-  }
+/** AdamW with weight decay 0: moves a group's parameters and its moments. */
+function adamUpdate(state: State, group: Group, gradient: T<'n'>, { lrMain, c1, c2 }: AdamFeeds): void {
+  const step = adam(gradient, state.m[group], state.v[group], MAIN_BETAS, c1, c2);
+  const params = namesOf(state.params, group).map(name => state.params[name]!);
+  const sizes = params.map(param => param.size);
+  const moves = tf.split(tf.mul(lrMain, step.direction), sizes);
+  for (const [i, param] of params.entries()) param.assign(tf.sub(param, moves[i]!.reshape(param.shape)));
+  state.m[group].assign(step.m);
+  state.v[group].assign(step.v);
 }
 
 /** Clips the gradients and moves every parameter. @returns the norms before clipping */
-export function applyGradients({ config }: Problem, state: State, gradients: Tensors, feeds: AdamFeeds) {
-  const all = Object.entries(gradients);
-  const norms = {
-    components: globalNorm(all.filter(([n]) => isComponent(n))),
-    ci: globalNorm(all.filter(([n]) => !isComponent(n))),
-  };
-  const clip = {
-    components: clipFactor(norms.components, config.gradClipComponents),
-    ci: clipFactor(norms.ci, config.gradClipCi),
-  };
+export function applyGradients(
+  { config }: Problem,
+  state: State,
+  gradients: Record<Group, T>,
+  feeds: AdamFeeds,
+) {
+  const norms = ofGroups(group => tf.sqrt(tf.sum(tf.square(gradients[group]))));
   // a gradient that is not finite moves nothing, so that the parameters can still be looked at when the run stops
-  const finite = tf.isFinite(tf.add(norms.components, norms.ci));
-  const clipped = all.map(([name, grad]) => {
-    const scaled = tf.mul(grad, isComponent(name) ? clip.components : clip.ci);
-    return [name, tf.where(finite, scaled, tf.zerosLike(scaled))] as const;
-  });
+  const finite = tf.isFinite(tf.add(norms.components, norms.ci_fn));
   const lrMain = tf.where(finite, feeds.lrMain, tf.scalar(0));
-  adamUpdate(state, Object.fromEntries(clipped), { ...feeds, lrMain });
+  const limits = { components: config.gradClipComponents, ci_fn: config.gradClipCi };
+  for (const group of GROUPS_OF_PARAMS) {
+    const clipped = tf.mul(gradients[group], clipFactor(norms[group], limits[group]));
+    adamUpdate(state, group, tf.where(finite, clipped, tf.zerosLike(clipped)), { ...feeds, lrMain });
+  }
   return norms;
 }
 
 /** What a compiled step returns, in order. */
 const STEP_METRICS = [
   ...LOSSES.map(l => `loss/${l}`),
-  ...['loss/total', 'train/l0', 'grad_norm/components', 'grad_norm/ci'],
+  ...['loss/total', 'train/l0', 'grad_norm/components', 'grad_norm/ci_fn'],
 ];
 
-function stepMetrics(config: Config, losses: T, l0: T, norms: { components: T; ci: T }): T {
+function stepMetrics(config: Config, losses: T, l0: T, norms: Record<Group, T>): T {
   const coefficients = [config.coeffFaith, config.coeffImp, config.coeffStoch, config.coeffPpgd];
   const total = tf.sum(tf.mul(losses, coefficients));
-  return tf.concat([losses, tf.stack([total, l0, norms.components, norms.ci])]);
+  return tf.concat([losses, tf.stack([total, l0, norms.components, norms.ci_fn])]);
 }
 
 /** The feeds of a step that are the same for all of its shards. */
@@ -1807,7 +1824,8 @@ export function compileStep(engine: Engine, problem: Problem, state: State) {
     s.assign(sources.s);
     m.assign(sources.m);
     v.assign(sources.v);
-    return { metrics: stepMetrics(config, losses, l0, applyGradients(problem, state, gradients, feeds)) };
+    const norms = applyGradients(problem, state, flatten(gradients), feeds);
+    return { metrics: stepMetrics(config, losses, l0, norms) };
   });
   const shard = engine.compile('shard', ({ index, ...feeds }: StepFeeds & { index: T }) => {
     const rows = tf.add(tf.range(0, n, 1, 'int32'), tf.mul(index, tf.scalar(n, 'int32'))) as tf.Tensor1D;
@@ -1818,8 +1836,10 @@ export function compileStep(engine: Engine, problem: Problem, state: State) {
     put(s, sources.s);
     put(m, sources.m);
     put(v, sources.v);
-    for (const [name, sum] of Object.entries(state.summed))
-      sum.assign(tf.add(sum, tf.div(gradients[name]!, R)));
+    const flat = flatten(gradients);
+    for (const group of GROUPS_OF_PARAMS) {
+      state.summed[group].assign(tf.add(state.summed[group], tf.div(flat[group], R)));
+    }
     return { losses: tf.div(losses, R), l0: tf.div(l0, R) };
   });
   const update = engine.compile(
@@ -1879,16 +1899,20 @@ export function initialParams(problem: Problem): Params {
 }
 
 const zeros = (shape: number[]): tf.Variable => tf.tidy(() => tf.variable(tf.zeros(shape), false));
-const zerosLike = (params: Params): Params =>
-  Object.fromEntries(Object.entries(params).map(([n, p]) => [n, zeros(p.shape)]));
-
 /** The state of step 0: moments 0, sources U(0, 1). */
 export function initialState({ modules, config }: Problem, params: Params): State {
   const shape = [config.batchSize * config.seqLen, totalC(modules) + modules.length];
   const s = frozen(uniformArray(shape[0]! * shape[1]!, config.seed, 0, PURPOSE.sources), shape);
   const sources = { s, m: zeros(shape), v: zeros(shape) };
-  const summed = config.microBatches > 1 ? zerosLike(params) : {};
-  return { params, m: zerosLike(params), v: zerosLike(params), sources, summed };
+  const sizes = ofGroups(group => namesOf(params, group).reduce((n, name) => n + params[name]!.size, 0));
+  const summed = ofGroups(group => zeros([config.microBatches > 1 ? sizes[group] : 0]));
+  return {
+    params,
+    m: ofGroups(g => zeros([sizes[g]])),
+    v: ofGroups(g => zeros([sizes[g]])),
+    sources,
+    summed,
+  };
 }
 
 /** Faithfulness warm-up: AdamW on V and U alone, from moments 0, which it leaves at 0. */
@@ -1900,11 +1924,11 @@ export async function warmUp(
 ) {
   const { config } = problem;
   const steps = config.faithfulnessWarmupSteps;
-  const names = Object.keys(state.params).filter(isComponent);
+  const leaves = namesOf(state.params, 'components').map(name => state.params[name]!);
   const step = engine.compile('warm-up', (feeds: AdamFeeds) => {
     const loss = () => faithfulnessLoss(problem, state.params);
-    const { value, grads } = tf.valueAndGrads(loss)(names.map(n => state.params[n]!));
-    adamUpdate(state, Object.fromEntries(names.map((n, i) => [n, grads[i]!])), feeds);
+    const { value, grads } = tf.valueAndGrads(loss)(leaves);
+    adamUpdate(state, 'components', tf.concat(grads.map(grad => grad.flatten())), feeds);
     return { loss: value };
   });
   for (let i = 0; i < steps; i++) {
@@ -1914,9 +1938,8 @@ export async function warmUp(
     const [loss] = await tidyAsync(async () => numbers((await step(feeds())).loss));
     if (!(await goOn(i + 1, loss!))) return;
   }
-  for (const moment of [...Object.values(state.m), ...Object.values(state.v)]) {
-    tf.tidy(() => moment.assign(tf.zeros(moment.shape)));
-  }
+  for (const moment of [state.m.components, state.v.components])
+    tf.tidy(() => moment.assign(tf.zerosLike(moment)));
 }
 
 // ---- J. Evaluation (method 6) ---------------------------------------------------------------------------------------

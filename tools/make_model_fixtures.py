@@ -64,7 +64,12 @@ NEOX = {
     "bos_token_id": 0,
     "eos_token_id": 0,
 }
-LLAMA3_ROPE = {"factor": 8.0, "high_freq_factor": 4.0, "low_freq_factor": 1.0, "original_max_position_embeddings": 64}
+LLAMA3_ROPE = {
+    "factor": 8.0,
+    "high_freq_factor": 4.0,
+    "low_freq_factor": 1.0,
+    "original_max_position_embeddings": 64,
+}
 
 # name: (config.json, float type of the file)
 MODELS = {
@@ -283,7 +288,9 @@ def write(folder: Path, config: dict, tensors: dict[str, torch.Tensor], shards: 
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
         return
     names = sorted(tensors)
-    weight_map = {n: f"model-{i * shards // len(names) + 1:05}-of-{shards:05}.safetensors" for i, n in enumerate(names)}
+    weight_map = {
+        n: f"model-{i * shards // len(names) + 1:05}-of-{shards:05}.safetensors" for i, n in enumerate(names)
+    }
     for file in set(weight_map.values()):
         part = {n: t for n, t in tensors.items() if weight_map[n] == file}
         save_file(part, folder / file, metadata={"format": "pt"})
@@ -296,7 +303,9 @@ def write_logits(folder: Path, model: nn.Module) -> None:
     tokens = torch.randint(0, VOCAB, (2, 24), dtype=torch.int32)
     with torch.no_grad():
         logits = model.eval()(tokens.long()).logits.float()
-    print(f"{folder.name:22} logits std {logits.std():.2f}  {sum(f.stat().st_size for f in folder.iterdir()):7} bytes")
+    print(
+        f"{folder.name:22} logits std {logits.std():.2f}  {sum(f.stat().st_size for f in folder.iterdir()):7} bytes"
+    )
     save_file({"tokens": tokens, "logits": logits.contiguous()}, folder / "logits.safetensors")
 
 
@@ -360,8 +369,15 @@ def llama_simple_mlp_fixture() -> None:
         return n
 
     tensors = parameters(model, torch.float32, rename)
-    tensors["lm_head.weight"] = tensors["wte.weight"].clone()  # the original's files name the tied tensor twice
-    write(OUT / name, {**llama, "architectures": ["LlamaSimpleMLP"], "model_type": name, "hidden_act": "gelu_pytorch_tanh"}, tensors, 1)
+    tensors["lm_head.weight"] = tensors[
+        "wte.weight"
+    ].clone()  # the original's files name the tied tensor twice
+    write(
+        OUT / name,
+        {**llama, "architectures": ["LlamaSimpleMLP"], "model_type": name, "hidden_act": "gelu_pytorch_tanh"},
+        tensors,
+        1,
+    )
     write_logits(OUT / name, model)
     original = OUT / f"{name}-original"  # the same model as the original's trainer leaves it
     write(original, {}, tensors, 1)

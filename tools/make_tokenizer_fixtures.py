@@ -71,23 +71,50 @@ HOSTILE = [
 def corpus() -> list[str]:
     """Four hundred lines of our own, the same on every machine."""
     rng = random.Random(0)
-    who = "the cat|the old dog|a small bird|my friend Anna|the king|her brother|a fox|the teacher|L\u00e9a|Bj\u00f6rn".split("|")
-    did = "saw|liked|followed|was looking for|didn't find|wanted|remembered|couldn't see|sang to|walked with".split("|")
-    what = "the river|a red apple|some bread|the moon|an open door|the garden|a caf\u00e9|twelve stones|the snow|a song".split("|")
-    how = ["slowly", "in the morning", "again and again", "at 10:30", "in 1984", "happily", "\u2014 alone \u2014", "under the stars"]
+    who = "the cat|the old dog|a small bird|my friend Anna|the king|her brother|a fox|the teacher|L\u00e9a|Bj\u00f6rn".split(
+        "|"
+    )
+    did = "saw|liked|followed|was looking for|didn't find|wanted|remembered|couldn't see|sang to|walked with".split(
+        "|"
+    )
+    what = "the river|a red apple|some bread|the moon|an open door|the garden|a caf\u00e9|twelve stones|the snow|a song".split(
+        "|"
+    )
+    how = [
+        "slowly",
+        "in the morning",
+        "again and again",
+        "at 10:30",
+        "in 1984",
+        "happily",
+        "\u2014 alone \u2014",
+        "under the stars",
+    ]
     end = [".", ".", "!", "?", "...", "; then it rained.", " (or so they say).", ', and said: "Hello!"']
-    lines = [f"{rng.choice(who)} {rng.choice(did)} {rng.choice(what)} {rng.choice(how)}{rng.choice(end)}" for _ in range(400)]
+    lines = [
+        f"{rng.choice(who)} {rng.choice(did)} {rng.choice(what)} {rng.choice(how)}{rng.choice(end)}"
+        for _ in range(400)
+    ]
     lines = [line[0].upper() + line[1:] if rng.random() < 0.8 else line for line in lines]
-    code = ["def f(x):\n    return x + 1\n", "  a = [1, 2, 3]\n\n  b = a[0]", "if (x == 0) {\n\tx++;\n}", "100 200 3000 42 7 1999"]
-    other = ["\u4f60\u597d\u4e16\u754c", "\u0448\u0430\u0433 \u0437\u0430 \u0448\u0430\u0433\u043e\u043c", "\u05e9\u05dc\u05d5\u05dd", "na\u00efve caf\u00e9 \u00e9t\u00e9", "\U0001f600 ok \U0001f44d"]
+    code = [
+        "def f(x):\n    return x + 1\n",
+        "  a = [1, 2, 3]\n\n  b = a[0]",
+        "if (x == 0) {\n\tx++;\n}",
+        "100 200 3000 42 7 1999",
+    ]
+    other = [
+        "\u4f60\u597d\u4e16\u754c",
+        "\u0448\u0430\u0433 \u0437\u0430 \u0448\u0430\u0433\u043e\u043c",
+        "\u05e9\u05dc\u05d5\u05dd",
+        "na\u00efve caf\u00e9 \u00e9t\u00e9",
+        "\U0001f600 ok \U0001f44d",
+    ]
     return lines + code * 5 + other * 3
 
 
 # The hostile characters are trained on as well: in a vocabulary that lacks them every wrong split is the same [UNK].
 TEXT = corpus() + [text for text in HOSTILE if not text.isascii() and len(text) < 200]
-LLAMA3_SPLIT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
+LLAMA3_SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 BYTES = pre_tokenizers.ByteLevel.alphabet()
 FALLBACK = ["<unk>", "<s>", "</s>"] + [f"<0x{b:02X}>" for b in range(256)]
 
@@ -98,17 +125,24 @@ def byte_level(trainer_args: dict, pre, normalizer=None) -> Tokenizer:
         t.normalizer = normalizer
     t.pre_tokenizer = pre
     t.decoder = decoders.ByteLevel()
-    t.train_from_iterator(TEXT, trainers.BpeTrainer(initial_alphabet=BYTES, show_progress=False, **trainer_args))
+    t.train_from_iterator(
+        TEXT, trainers.BpeTrainer(initial_alphabet=BYTES, show_progress=False, **trainer_args)
+    )
     return t
 
 
 def template(t: Tokenizer, pattern: str) -> None:
     names = [w for w in pattern.split() if w != "$A"]
-    t.post_processor = processors.TemplateProcessing(single=pattern, special_tokens=[(w, t.token_to_id(w)) for w in names])
+    t.post_processor = processors.TemplateProcessing(
+        single=pattern, special_tokens=[(w, t.token_to_id(w)) for w in names]
+    )
 
 
 def gpt2() -> Tokenizer:
-    t = byte_level({"vocab_size": 1200, "special_tokens": ["<|endoftext|>"]}, pre_tokenizers.ByteLevel(add_prefix_space=False))
+    t = byte_level(
+        {"vocab_size": 1200, "special_tokens": ["<|endoftext|>"]},
+        pre_tokenizers.ByteLevel(add_prefix_space=False),
+    )
     t.post_processor = processors.ByteLevel(trim_offsets=False)
     return t
 
@@ -132,7 +166,8 @@ def llama3() -> Tokenizer:
     t = byte_level({"vocab_size": 1200, "special_tokens": []}, pre_tokenizers.Sequence([split, byte]))
     t.add_special_tokens(["<|begin_of_text|>", "<|endoftext|>"])
     t.post_processor = processors.TemplateProcessing(
-        single="<|begin_of_text|> $A", special_tokens=[("<|begin_of_text|>", t.token_to_id("<|begin_of_text|>"))]
+        single="<|begin_of_text|> $A",
+        special_tokens=[("<|begin_of_text|>", t.token_to_id("<|begin_of_text|>"))],
     )
     saved = json.loads(t.to_str())
     saved["model"]["ignore_merges"] = True
@@ -149,7 +184,9 @@ def qwen2() -> Tokenizer:
 
 def smollm() -> Tokenizer:
     """SmolLM's: digits one by one, then GPT-2's split."""
-    pre = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    pre = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
     return byte_level({"vocab_size": 1200, "special_tokens": ["<|endoftext|>"]}, pre)
 
 
@@ -177,9 +214,14 @@ def merged() -> Tokenizer:
 def sentencepiece_bpe() -> Tokenizer:
     t = Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=True, byte_fallback=True))
     t.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
-    t.train_from_iterator(TEXT, trainers.BpeTrainer(vocab_size=1000, special_tokens=FALLBACK, limit_alphabet=80, show_progress=False))
+    t.train_from_iterator(
+        TEXT,
+        trainers.BpeTrainer(vocab_size=1000, special_tokens=FALLBACK, limit_alphabet=80, show_progress=False),
+    )
     saved = json.loads(t.to_str())
-    saved["added_tokens"] = saved["added_tokens"][:3]  # the byte tokens are ordinary entries of the vocabulary
+    saved["added_tokens"] = saved["added_tokens"][
+        :3
+    ]  # the byte tokens are ordinary entries of the vocabulary
     return Tokenizer.from_str(json.dumps(saved))
 
 
@@ -196,7 +238,12 @@ def llama2_metaspace() -> Tokenizer:
     """The form of newer conversions (legacy false) and Mistral: a pre-tokenizer instead of a normalizer."""
     saved = json.loads(llama2().to_str())
     saved["normalizer"] = None
-    saved["pre_tokenizer"] = {"type": "Metaspace", "replacement": "\u2581", "prepend_scheme": "first", "split": False}
+    saved["pre_tokenizer"] = {
+        "type": "Metaspace",
+        "replacement": "\u2581",
+        "prepend_scheme": "first",
+        "split": False,
+    }
     return Tokenizer.from_str(json.dumps(saved))
 
 
@@ -207,7 +254,10 @@ def unigram() -> Tokenizer:
     t.decoder = decoders.Metaspace()
     special = ["<pad>", "</s>", "<unk>"]
     t.train_from_iterator(
-        TEXT, trainers.UnigramTrainer(vocab_size=1400, special_tokens=special, unk_token="<unk>", show_progress=False)
+        TEXT,
+        trainers.UnigramTrainer(
+            vocab_size=1400, special_tokens=special, unk_token="<unk>", show_progress=False
+        ),
     )
     template(t, "$A </s>")
     return t
@@ -219,7 +269,9 @@ def bert() -> Tokenizer:
     t.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     t.decoder = decoders.WordPiece()
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-    t.train_from_iterator(TEXT, trainers.WordPieceTrainer(vocab_size=1400, special_tokens=special, show_progress=False))
+    t.train_from_iterator(
+        TEXT, trainers.WordPieceTrainer(vocab_size=1400, special_tokens=special, show_progress=False)
+    )
     template(t, "[CLS] $A [SEP]")
     return t
 
@@ -231,10 +283,16 @@ def simplestories() -> Tokenizer:
         [normalizers.Lowercase(), normalizers.Replace("``", '"'), normalizers.Replace("''", '"')]
     )
     t.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Whitespace(), pre_tokenizers.Punctuation(), pre_tokenizers.Digits(individual_digits=True)]
+        [
+            pre_tokenizers.Whitespace(),
+            pre_tokenizers.Punctuation(),
+            pre_tokenizers.Digits(individual_digits=True),
+        ]
     )
     t.decoder = decoders.WordPiece()
-    trainer = trainers.WordPieceTrainer(vocab_size=1400, special_tokens=["[UNK]", "[EOS]"], show_progress=False)
+    trainer = trainers.WordPieceTrainer(
+        vocab_size=1400, special_tokens=["[UNK]", "[EOS]"], show_progress=False
+    )
     t.train_from_iterator(TEXT, trainer)
     template(t, "$A [EOS]")
     return t
@@ -242,10 +300,14 @@ def simplestories() -> Tokenizer:
 
 def word_level() -> Tokenizer:
     t = Tokenizer(models.WordLevel(unk_token="<unk>"))
-    t.normalizer = normalizers.Sequence([normalizers.NFD(), normalizers.Lowercase(), normalizers.StripAccents()])
+    t.normalizer = normalizers.Sequence(
+        [normalizers.NFD(), normalizers.Lowercase(), normalizers.StripAccents()]
+    )
     t.pre_tokenizer = pre_tokenizers.Whitespace()
     special = ["<unk>", "<s>", "</s>"]
-    t.train_from_iterator(TEXT, trainers.WordLevelTrainer(vocab_size=900, special_tokens=special, show_progress=False))
+    t.train_from_iterator(
+        TEXT, trainers.WordLevelTrainer(vocab_size=900, special_tokens=special, show_progress=False)
+    )
     template(t, "<s> $A </s>")
     return t
 
@@ -254,26 +316,86 @@ def word_level_split() -> Tokenizer:
     """One token a word between spaces, as the tokenizers of toy languages have."""
     t = Tokenizer(models.WordLevel(unk_token="<unk>"))
     t.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    trainer = trainers.WordLevelTrainer(vocab_size=900, special_tokens=["<unk>", "<|endoftext|>"], show_progress=False)
+    trainer = trainers.WordLevelTrainer(
+        vocab_size=900, special_tokens=["<unk>", "<|endoftext|>"], show_progress=False
+    )
     t.train_from_iterator(TEXT, trainer)
     return t
 
 
 FAMILIES = {  # name: (tokenizer, tokenizer_config.json)
-    "gpt2": (gpt2, {"tokenizer_class": "GPT2Tokenizer", "bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>"}),
+    "gpt2": (
+        gpt2,
+        {"tokenizer_class": "GPT2Tokenizer", "bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>"},
+    ),
     "gpt-neox": (gpt_neox, {"tokenizer_class": "GPTNeoXTokenizer", "eos_token": "<|endoftext|>"}),
-    "llama3": (llama3, {"bos_token": "<|begin_of_text|>", "eos_token": "<|endoftext|>", "clean_up_tokenization_spaces": True}),
+    "llama3": (
+        llama3,
+        {
+            "bos_token": "<|begin_of_text|>",
+            "eos_token": "<|endoftext|>",
+            "clean_up_tokenization_spaces": True,
+        },
+    ),
     "qwen2": (qwen2, {"tokenizer_class": "Qwen2Tokenizer", "bos_token": None, "eos_token": "<|endoftext|>"}),
-    "smollm": (smollm, {"tokenizer_class": "GPT2Tokenizer", "bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>"}),
+    "smollm": (
+        smollm,
+        {"tokenizer_class": "GPT2Tokenizer", "bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>"},
+    ),
     "falcon": (falcon, {"eos_token": "<|endoftext|>"}),
     "merged": (merged, {"eos_token": "<|endoftext|>"}),
-    "llama2": (llama2, {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "add_bos_token": True, "add_eos_token": False}),
-    "llama2-metaspace": (llama2_metaspace, {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "legacy": False}),
-    "unigram": (unigram, {"tokenizer_class": "T5Tokenizer", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}),
-    "bert": (bert, {"tokenizer_class": "BertTokenizer", "do_lower_case": True, "unk_token": "[UNK]", "sep_token": "[SEP]", "cls_token": "[CLS]"}),
-    "simplestories": (simplestories, {"tokenizer_class": "PreTrainedTokenizerFast", "unk_token": "[UNK]", "eos_token": "[EOS]"}),
-    "word-level": (word_level, {"tokenizer_class": "PreTrainedTokenizerFast", "unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}),
-    "word-level-split": (word_level_split, {"tokenizer_class": "PreTrainedTokenizerFast", "unk_token": "<unk>", "eos_token": "<|endoftext|>"}),
+    "llama2": (
+        llama2,
+        {
+            "tokenizer_class": "LlamaTokenizer",
+            "bos_token": "<s>",
+            "eos_token": "</s>",
+            "unk_token": "<unk>",
+            "add_bos_token": True,
+            "add_eos_token": False,
+        },
+    ),
+    "llama2-metaspace": (
+        llama2_metaspace,
+        {
+            "tokenizer_class": "LlamaTokenizer",
+            "bos_token": "<s>",
+            "eos_token": "</s>",
+            "unk_token": "<unk>",
+            "legacy": False,
+        },
+    ),
+    "unigram": (
+        unigram,
+        {"tokenizer_class": "T5Tokenizer", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"},
+    ),
+    "bert": (
+        bert,
+        {
+            "tokenizer_class": "BertTokenizer",
+            "do_lower_case": True,
+            "unk_token": "[UNK]",
+            "sep_token": "[SEP]",
+            "cls_token": "[CLS]",
+        },
+    ),
+    "simplestories": (
+        simplestories,
+        {"tokenizer_class": "PreTrainedTokenizerFast", "unk_token": "[UNK]", "eos_token": "[EOS]"},
+    ),
+    "word-level": (
+        word_level,
+        {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "unk_token": "<unk>",
+            "bos_token": "<s>",
+            "eos_token": "</s>",
+        },
+    ),
+    "word-level-split": (
+        word_level_split,
+        {"tokenizer_class": "PreTrainedTokenizerFast", "unk_token": "<unk>", "eos_token": "<|endoftext|>"},
+    ),
 }
 
 
@@ -301,5 +423,8 @@ if __name__ == "__main__":
         tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
         dump(folder / "tokenizer_config.json", config)
         dump(folder / "expected.json", [expected(tokenizer, text) for text in [*HOSTILE, "\n".join(HOSTILE)]])
-        print(f"{name:18} {tokenizer.get_vocab_size():4} tokens", *(f"{f.name} {f.stat().st_size}" for f in sorted(folder.iterdir())))
+        print(
+            f"{name:18} {tokenizer.get_vocab_size():4} tokens",
+            *(f"{f.name} {f.stat().st_size}" for f in sorted(folder.iterdir())),
+        )
     (OUT / "hostile.json").write_text(json.dumps(HOSTILE, indent=1) + "\n")
