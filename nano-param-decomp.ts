@@ -46,7 +46,9 @@ export type T<_Axes extends string = string> = tf.Tensor;
 type Tensors = Record<string, tf.Tensor>;
 
 /** Wrong input (a flag, a file, a folder): reported in one line, exit code 2. */
-export class UsageError extends Error {}
+export class UsageError extends Error {
+  override readonly name = 'UsageError'; // by which those of engine/ are known too
+}
 /** Refuses it. Parts of the message may be a stranger's text: one line, no control or direction marks. */
 function refuse(message: string): never {
   throw new UsageError(message.slice(0, 500).replace(/[\p{C}\p{Zl}\p{Zp}]/gu, '?'));
@@ -805,8 +807,8 @@ function rotaryFrequencies(
   const neox = config.model_type === 'gpt_neox';
   for (const field of ['rope_scaling', 'rope_parameters']) {
     const values = Object.values(config[field] ?? {});
-    if (values.some(v => v && typeof v === 'object'))
-      refuse(`${file}: ${field} by layer; takes one for all layers`);
+    if (typeof (config[field] ?? {}) !== 'object' || values.some(v => v && typeof v === 'object'))
+      refuse(`${file}: ${field} is ${JSON.stringify(config[field])}; takes one record for all layers`);
   }
   const rope: Record<string, unknown> = {
     rope_theta: config.rope_theta ?? config.rotary_emb_base ?? 10_000,
@@ -989,7 +991,9 @@ function weightFiles(dir: string): SafetensorsFile[] {
     if (odd !== undefined)
       refuse(`${index}: ${JSON.stringify(odd)} is not the name of a shard in this folder`);
   }
-  if (names.length === 0) names = all.filter(f => /^model_step_\d+\.safetensors$/.test(f)).slice(0, 1);
+  if (names.length === 0) names = all.filter(f => /^model_step_\d+\.safetensors$/.test(f));
+  if (names.length > 1 && all.includes(names[0]!) && !fs.existsSync(index))
+    refuse(`${dir}: several checkpoints, ${names}`);
   if (names.length === 0) refuse(`${dir}: no model.safetensors, and no model.safetensors.index.json`);
   return names.map(name => openSafetensors(path.join(dir, name)));
 }
@@ -1168,15 +1172,11 @@ const firstRows = (rows: Rows, n: number): Rows => ({ ...rows, count: Math.min(n
 const range = (from: number, to: number): number[] =>
   Array.from({ length: Math.max(0, to - from) }, (_, i) => from + i);
 
-export function loadTokenizer(dir: string): Tokenizer {
-  const file = path.join(dir, 'tokenizer.json');
-  const configFile = path.join(dir, 'tokenizer_config.json');
-  const [json, config] = [readJson(file), fs.existsSync(configFile) ? readJson(configFile) : {}];
-  try {
-    return new Tokenizer(json, config);
-  } catch (error) {
-    return refuse(`${file}: not a tokenizer that can be read (${(error as Error).message})`);
-  }
+/** The tokenizer of a model folder; engine/tokenizer.ts repairs what the JavaScript library splits otherwise. */
+export async function loadTokenizer(dir: string): Promise<Tokenizer> {
+  const repairs = await optional(import('./engine/tokenizer.ts'));
+  if (repairs) return repairs.loadTokenizer(dir);
+  return new Tokenizer(readJson(path.join(dir, 'tokenizer.json')), { clean_up_tokenization_spaces: false });
 }
 
 /**
@@ -1184,56 +1184,57 @@ export function loadTokenizer(dir: string): Tokenizer {
  * documents so; for any other the model's end-of-text id is added, as in training on packed text.
  */
 export function documentIds(tokenizer: Tokenizer, document: string, endOfText: number | undefined): number[] {
-  const plain = tokenizer.encode(document, { add_special_tokens: false }).ids;
-  const marked = tokenizer.encode(document).ids;
-  return marked.length > plain.length || endOfText === undefined ? marked : [...plain, endOfText];
+  const { ids } = tokenizer.encode(document);
+  const marks = tokenizer.encode('').ids.length > 0;
+  return marks || endOfText === undefined ? ids : [...ids, endOfText];
 }
 
-/** Documents of a .txt (a line each, or blank-line separated) or .jsonl file: texts, or ids where the file has ids. */
-export function* readDocuments(file: string): Generator<string | unknown[]> {
+/** Documents of a .txt (a line each, or blank-line separated), .jsonl or .json file, for want of engine/data.ts. */
+export function* readDocuments(file: string): Generator<string | number[]> {
   const content = readText(file);
-  if (!file.endsWith('.jsonl')) {
-    const separator = /\n\s*\n/.test(content.trim()) ? /\n\s*\n/ : /\n/;
-    for (const document of content.split(separator)) if (document.trim()) yield document.trim();
-    return;
-  }
-  for (const [i, line] of content.split('\n').entries()) {
-    if (!line.trim()) continue;
-    const record = parseJson(line, `${file}:${i + 1}`) as { text?: unknown; input_ids?: unknown } | null;
-    const found = record?.text ?? record?.input_ids;
-    if (typeof found === 'string' || Array.isArray(found)) yield found;
-    else refuse(`${file}:${i + 1}: takes {"text": …} or {"input_ids": […]}`);
+  if (file.endsWith('.json')) yield* parseJson(content, file) as number[][];
+  else if (file.endsWith('.jsonl')) {
+    for (const line of content.split('\n').filter(line => line.trim())) {
+      const { text, input_ids } = parseJson(line, file) as { text?: string; input_ids?: number[] };
+      yield text ?? input_ids ?? refuse(`${file}: takes {"text": …} or {"input_ids": […]} lines`);
+    }
+  } else {
+    const blankLine = /\n\s*\n/;
+    yield* content.split(blankLine.test(content.trim()) ? blankLine : '\n').filter(text => text.trim());
   }
 }
 
-/** All documents of a file as ids. Those of a .json file are rows, used as they are: they give the row length. */
-function loadDocuments(file: string, target: Target, tokenizer: Tokenizer | undefined, seqLen: number) {
+/** The documents of a file or hub data set as checked ids; the row length is that of a .json file's rows, else seqLen. */
+async function openData(source: string, target: Target, tokenizer: Tokenizer | undefined, seqLen: number) {
   const { vocab } = target.arch;
-  const checked = (ids: readonly unknown[]): number[] => {
-    const odd = ids.find(id => !Number.isInteger(id) || (id as number) < 0 || (id as number) >= vocab);
-    if (odd !== undefined)
-      refuse(`${file}: ${JSON.stringify(odd)} is no token id of the model (0 to ${vocab - 1})`);
-    return ids as number[];
-  };
-  if (file.endsWith('.json')) {
-    const rows = parseJson(readText(file), file) as unknown[][];
-    const length = Array.isArray(rows) ? rows[0]?.length : undefined;
-    if (!length || length < 2 || !rows.every(row => Array.isArray(row) && row.length === length)) {
-      refuse(`${file}: takes [[ids…], …], rows of equal length, at least 2`);
-    }
-    return { documents: rows.map(checked), seqLen: length! };
+  const isRows = source.endsWith('.json');
+  const reader = (await optional(import('./engine/data.ts')))?.documents ?? readDocuments;
+  for await (const row of isRows ? reader(source) : []) {
+    seqLen = row.length;
+    break;
   }
-  if (!/\.(txt|jsonl)$/.test(file)) refuse(`${file}: takes .txt, .jsonl or .json`);
   // a list of end-of-text ids in some Llamas: the first
-  const endOfText = [readJson(path.join(target.dir, 'config.json')).eos_token_id].flat()[0];
+  const endOfText = [readConfig(target.dir)[1].eos_token_id].flat()[0];
   const mark = Number.isInteger(endOfText) ? (endOfText as number) : undefined;
-  const documents = Array.from(readDocuments(file), document => {
-    if (typeof document !== 'string') return checked(document);
-    if (!tokenizer)
-      return refuse(`${target.dir}: no tokenizer.json, so data must be ids (.json, or "input_ids" lines)`);
-    return checked(documentIds(tokenizer, document, mark));
-  });
-  return { documents, seqLen };
+  async function* ids(): AsyncGenerator<number[]> {
+    for await (const document of reader(source)) {
+      if (typeof document === 'string' && !tokenizer)
+        refuse(`${target.dir}: no tokenizer.json, so data must be ids`);
+      const found = typeof document === 'string' ? documentIds(tokenizer!, document, mark) : document;
+      const odd = found.find(id => !Number.isInteger(id) || id < 0 || id >= vocab);
+      if (odd !== undefined) refuse(`${source}: ${odd} is no token id of the model (0 to ${vocab - 1})`);
+      if (isRows && found.length !== seqLen)
+        refuse(`${source}: a row has ${found.length} tokens, the first ${seqLen}`);
+      yield found;
+    }
+  }
+  return { ids: ids(), seqLen };
+}
+
+async function collect<X>(items: AsyncIterable<X>): Promise<X[]> {
+  const all: X[] = [];
+  for await (const item of items) all.push(item);
+  return all;
 }
 
 /** Documents joined and cut into rows; an incomplete last row is left out. */
@@ -1248,33 +1249,51 @@ export interface Data {
   heldOut: Rows;
   tokenizer: Tokenizer | undefined;
 }
+const HELD_OUT = 0.05;
+const FITS_IN_MEMORY = 2 ** 28; // bytes of text; what is larger becomes a file of tokens in the run folder
 
 /** Training rows, and the held-out ones: those of `evalData`, else of the last 5 % of the documents. */
-export function loadData(target: Target, config: Config): Data {
-  const tokenizer = fs.existsSync(path.join(target.dir, 'tokenizer.json'))
-    ? loadTokenizer(target.dir)
+export async function loadData(target: Target, config: Config): Promise<Data> {
+  const hasTokenizer = fs.existsSync(path.join(target.dir, 'tokenizer.json'));
+  const tokenizer = hasTokenizer ? await loadTokenizer(target.dir) : undefined;
+  const held = config.evalData
+    ? await openData(config.evalData, target, tokenizer, config.seqLen)
     : undefined;
-  let { documents, seqLen } = loadDocuments(config.data, target, tokenizer, config.seqLen);
-  let heldOut: Rows;
-  if (config.evalData) {
-    const other = loadDocuments(config.evalData, target, tokenizer, seqLen);
-    heldOut = pack(other.documents, other.seqLen);
-  } else {
-    if (documents.length < 20) {
-      const rows = pack(documents, seqLen); // too few to spare one: then of the rows
+  let heldOut = held && pack(await collect(held.ids), held.seqLen);
+  const { ids, seqLen } = await openData(config.data, target, tokenizer, config.seqLen);
+  let train: Rows;
+  if (fs.existsSync(config.data) && fs.statSync(config.data).size <= FITS_IN_MEMORY) {
+    let documents = await collect(ids);
+    if (!heldOut && documents.length < 20) {
+      const rows = pack(documents, seqLen); // too few documents to spare one: then of the rows
       documents = range(0, rows.count).map(i => [...rows.row(i)]);
     }
-    heldOut = pack(documents.splice(-Math.max(1, Math.round(documents.length * 0.05))), seqLen);
+    heldOut ??= pack(documents.splice(-Math.max(1, Math.round(documents.length * HELD_OUT))), seqLen);
+    train = pack(documents, seqLen);
+  } else {
+    const parts =
+      (await optional(import('./engine/data.ts'))) ?? refuse(`${config.data}: needs engine/data.ts`);
+    fs.mkdirSync(config.out, { recursive: true });
+    const enough = config.nSteps * config.batchSize * seqLen * (1 + 2 * HELD_OUT);
+    const options = { seqLen, heldOutShare: heldOut ? 0 : HELD_OUT, enough };
+    const corpus = await parts.writeCorpus(
+      path.join(config.out, 'tokens.bin'),
+      ids,
+      target.arch.vocab,
+      options,
+    );
+    heldOut ??= corpus.heldOut;
+    train = corpus.train;
   }
-  const train = pack(documents, seqLen);
   const { context, contextField } = target.arch;
   for (const [file, rows] of [
     [config.data, train],
-    [config.evalData || `${config.data} (held out)`, heldOut],
+    [config.evalData || `${config.data}, held out`, heldOut],
   ] as const) {
     if (rows.count < 1) refuse(`${file}: too short for one row of ${rows.seqLen} tokens (--seq-len)`);
-    if (rows.seqLen > context)
-      refuse(`${file}: rows of ${rows.seqLen} tokens; the target's ${contextField} is ${context}`);
+    const fits = rows.seqLen >= 2 && rows.seqLen <= context;
+    if (!fits)
+      refuse(`${file}: rows of ${rows.seqLen} tokens; takes 2 to ${context} (the target's ${contextField})`);
   }
   return { train, heldOut, tokenizer };
 }
@@ -3045,8 +3064,8 @@ export function renderReport(template: string, run: ReportData): string {
 
 /** JSON in which nothing can end a script, start a comment or turn the reading direction: plain ASCII without <>&. */
 export function asciiJson(value: unknown): string {
-  const escape = (char: string) => `\\u${char.charCodeAt(0).toString(16).padStart(4, '0')}`;
-  return JSON.stringify(value).replace(/[<>&\u007f-\uffff]/g, escape);
+  const escaped = (char: string) => `\\u${char.charCodeAt(0).toString(16).padStart(4, '0')}`;
+  return JSON.stringify(value).replace(/[<>&\u007f-\uffff]/g, escaped);
 }
 
 /** [row, start, at, base64]: a token is 3 bytes (its number), then a byte of CI (255 is 1) and one of activation
@@ -3174,6 +3193,13 @@ export function resolveConfig(
   return c;
 }
 
+/** A folder as it is; a hub id through the Hugging Face cache. */
+async function resolveModel(spec: string): Promise<string> {
+  if (fs.existsSync(spec)) return spec;
+  const hub = await optional(import('./engine/hub.ts'));
+  return hub ? hub.resolveModel(spec) : refuse(`${spec}: no such folder; hub ids need engine/hub.ts`);
+}
+
 /** What every job starts with: engine, target, data, modules; it ends with the target's own loss, which shows a wrongly loaded model. */
 async function open(config: Config, given: ReadonlySet<string>) {
   if (!config.model) refuse('--model: missing; takes a Hugging Face folder or a hub id (or give a --preset)');
@@ -3184,7 +3210,7 @@ async function open(config: Config, given: ReadonlySet<string>) {
   const { type, nLayers, dModel, vocab } = target.arch;
   talk(`target   ${config.model}: ${type}, ${nLayers} layers, width ${dModel}, vocabulary ${vocab}`);
   const c = resolveConfig(config, target.arch, given, engine.gpu);
-  const data = loadData(target, c);
+  const data = await loadData(target, c);
   c.seqLen = data.train.seqLen;
   talk(
     `data     ${data.train.count} training rows, ${data.heldOut.count} held-out rows of ${c.seqLen} tokens`,
@@ -3361,7 +3387,6 @@ function summary({ modules, config }: Problem, metrics: Metrics, board: Scoreboa
   ].join('\n');
 }
 
-const resolveModel = async (spec: string) => spec;
 /** Refuses to resume with another config, model or data; warnings for what costs exactness. */
 function compareRuns(old: RunRecord, now: RunRecord): string[] {
   for (const part of ['model', 'data'] as const) {
@@ -3447,8 +3472,10 @@ export async function main(argv: string[]): Promise<number> {
   } catch (error) {
     return refuse(`${(error as Error).message.split('. To specify')[0]} (--help lists the flags)`);
   }
-  if (flags.help) return console.log(help()), 0;
-  if (flags.version) return console.log(VERSION), 0;
+  if (flags.help || flags.version) {
+    console.log(flags.help ? help() : VERSION);
+    return 0;
+  }
   const changes: Partial<Config> = {};
   for (const [name, { value }] of Object.entries(FIELDS)) {
     const raw = typeof value === 'boolean' ? flags[`no-${kebab(name)}`] && false : flags[kebab(name)];
@@ -3491,8 +3518,10 @@ if (process.argv[1] && fs.realpathSync(process.argv[1]) === fileURLToPath(import
     // a full disk is no bug of ours: its stack tells nothing
     const { message, stack, code } = error as NodeJS.ErrnoException;
     const known =
-      error instanceof UsageError || error instanceof DivergenceError || /^E[A-Z]+$/.test(code ?? '');
+      (error as Error).name === 'UsageError' ||
+      error instanceof DivergenceError ||
+      /^E[A-Z]+$/.test(code ?? '');
     talk(known ? `nano-param-decomp: ${message}` : String(stack));
-    process.exitCode = error instanceof UsageError ? 2 : 1;
+    process.exitCode = (error as Error).name === 'UsageError' ? 2 : 1;
   }
 }

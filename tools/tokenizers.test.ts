@@ -5,7 +5,8 @@ import fs from 'node:fs';
 import os from 'node:os';
 import path from 'node:path';
 import { after, test } from 'node:test';
-import { loadTokenizer, UsageError } from '/tmp/drafts/tokenizer.ts';
+import { loadTokenizer } from '../engine/tokenizer.ts';
+import { UsageError } from '../engine/usage-error.ts';
 
 /** What make_tokenizer_fixtures.py wrote for a text: `full` (with special tokens) is left out where it equals `ids`. */
 interface Expected {

@@ -1,0 +1,156 @@
+// Documents of every kind of file, read as a stream; and rows of a corpus that is kept in a file.
+
+import assert from 'node:assert/strict';
+import fs from 'node:fs';
+import os from 'node:os';
+import path from 'node:path';
+import { after, test } from 'node:test';
+import { documents, shuffledIndex, writeCorpus } from '../engine/data.ts';
+import { UsageError } from '../engine/usage-error.ts';
+
+const fixtures = path.join(import.meta.dirname, 'fixtures/data');
+const folder = fs.mkdtempSync(path.join(os.tmpdir(), 'data-'));
+after(() => fs.rmSync(folder, { recursive: true }));
+
+async function read(source: string) {
+  const all: (string | number[])[] = [];
+  for await (const document of documents(source)) all.push(document);
+  return all;
+}
+function write(name: string, content: string | Uint8Array): string {
+  const file = path.join(folder, name);
+  fs.writeFileSync(file, content);
+  return file;
+}
+const refused = (promise: Promise<unknown>, message: RegExp) =>
+  assert.rejects(promise, (error: Error) => {
+    assert.ok(error instanceof UsageError, error.stack);
+    assert.match(error.message, message);
+    assert.doesNotMatch(error.message, /\n/);
+    return true;
+  });
+
+test('text: a document a line, or between blank lines', async () => {
+  assert.deepEqual(await read(write('a.txt', '\ufeffone\ntwo \r\n\n\n')), ['one', 'two']);
+  assert.deepEqual(await read(write('a.txt', 'one\nmore\n \t\ntwo\r\n\r\n\r\nthree')), [
+    'one\nmore',
+    'two',
+    'three',
+  ]);
+  assert.deepEqual(await read(write('a.txt', 'one\u2028still one\rand this\ntwo')), [
+    'one\u2028still one\rand this',
+    'two',
+  ]);
+  assert.deepEqual(await read(write('a.txt', '')), []);
+  assert.deepEqual(await read(write('a.txt', ' \n\n ')), []);
+  const long = Array.from({ length: 40_000 }, (_, i) => `line ${i}:${'é😀'.repeat(i % 40)}`); // several chunks
+  assert.deepEqual(await read(write('a.txt', long.join('\n'))), long);
+  await refused(read(write('a.txt', Uint8Array.of(97, 10, 0xff, 98))), /a\.txt: is not UTF-8/);
+  await refused(read(write('a.txt', Uint8Array.of(97, 10, 0xc3))), /is not UTF-8/);
+});
+
+test('jsonl: texts or ids, and errors with the line', async () => {
+  const lines = [{ text: 'a\u2028\n"b"' }, { input_ids: [1, 2] }, { text: '' }].map(l => JSON.stringify(l));
+  assert.deepEqual(await read(write('a.jsonl', `${lines.join('\r\n')}\n\n`)), ['a\u2028\n"b"', [1, 2], '']);
+  await refused(read(write('a.jsonl', '{"text":"a"}\n{"text":')), /a\.jsonl:2: .*JSON/);
+  for (const line of ['null', '3', '{"text":5}', '{"title":"a"}', '[1]'])
+    await refused(read(write('a.jsonl', `{"text":"a"}\n\n${line}`)), /a\.jsonl:3: takes \{"text"/);
+});
+
+test('json: rows, whatever the spacing, and nothing else', async () => {
+  const rows = Array.from({ length: 30_000 }, (_, i) => Array.from({ length: 16 }, (_, j) => i * j));
+  for (const text of [
+    JSON.stringify(rows),
+    JSON.stringify(rows.slice(0, 99), null, 1),
+    ' [ [1 ] , [ 2,3 ] ]\n',
+    '[[]]',
+  ])
+    assert.deepEqual(await read(write('a.json', text)), JSON.parse(text));
+  for (const text of [
+    '',
+    '{}',
+    '[]',
+    '[1,2]',
+    '[[1,2]',
+    '[[1],[2',
+    '[[1]],',
+    '[[1]][',
+    '[[1]]]',
+    '[[1][2]]',
+    '[[1,]]',
+  ])
+    await refused(read(write('a.json', text)), /a\.json: /);
+  for (const text of ['[[1.5]]', '[[-1]]', '[["a"]]', '[[[1]]]', '[{"text":"a"}]', '[[1] [2]]', '[[1 2]]'])
+    await refused(read(write('a.json', text)), /a\.json: row 0|takes/);
+});
+
+test('parquet: text, story or input_ids, in every compression', async () => {
+  const texts = await read(path.join(fixtures, 'text-none.parquet'));
+  assert.equal(texts.length, 50);
+  assert.equal(texts[3], 'Story 3: the café — 😀 was very very very full.\nIt rained.');
+  const codecs = [
+    'snappy',
+    'gzip',
+    'brotli',
+    ...('zstdDecompressSync' in (await import('node:zlib')) ? ['zstd'] : []),
+  ];
+  for (const codec of codecs)
+    assert.deepEqual(await read(path.join(fixtures, `text-${codec}.parquet`)), texts, codec);
+  assert.deepEqual(await read(path.join(fixtures, 'story.parquet')), texts);
+  const ids = Array.from({ length: 50 }, (_, i) =>
+    Array.from({ length: (i % 7) + 1 }, (_, j) => (i * j) % 97),
+  );
+  for (const type of ['int32', 'int64'])
+    assert.deepEqual(await read(path.join(fixtures, `ids-${type}.parquet`)), ids);
+  await refused(read(path.join(fixtures, 'no-text.parquet')), /has columns title; takes input_ids or text/);
+  await refused(read(write('a.parquet', 'PAR1 no parquet PAR1')), /a\.parquet: /);
+  await refused(read(path.join(folder, 'none.parquet')), /no such file/);
+  await refused(read(folder), /takes \.txt/);
+});
+
+test('a corpus is written once; its rows and its held-out rows are read by position', async () => {
+  for (const vocab of [300, 100_000]) {
+    const docs = Array.from({ length: 100 }, (_, i) =>
+      Array.from({ length: i % 9 }, (_, j) => (i * 31 + j * vocab) % vocab),
+    );
+    const stream = async function* () {
+      yield* docs;
+    };
+    const file = path.join(folder, 'tokens.bin');
+    const corpus = await writeCorpus(file, stream(), vocab, { seqLen: 8, heldOutShare: 0.05 });
+    assert.deepEqual(
+      fs.readdirSync(folder).filter(name => name.startsWith('tokens')),
+      ['tokens.bin'],
+    );
+    const all = (rows: typeof corpus.train) => Array.from({ length: rows.count }, (_, i) => [...rows.row(i)]);
+    const cut = (tokens: number[]) =>
+      Array.from({ length: Math.floor(tokens.length / 8) }, (_, i) => tokens.slice(8 * i, 8 * i + 8));
+    assert.deepEqual(all(corpus.train), cut(docs.slice(0, 95).flat()));
+    assert.deepEqual(all(corpus.heldOut), cut(docs.slice(95).flat()));
+  }
+  let given = 0;
+  const endless = async function* () {
+    for (;;) yield [given++ % 50];
+  };
+  const options = { seqLen: 10, heldOutShare: 0.1, enough: 1000 };
+  const few = await writeCorpus(path.join(folder, 'few.bin'), endless(), 50, options);
+  assert.deepEqual([few.train.count, few.heldOut.count, given], [90, 10, 1000]);
+});
+
+test('the shuffle visits every row once, another order each epoch', () => {
+  const mix = (a: number, b: number) => {
+    let h = Math.imul(a ^ 0x9e3779b9, 0x85ebca6b) ^ Math.imul(b + 0x7f4a7c15, 0xc2b2ae35);
+    h = Math.imul(h ^ (h >>> 16), 0x7feb352d);
+    h = Math.imul(h ^ (h >>> 15), 0x846ca68b);
+    return (h ^ (h >>> 16)) | 0;
+  };
+  const order = (n: number, key: number) =>
+    Array.from({ length: n }, (_, i) => shuffledIndex(i, n, key, mix));
+  for (const n of [1, 2, 3, 5, 16, 17, 255, 1000, 4096, 5001]) assert.equal(new Set(order(n, 7)).size, n);
+  const [a, b] = [order(5000, 1), order(5000, 2)];
+  assert.ok(a.filter((x, i) => x === b[i]).length < 10);
+  const stays = a.filter((x, i) => Math.abs(x - i) < 50).length; // about 2 % by chance
+  assert.ok(stays > 50 && stays < 160, String(stays));
+  const first = shuffledIndex(0, 2 ** 45, 3, mix);
+  assert.ok(Number.isInteger(first) && first >= 0 && first < 2 ** 45);
+});
