@@ -346,7 +346,7 @@ const PURPOSE = {
 
 /** The part of the address that changes from step to step: a tensor, since it must enter a traced graph as a feed. */
 export const randomKey = (seed: number, step: number): tf.Tensor1D =>
-  tf.tensor1d([mix(seed, 0), step], 'int32');
+  tf.tensor1d([scramble(seed), step], 'int32');
 
 /** Uniform numbers in [0, 1), a function of (key, purpose) alone; each engine has its own bits. */
 export function uniform(shape: number[], key: tf.Tensor, purpose: number): tf.Tensor {
@@ -365,26 +365,34 @@ export function uniform(shape: number[], key: tf.Tensor, purpose: number): tf.Te
   return backend.executeSingleOutput('StatelessRandomUniform', attrs, [tf.tensor1d(shape, 'int32'), seed]);
 }
 
-/** A good 32-bit mix of two integers. */
-function mix(a: number, b: number): number {
-  let h = Math.imul(a ^ 0x9e3779b9, 0x85ebca6b) ^ Math.imul(b + 0x7f4a7c15, 0xc2b2ae35);
-  h = Math.imul(h ^ (h >>> 16), 0x7feb352d);
-  h = Math.imul(h ^ (h >>> 15), 0x846ca68b);
-  return (h ^ (h >>> 16)) | 0;
-}
+/**
+ * n uniform numbers in [0, 1), a function of (seed, step, purpose) alone: the generator sfc32, 24 bits a number.
+ * Different keys start from different states, because every line of the seeding can be undone.
+ */
 export function uniformArray(n: number, seed: number, step: number, purpose: number): Float32Array {
-  let [a, b, c, d] = [mix(seed, step), mix(step, purpose), mix(purpose, seed), 1];
+  let a = scramble(seed);
+  let b = scramble(a ^ step);
+  let c = scramble(b ^ purpose);
+  let counter = 1;
   const out = new Float32Array(n);
   for (let i = -12; i < n; i++) {
-    const t = (((a + b) | 0) + d) | 0;
-    d = (d + 1) | 0;
+    // the first twelve spread each bit of the key over the whole state
+    const t = (a + b + counter) | 0;
+    counter = (counter + 1) | 0;
     a = b ^ (b >>> 9);
     b = (c + (c << 3)) | 0;
-    c = (c << 21) | (c >>> 11);
-    c = (c + t) | 0;
-    if (i >= 0) out[i] = (t >>> 8) / 16777216;
+    c = (((c << 21) | (c >>> 11)) + t) | 0;
+    if (i >= 0) out[i] = (t >>> 8) / 0x1000000;
   }
   return out;
+}
+
+/** A permutation of the 32-bit numbers in which every bit of the input reaches every bit of the output. */
+function scramble(x: number): number {
+  let h = (x + 0x9e3779b9) | 0;
+  h = Math.imul(h ^ (h >>> 16), 0x85ebca6b);
+  h = Math.imul(h ^ (h >>> 13), 0xc2b2ae35);
+  return h ^ (h >>> 16);
 }
 
 // ---- C. Target model ------------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ import os from 'node:os';
 import path from 'node:path';
 import { after, before, test } from 'node:test';
 import { setTimeout as sleep } from 'node:timers/promises';
+import * as tf from '@tensorflow/tfjs';
 import { loadCheckpoint, main, openSafetensors, UsageError } from '../nano-param-decomp.ts';
 
 const long = process.env.NANO_LONG_TESTS === '1';
@@ -221,6 +222,18 @@ test('a resumed run refuses another config, model or data by name, and takes wha
   assert.deepEqual(result(out), before);
   await assert.rejects(main([...engines.wasm, `--out=${out}`]), /: holds a run; --resume goes on with it/);
   await assert.rejects(main(['--resume', `--out=${inRoot('nothing')}`]), UsageError);
+});
+
+test('eval and harvest leave no tensors behind', async t => {
+  t.mock.method(process.stderr, 'write', () => true);
+  t.mock.method(console, 'log', () => {});
+  const grown: string[] = [];
+  for (const command of ['eval', 'harvest', 'harvest']) {
+    const { numTensors, numBytes } = tf.memory();
+    await main([command, `--run=${inRoot('wasm')}`]);
+    grown.push(`${tf.memory().numTensors - numTensors} tensors, ${tf.memory().numBytes - numBytes} bytes`);
+  }
+  assert.equal(new Set(grown).size, 1, grown.join('; ')); // the target and the components, which each of them loads
 });
 
 test('killed at any moment, a run goes on to the same bytes', async t => {
