@@ -1859,7 +1859,7 @@ export function compileStep(engine: Engine, problem: Problem, state: State) {
     const mine = { s: tf.gather(s, rows), m: tf.gather(m, rows), v: tf.gather(v, rows) };
     const { losses, gradients, sources, l0 } = lossesAndGradients(problem, state.params, mine, feeds);
     const put = (all: tf.Variable, part: T) =>
-      all.assign(tf.tensorScatterUpdate(all, rows.expandDims(1), part));
+      all.assign(tf.tensorScatterUpdate(all, rows.reshape([n, 1]), part));
     put(s, sources.s);
     put(m, sources.m);
     put(v, sources.v);
