@@ -32,6 +32,7 @@
  * Conventions: N = B·S positions; activations are [N, ·] matrices (only attention unfolds B and S). A module has C
  * components; ΣC are those of all M modules side by side, modules sorted by path ("wide" tensors).
  */
+import { spawnSync } from 'node:child_process';
 import * as crypto from 'node:crypto';
 import * as fs from 'node:fs';
 import * as os from 'node:os';
@@ -160,7 +161,13 @@ export const DEFAULTS = Object.fromEntries(Object.entries(FIELDS).map(([k, f]) =
 
 const bundled = (file: string) => fileURLToPath(new URL(`assets/toy/${file}`, import.meta.url));
 /** Named settings: the difference to the defaults, with its source. */
-export const PRESETS: Record<string, { source: string; config: Partial<Config> }> = {
+interface Preset {
+  source: string;
+  config: Partial<Config>;
+  /** the target that it is meant for */
+  target?: Partial<Architecture>;
+}
+export const PRESETS: Record<string, Preset> = {
   toy: {
     source: 'ours: the bundled one-layer target with known rules',
     config: {
@@ -179,6 +186,7 @@ export const PRESETS: Record<string, { source: string; config: Partial<Config> }
   },
   'simplestories-2L': {
     source: "the original's small public preset for its 2-layer SimpleStories target; method 5",
+    target: { nLayers: 2, dModel: 192, nHeads: 6, vocab: 4019 },
     config: {
       components: '*.q_proj=288,*.k_proj=288,*.v_proj=384,*.o_proj=480,*.c_fc=1152,*.down_proj=960',
       ...{ ciDModel: 512, ciNBlocks: 4, ciNHeads: 8, ciMlpHidden: 2048, coeffImp: 1e-3, mainLr: 3e-4 },
@@ -186,6 +194,7 @@ export const PRESETS: Record<string, { source: string; config: Partial<Config> }
   },
   'pile-4L': {
     source: "the paper's run on its 4-layer Pile target, 400k steps of 64 x 512 tokens; method 5",
+    target: { nLayers: 4, dModel: 768, nHeads: 6, dMlp: 3072, vocab: 50_277 },
     config: {
       components: '*.q_proj=512,*.k_proj=512,*.v_proj=1024,*.o_proj=1024,*.c_fc=3072,*.down_proj=3584',
       ...{ batchSize: 64, seqLen: 512, ciDModel: 2048, ciNBlocks: 8, ciNHeads: 16, ciMlpHidden: 8192 },
@@ -1217,8 +1226,9 @@ async function openData(source: string, target: Target, tokenizer: Tokenizer | u
   const { vocab } = target.arch;
   const isRows = source.endsWith('.json');
   const reader = (await optional(import('./engine/data.ts')))?.documents ?? readDocuments;
-  for await (const row of isRows ? reader(source) : []) {
-    seqLen = row.length;
+  // the first document is read here already: what can't be read is refused before anything is written
+  for await (const first of reader(source)) {
+    if (isRows) seqLen = first.length;
     break;
   }
   // a list of end-of-text ids in some Llamas: the first
@@ -1895,6 +1905,33 @@ export function compileStep(engine: Engine, problem: Problem, state: State) {
       const { lrMain, c1, c2 } = shared;
       return numbers((await update({ losses, l0, lrMain, c1, c2 })).metrics);
     });
+}
+
+/** What a training step takes, before anything is allocated: parameters, bytes (about) and floating-point operations. */
+export function estimate({ target, modules, config }: Problem) {
+  const { vocab, dModel } = target.arch;
+  const sum = (of: (m: Module) => number) => modules.reduce((n, m) => n + of(m), 0);
+  const [sumC, N, R] = [totalC(modules), config.batchSize * config.seqLen, config.microBatches];
+  const targetParams = [...target.weights.values()].reduce((n, w) => n + w.size, 0);
+  const components = sum(m => m.C * (m.dIn + m.dOut));
+  const ciFn = Object.values(ciShapes({ target, modules, config })).reduce(
+    (n, s) => n + tf.util.sizeFromShape(s),
+    0,
+  );
+  const params = components + ciFn;
+  const state = targetParams + params * (R > 1 ? 4 : 3) + 3 * N * (sumC + modules.length);
+  const ciActs =
+    config.ciNBlocks * (16 * config.ciDModel + 5 * config.ciMlpHidden + 4 * config.ciNHeads * config.seqLen);
+  const working = (N / R) * (40 * sumC + 12 * vocab + 40 * sum(m => m.dIn + m.dOut) + ciActs) + 3 * params;
+  // forward 1, backward to the masks 1, to V and U 1 more: each inner step takes 2, each of two losses 3
+  const passes = config.ppgdInnerSteps + 2;
+  const perPosition =
+    components * (2 * passes + 2) +
+    sum(m => m.dIn * m.dOut) * (2 * passes + 1) +
+    dModel * vocab * (2 * passes + 1) +
+    3 * ciFn;
+  const flops = 2 * N * perPosition + 6 * sum(m => m.dIn * m.dOut * m.C);
+  return { targetParams, components, ciFn, bytes: 4 * (state + working), flops };
 }
 
 /** V ~ N(0, 1/dIn), U ~ N(0, 1/C); the CI function as PyTorch's nn.Linear: uniform ±1/√fan_in, biases too. */
@@ -3209,7 +3246,7 @@ async function resolveModel(spec: string): Promise<string> {
 }
 
 /** What every job starts with: engine, target, data, modules; it ends with the target's own loss, which shows a wrongly loaded model. */
-async function open(config: Config, given: ReadonlySet<string>) {
+async function open(config: Config, given: ReadonlySet<string>, preset?: Preset) {
   if (!config.model) refuse('--model: missing; takes a Hugging Face folder or a hub id (or give a --preset)');
   if (!config.data) refuse('--data: missing; takes a .txt, .jsonl or .json file');
   const engine = await startEngine(config);
@@ -3217,6 +3254,11 @@ async function open(config: Config, given: ReadonlySet<string>) {
   const target = loadTarget(await resolveModel(config.model));
   const { type, nLayers, dModel, vocab } = target.arch;
   talk(`target   ${config.model}: ${type}, ${nLayers} layers, width ${dModel}, vocabulary ${vocab}`);
+  for (const [field, meant] of Object.entries(preset?.target ?? {})) {
+    const got = target.arch[field as keyof Architecture];
+    if (got !== meant)
+      talk(`warning  this preset is meant for a target with ${field} ${meant}; this one has ${got}`);
+  }
   const c = resolveConfig(config, target.arch, given, engine.gpu);
   const data = await loadData(target, c);
   c.seqLen = data.train.seqLen;
@@ -3238,6 +3280,30 @@ async function open(config: Config, given: ReadonlySet<string>) {
   return { engine, problem, data, heldOut, targetLoss };
 }
 
+/** Says what a step will take, and refuses what can't fit. */
+function checkSize(problem: Problem, gpu: boolean): void {
+  const { targetParams, components, ciFn, bytes, flops } = estimate(problem);
+  const [M, G] = [
+    (x: number) => `${(x / 1e6).toFixed(2)}M`,
+    (x: number) => `${(x / 2 ** 30).toFixed(2)} GiB`,
+  ];
+  talk(`size     target ${M(targetParams)} parameters, V and U ${M(components)}, CI function ${M(ciFn)}`);
+  talk(`step     about ${G(bytes)} of memory, ${(flops / 1e9).toFixed(1)} GFLOP`);
+  const smi = gpu
+    ? spawnSync('nvidia-smi', ['--query-gpu=memory.total', '--format=csv,noheader,nounits']).stdout
+    : null;
+  const there = gpu ? Number.parseInt(smi?.toString() ?? '', 10) * 2 ** 20 : os.totalmem();
+  if (bytes <= there || Number.isNaN(there)) return;
+  const { microBatches, batchSize } = problem.config;
+  const advice =
+    batchSize > microBatches
+      ? `a larger --micro-batches than ${microBatches}`
+      : 'a smaller --seq-len or fewer --components';
+  refuse(
+    `a step takes about ${G(bytes)} and there are ${G(there)}: try ${advice}, or a smaller --batch-size`,
+  );
+}
+
 /** --labels: the rules in force in the first rows of the held-out data. */
 function readLabels(file: string, rows: Rows): Labels {
   const { rules, labels } = readJson(file) as unknown as Labels;
@@ -3250,14 +3316,38 @@ function readLabels(file: string, rows: Rows): Labels {
   );
 }
 
+/** --dry-run: lists the modules, times some steps, writes nothing. */
+async function measureSteps(engine: Engine, problem: Problem, data: Data): Promise<number> {
+  for (const { path: name, dIn, dOut, C } of problem.modules)
+    console.log(`${name}  [${dOut}, ${dIn}]  C ${C}`);
+  const step = compileStep(engine, problem, initialState(problem, initialParams(problem)));
+  const times: number[] = [];
+  for (let n = 0; n < 7; n++) {
+    const started = performance.now();
+    await step(n, data.train);
+    times.push(performance.now() - started);
+  }
+  const typical = times.slice(2).sort((a, b) => a - b)[2]!; // the first two are traced and checked
+  const hours = (typical * problem.config.nSteps) / 3.6e6;
+  console.log(
+    `${typical.toFixed(1)} ms per step: ${problem.config.nSteps} steps take ${hours.toFixed(2)} hours`,
+  );
+  return 0;
+}
+
+interface JobOptions {
+  dryRun: boolean;
+  resume?: RunRecord;
+  preset?: Preset | undefined;
+}
+
 /** The main job: warm up, train, evaluate, save, score, harvest, report. */
-async function decompose(
-  config: Config,
-  given: ReadonlySet<string>,
-  resume: RunRecord | undefined,
-): Promise<number> {
-  const { engine, problem, data, heldOut } = await open(config, given);
+async function decompose(config: Config, given: ReadonlySet<string>, how: JobOptions): Promise<number> {
+  const { resume } = how;
+  const { engine, problem, data, heldOut } = await open(config, given, how.preset);
   const { config: c } = problem;
+  checkSize(problem, engine.gpu);
+  if (how.dryRun) return measureSteps(engine, problem, data);
   const labels = c.labels ? readLabels(c.labels, data.heldOut) : undefined;
   const record = runRecord(problem, data, engine);
   if (resume) for (const warning of compareRuns(resume, record)) talk(`warning  ${warning}`);
@@ -3452,6 +3542,7 @@ function help(): string {
 
   npx tsx nano-param-decomp.ts [decompose] --model M --data D [--preset P] [flags]
   npx tsx nano-param-decomp.ts [decompose] --resume --out DIR     goes on exactly where DIR stopped
+  npx tsx nano-param-decomp.ts [decompose] … --dry-run            checks, estimates and times a step, writes nothing
   npx tsx nano-param-decomp.ts eval --run DIR [--eval-data rows.json]
   npx tsx nano-param-decomp.ts harvest --run DIR [--data D]       (re)builds harvest.json and report.html
 
@@ -3497,11 +3588,12 @@ export async function main(argv: string[]): Promise<number> {
       return refuse(`${command}: takes --run DIR, the folder of a finished run`);
     return command === 'eval' ? evalCommand(flags.run, changes) : harvestCommand(flags.run, changes);
   }
+  const dryRun = flags['dry-run'] === true;
   if (flags.resume) {
     if (!changes.out) return refuse('--resume: takes --out DIR, the folder of the run to go on with');
     const record = readJson(path.join(changes.out, 'config.json')) as unknown as RunRecord;
     const config = { ...DEFAULTS, ...record.config, ...changes };
-    return decompose(config, new Set(Object.keys(config)), record);
+    return decompose(config, new Set(Object.keys(config)), { dryRun, resume: record });
   }
   const presetName = flags.preset as string | undefined;
   const preset = presetName === undefined ? undefined : PRESETS[presetName];
@@ -3512,11 +3604,8 @@ export async function main(argv: string[]): Promise<number> {
   config.out ||= path.join('runs', `${path.basename(config.model) || 'run'}-${stamp}`);
   if (fs.existsSync(path.join(config.out, 'config.json')))
     refuse(`${config.out}: holds a run; --resume goes on with it, or take another --out`);
-  return decompose(
-    config,
-    new Set([...Object.keys(preset?.config ?? {}), ...Object.keys(changes)]),
-    undefined,
-  );
+  const given = new Set([...Object.keys(preset?.config ?? {}), ...Object.keys(changes)]);
+  return decompose(config, given, { dryRun, preset });
 }
 
 if (process.argv[1] && fs.realpathSync(process.argv[1]) === fileURLToPath(import.meta.url)) {
