@@ -2995,8 +2995,8 @@ export interface Labels {
 const ANSWERS_ABOVE = 0.1;
 
 /**
- * The mechanism scoreboard: for each rule the component whose "g > 0.1" has the best F1 for "the rule is in force".
- * It is called causal if deleting that one component from the full model (all other components and all deltas on)
+ * The mechanism scoreboard: for each rule the component whose "g > 0.1" has the best F1 for "the rule is in force"
+ * (of those within 0.01 of it, the one whose deletion costs most there). It is called causal if deleting that one component from the full model (all other components and all deltas on)
  * costs more than 0.1 nats where the rule is in force, and less than a tenth of that elsewhere.
  */
 export async function scoreRules(
@@ -3032,27 +3032,29 @@ export async function scoreRules(
   const scores: RuleScore[] = [];
   for (const [r, rule] of rules.entries()) {
     const f1 = (c: number) => (2 * both[r]![c]!) / Math.max(1, firings[c]! + support[r]!);
-    const best = range(0, sumC).reduce((a, b) => (f1(b) > f1(a) ? b : a));
-    const mask = tf.tensor2d(
-      Float32Array.from({ length: sumC }, (_, c) => Number(c !== best)),
-      [1, sumC],
+    const ranked = range(0, sumC).sort((a, b) => f1(b) - f1(a));
+    // a mechanism often has a component in several layers: among equally good ones, the one that matters most
+    const equals = ranked.slice(0, 8).filter(c => f1(c) > f1(ranked[0]!) - 0.01);
+    const deletions = await Promise.all(
+      equals.map(async c => {
+        const mask = tf.tensor2d(
+          Float32Array.from({ length: sumC }, (_, i) => Number(i !== c)),
+          [1, sumC],
+        );
+        const kl = await numbers((await without({ tokens, mask })).kl);
+        const mean = (wanted: boolean) => {
+          const chosen = kl.filter((_, n) => inForce[n]!.includes(r) === wanted);
+          return chosen.reduce((a, b) => a + b, 0) / Math.max(1, chosen.length);
+        };
+        return { c, klInForce: mean(true), klElsewhere: mean(false) };
+      }),
     );
-    const kl = await numbers((await without({ tokens, mask })).kl);
-    const mean = (wanted: boolean) => {
-      const chosen = kl.filter((_, n) => inForce[n]!.includes(r) === wanted);
-      return chosen.reduce((a, b) => a + b, 0) / Math.max(1, chosen.length);
-    };
-    const [klInForce, klElsewhere] = [mean(true), mean(false)];
-    const m = modules.find(({ offset, C }) => best < offset + C)!;
+    const { c, klInForce, klElsewhere } = deletions.sort((a, b) => b.klInForce - a.klInForce)[0]!;
+    const m = modules.find(({ offset, C }) => c < offset + C)!;
     scores.push({
-      ...{
-        ...rule,
-        support: support[r]!,
-        component: { module: m.path, index: best - m.offset },
-        f1: f1(best),
-      },
-      precision: both[r]![best]! / Math.max(1, firings[best]!),
-      recall: both[r]![best]! / Math.max(1, support[r]!),
+      ...{ ...rule, support: support[r]!, component: { module: m.path, index: c - m.offset }, f1: f1(c) },
+      precision: both[r]![c]! / Math.max(1, firings[c]!),
+      recall: both[r]![c]! / Math.max(1, support[r]!),
       ...{ klInForce, klElsewhere, causal: klInForce > 0.1 && klElsewhere < klInForce / 10 },
     });
   }
