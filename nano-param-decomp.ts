@@ -3155,7 +3155,7 @@ async function harvestRun(
   const batches = range(0, Math.ceil(rows.count / size)).map(b =>
     range(b * size, Math.min((b + 1) * size, rows.count)).map(rows.row),
   );
-  const show = startProgress(rows.count * rows.seqLen);
+  const show = startProgress(rows.count * rows.seqLen, 0, 'token');
   const result = await harvest({
     ...{
       pass,
@@ -3199,7 +3199,7 @@ function tokenText(tokenizer: Tokenizer | undefined, id: number): string {
 const talk = (line: string): void => void process.stderr.write(`${line}\n`);
 
 /** A long loop's progress: one line that is rewritten on a terminal, a plain line now and then elsewhere. */
-function startProgress(total: number, first = 0) {
+function startProgress(total: number, first = 0, unit = 'step') {
   const started = performance.now();
   const live = process.stderr.isTTY === true;
   let shown = -Infinity;
@@ -3209,7 +3209,7 @@ function startProgress(total: number, first = 0) {
     shown = now;
     const perStep = (now - started) / Math.max(1, done - first);
     const left = Math.round((perStep * (total - done)) / 1000);
-    const line = `${text()}  ${perStep.toFixed(0)} ms/step  ${Math.floor(left / 60)}:${String(left % 60).padStart(2, '0')} left`;
+    const line = `${text()}  ${perStep.toPrecision(3)} ms/${unit}  ${Math.floor(left / 60)}:${String(left % 60).padStart(2, '0')} left`;
     process.stderr.write(live ? `\r\x1b[K${line}${done === total ? '\n' : ''}` : `${line}\n`);
   };
 }
@@ -3611,16 +3611,16 @@ export async function main(argv: string[]): Promise<number> {
 }
 
 if (process.argv[1] && fs.realpathSync(process.argv[1]) === fileURLToPath(import.meta.url)) {
-  try {
-    process.exitCode = await main(process.argv.slice(2));
-  } catch (error) {
-    // a full disk is no bug of ours: its stack tells nothing
-    const { message, stack, code } = error as NodeJS.ErrnoException;
-    const known =
-      (error as Error).name === 'UsageError' ||
-      error instanceof DivergenceError ||
-      /^E[A-Z]+$/.test(code ?? '');
-    talk(known ? `nano-param-decomp: ${message}` : String(stack));
-    process.exitCode = (error as Error).name === 'UsageError' ? 2 : 1;
-  }
+  main(process.argv.slice(2)).then(
+    code => {
+      process.exitCode = code;
+    },
+    (error: NodeJS.ErrnoException) => {
+      const usage = error.name === 'UsageError';
+      // what the system says (a full disk …) is no bug of ours: its stack tells nothing
+      const known = usage || error instanceof DivergenceError || /^E[A-Z]+$/.test(error.code ?? '');
+      talk(known ? `nano-param-decomp: ${error.message}` : String(error.stack));
+      process.exitCode = usage ? 2 : 1;
+    },
+  );
 }
