@@ -181,7 +181,7 @@ export const PRESETS: Record<string, Preset> = {
       ...{ coeffFaith: 1e4, coeffImp: 5e-4, impBeta: 4, ppgdLr: 0.05, seed: 0 },
       ...{ faithfulnessWarmupLr: 5e-3, faithfulnessWarmupLrFinalFrac: 0.05 },
       ...{ ciDModel: 64, ciNBlocks: 1, ciNHeads: 4, ciMlpHidden: 256 },
-      ...{ evalFreq: 500, slowEvalFreq: 0, evalBatchSize: 256, saveEvery: 1000 },
+      ...{ evalFreq: 1000, slowEvalFreq: 0, evalBatchSize: 128, saveEvery: 1000 },
     },
   },
   'simplestories-2L': {
@@ -3034,7 +3034,7 @@ export async function scoreRules(
     const f1 = (c: number) => (2 * both[r]![c]!) / Math.max(1, firings[c]! + support[r]!);
     const ranked = range(0, sumC).sort((a, b) => f1(b) - f1(a));
     // a mechanism often has a component in several layers: among equally good ones, the one that matters most
-    const equals = ranked.slice(0, 8).filter(c => f1(c) > f1(ranked[0]!) - 0.01);
+    const equals = ranked.slice(0, 4).filter(c => f1(c) > f1(ranked[0]!) - 0.01);
     const deletions = await Promise.all(
       equals.map(async c => {
         const mask = tf.tensor2d(
@@ -3396,6 +3396,7 @@ async function decompose(config: Config, given: ReadonlySet<string>, how: JobOpt
   const step = compileStep(engine, problem, state);
   const evaluate = compileEvaluation(engine, problem, params);
   const show = startProgress(c.nSteps, start);
+  let evaluated: Metrics | undefined;
   for (let n = start; n < c.nSteps && interrupted === undefined; n++) {
     const started = performance.now();
     const values = await step(n, data.train);
@@ -3421,7 +3422,8 @@ async function decompose(config: Config, given: ReadonlySet<string>, how: JobOpt
     if (due(c.evalFreq)) {
       // before the save: what a resumed run finds in metrics.jsonl up to its step is then complete
       const slow = done === c.nSteps || (c.slowEvalFreq > 0 && done % c.slowEvalFreq === 0);
-      log(done, (await evaluate(heldOut, { step: done, slow })).metrics);
+      evaluated = (await evaluate(heldOut, { step: done, slow })).metrics;
+      log(done, evaluated);
     }
     interrupted = await signals.interrupted();
     if (due(c.saveEvery) || interrupted !== undefined) await save(done);
@@ -3431,7 +3433,8 @@ async function decompose(config: Config, given: ReadonlySet<string>, how: JobOpt
     talk(`stopped; go on with --resume --out ${c.out}`);
     return interrupted;
   }
-  const { metrics } = await evaluate(heldOut, { step: c.nSteps, slow: false });
+  // a run that was complete already and is resumed has nothing evaluated yet
+  const metrics = evaluated ?? (await evaluate(heldOut, { step: c.nSteps, slow: true })).metrics;
   const board = labels && (await tidyAsync(() => scoreRules(engine, problem, params, data.heldOut, labels)));
   console.log(summary(problem, metrics, board));
   if (c.harvest) await harvestRun(engine, problem, params, data, board);

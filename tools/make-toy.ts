@@ -271,7 +271,7 @@ const WARMUP_STEPS = 100;
 const LEARNING_RATE = 4e-3;
 const BETAS = { beta1: 0.9, beta2: 0.98, eps: 1e-8 };
 /** Of matrices only. So much of it that no logit is larger than it need be: a part that is cut out is then missed. */
-const WEIGHT_DECAY = 0.3;
+const WEIGHT_DECAY = 0.05;
 
 /** The network before training. Its weights are trainable here; the product's are frozen. */
 function newTarget(random: () => number): Target {
