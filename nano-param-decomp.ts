@@ -342,14 +342,17 @@ async function startWebGpu(): Promise<Engine> {
 
 /** What a random number is for. With the seed and the step it is its whole address, so a step can be replayed. */
 const PURPOSE = {
-  mask: 1,
-  delta: 2,
-  route: 3,
-  routeCount: 4,
-  randomMask: 5,
-  pgd: 6,
-  shuffle: 7,
-  sources: 8,
+  ...{
+    mask: 1,
+    delta: 2,
+    route: 3,
+    routeCount: 4,
+    randomMask: 5,
+    pgd: 6,
+    shuffle: 7,
+    sources: 8,
+    harvest: 9,
+  },
   init: 16,
 };
 
@@ -2472,8 +2475,8 @@ export const harvestDefaults = {
   lowCount: 100, // components with fewer firings are marked: their statistics are noisy
   passageFirings: 256, // components listed per position of a passage
   outputCells: 2 ** 25, // cells of the component x output token table (128 MiB)
-  inputTokens: 2048, // distinct input tokens counted per component
-  pairsPerPosition: 4096, // pairs counted per position, on average
+  inputTokens: 4096, // distinct input tokens counted per component
+  pairsPerPosition: 512, // pairs counted per position, on average
   pairedComponents: 12_000, // components whose pairs are counted (at most 288 MB)
   seed: 0,
 };
@@ -2481,8 +2484,8 @@ export type HarvestSettings = typeof harvestDefaults;
 
 export interface HarvestOptions {
   pass: HarvestPass;
-  engine: Engine;
-  modules: Module[];
+  engine: Pick<Engine, 'compile'>;
+  modules: readonly Module[];
   vocabSize: number;
   tokenText: (id: number) => string;
   batches: Iterable<Int32Array[]>; // rows of one length; no batch is larger than the first
@@ -2524,9 +2527,11 @@ export interface HarvestComponent {
 /** A held-out row, position by position. */
 export interface Passage {
   tokens: number[];
-  predictions: [token: number, probability: number][][]; // the target's five likeliest next tokens
-  fired: number[]; // how many components fire
-  firing: [column: number, ci: number, activation: number][][]; // these, strongest CI first
+  positions: {
+    fired: number; // how many components fire
+    firing: [column: number, ci: number, activation: number][]; // these, by CI, at most `passageFirings`
+    predictions: [token: number, probability: number][]; // the target's five likeliest next tokens
+  }[];
 }
 
 /** The content of harvest.json. */
@@ -2545,56 +2550,45 @@ export interface Harvest {
 export async function harvest(options: HarvestOptions): Promise<Harvest> {
   const settings = { ...harvestDefaults, ...options.settings };
   const { pass, modules, vocabSize } = options;
-  const columns = modules.reduce((sum, m) => sum + m.C, 0); // ΣC
+  const columns = totalC(modules); // ΣC
   const covered = Math.min(vocabSize, Math.floor(settings.outputCells / columns)); // T
-  const counts = newCounts(columns, vocabSize, covered, settings);
-
-  const reduce = options.engine.compile('harvest', ({ tokens, weight, outputTokens, mass }: Tensors) => {
-    const { ci, activation, probs } = pass(tokens as tf.Tensor2D);
+  const counts = newCounts(columns, vocabSize, covered);
+  const mass = tf.variable(tf.zeros([columns, covered]), false); // [ΣC, T] softmax mass of a token where c fires
+  const reduce = options.engine.compile('harvest', ({ tokens, weight, outputTokens }: Tensors) => {
+    const { ci, activation, probs } = pass(tokens!);
     const fire = tf.mul(tf.cast(tf.greater(ci, settings.threshold), 'float32'), weight!); // [N, ΣC]
     const p = covered < vocabSize ? tf.gather(probs, outputTokens!, 1) : probs; // [N, T]
-    return {
-      ci,
-      activation,
-      mass: tf.add(mass!, tf.matMul(tf.transpose(fire), p)), // [ΣC, T]
-      total: tf.matMul(tf.transpose(weight!), p), // [1, T]
-    };
+    mass.assign(tf.add(mass, tf.matMul(tf.transpose(fire), p)));
+    return { ci, activation, total: tf.matMul(tf.transpose(weight!), p) }; // total: [1, T]
   });
 
   let outputTokens: Int32Array | undefined; // [T] ids
-  let mass: tf.Tensor = tf.zeros([columns, covered]);
   let B = 0;
   for (const rows of options.batches) {
     const S = rows[0]!.length;
     B ||= rows.length;
     if (rows.length > B || rows.some(row => row.length !== S)) throw new Error('harvest: uneven batches');
     outputTokens ??= await likeliestTokens(pass, rows, covered, vocabSize);
-    const tokens = new Int32Array(B * S); // a short last batch is padded: a traced graph has one shape
-    rows.forEach((row, i) => {
-      tokens.set(row, i * S);
-    });
     const N = rows.length * S;
+    const tokens = new Int32Array(B * S); // a short last batch is padded: a traced graph has one shape
+    for (const [i, row] of rows.entries()) tokens.set(row, i * S);
     const feeds = {
       tokens: tf.tensor2d(tokens, [B, S], 'int32'),
       weight: tf.tensor2d(new Float32Array(B * S).fill(1, 0, N), [B * S, 1]), // 0 on the padding
       outputTokens: tf.tensor1d(outputTokens, 'int32'),
-      mass,
     };
-    const { mass: nextMass, ...out } = await reduce(feeds);
-    const [ci, activation, total] = await Promise.all([read(out.ci), read(out.activation), read(out.total)]);
+    const out = await reduce(feeds);
+    const read = [out.ci, out.activation, out.total].map(numbers);
+    const [ci, activation, total] = (await Promise.all(read)) as [Float32Array, Float32Array, Float32Array];
     tf.dispose([feeds, out]);
-    mass = nextMass!;
-    total.forEach((p, t) => {
-      counts.outputTotal[t]! += p;
-    });
+    for (let t = 0; t < covered; t++) counts.outputTotal[t]! += total[t]!;
     countBatch(counts, { N, S, tokens, ci, activation }, settings);
     options.progress?.(counts.positions);
   }
   if (!outputTokens) throw new Error('harvest: no data');
-  const massData = await read(mass); // [ΣC, T]
-  tf.dispose(mass);
 
-  const components = describe(counts, modules, outputTokens, massData, settings);
+  const components = describe(counts, modules, outputTokens, await numbers(mass), settings);
+  mass.dispose();
   const passages: Passage[] = [];
   for (const row of options.passages) passages.push(await readPassage(pass, row, settings));
   return {
@@ -2607,7 +2601,7 @@ export async function harvest(options: HarvestOptions): Promise<Harvest> {
       path,
       offset,
       C,
-      alive: components.filter(c => c.module === path).length,
+      alive: counts.firings.subarray(offset, offset + C).filter(n => n > 0).length,
       meanCi: Array.from(counts.ciSum.subarray(offset, offset + C), sum => round(sum / counts.positions)),
     })),
     components,
@@ -2616,58 +2610,48 @@ export async function harvest(options: HarvestOptions): Promise<Harvest> {
   };
 }
 
-const read = (t: tf.Tensor | undefined) => t!.data() as Promise<Float32Array>;
+const toTensor = (rows: Int32Array[]): T<'B S'> => tf.stack(rows.map(row => tf.tensor1d(row, 'int32')));
 
 /** The T tokens with the largest softmax mass in the first batch; all tokens when they fit. */
 async function likeliestTokens(pass: HarvestPass, rows: Int32Array[], T: number, vocabSize: number) {
-  const all = Int32Array.from({ length: vocabSize }, (_, t) => t);
+  const all = Int32Array.from(range(0, vocabSize));
   if (T === vocabSize) return all;
-  const mass = tf.tidy(() =>
-    tf.sum(
-      pass(
-        tf.tensor2d(
-          rows.map(row => [...row]),
-          undefined,
-          'int32',
-        ),
-      ).probs,
-      0,
-    ),
-  );
-  const p = await read(mass);
-  tf.dispose(mass);
+  const mass = tf.tidy(() => tf.sum(pass(toTensor(rows)).probs, 0));
+  const p = await numbers(mass);
+  mass.dispose();
   return all.sort((a, b) => p[b]! - p[a]!).slice(0, T);
 }
 
-/** What is kept of a component while the data streams by. */
-interface Tally {
-  column: number;
-  slot: number; // rank by first firing
-  firings: number;
-  activation: number; // sum over firings
-  inputs: Map<number, number>; // token -> firings on it
-  missed: number; // by how much `inputs` may be short
-  together: Uint32Array | undefined; // [slot + 1] positions shared with each lower slot; last: its own count
-  top: Candidate[];
-  random: Example[];
-}
-interface Candidate {
-  row: number;
-  ci: number;
-  size: number; // |activation|
-  example?: Example; // cut out only for those that are kept
-}
+/** What is kept while the data streams by. The loop over the firings is what a harvest costs beyond the forward
+ * passes, so its sums are typed arrays and examples are cut out only when they are kept. */
 interface Counts {
-  positions: number;
   rows: number;
+  positions: number;
   pairPositions: number;
   pairShare: number | undefined; // of the positions; set by the first batch
-  random: () => number;
-  ciSum: Float64Array; // [ΣC]
   inputTotal: Float64Array; // [vocab] n_t
   outputTotal: Float64Array; // [T] n_t
-  byColumn: (Tally | undefined)[];
-  bySlot: Tally[];
+  ciSum: Float64Array; // [ΣC] over all positions
+  firings: Float64Array; // [ΣC] n_c
+  activationSum: Float64Array; // [ΣC] over the firings
+  slotOf: Int32Array; // [ΣC] order of appearance; -1: has not fired
+  tallies: Tally[]; // by slot
+}
+interface Tally {
+  column: number;
+  inputs: Uint32Array | Map<number, number>; // firings on each token: all of a small vocabulary, or a summary
+  missed: number; // by how much `inputs` may be short
+  together: Uint32Array | undefined; // [slot + 1] positions shared with each lower slot; last: its own count
+  top: Kept[]; // the strongest first
+  random: Kept[];
+  windows: Float32Array; // [2·examples, 3, window] the tokens, CI and activation around every kept firing
+}
+/** A kept firing. (45,000 of them with arrays of their own would keep the garbage collector busy.) */
+interface Kept {
+  row: number;
+  position: number; // in the row
+  line: number; // of `windows`
+  length: number; // tokens in its window; 0: of this batch, and only its middle is there yet
 }
 interface Batch {
   N: number;
@@ -2677,85 +2661,119 @@ interface Batch {
   activation: Float32Array;
 }
 
-const newCounts = (
-  columns: number,
-  vocabSize: number,
-  covered: number,
-  { seed }: HarvestSettings,
-): Counts => ({
-  positions: 0,
+const newCounts = (columns: number, vocabSize: number, T: number): Counts => ({
   rows: 0,
+  positions: 0,
   pairPositions: 0,
   pairShare: undefined,
-  random: mulberry32(seed),
-  ciSum: new Float64Array(columns),
   inputTotal: new Float64Array(vocabSize),
-  outputTotal: new Float64Array(covered),
-  byColumn: Array(columns).fill(undefined),
-  bySlot: [],
+  outputTotal: new Float64Array(T),
+  ciSum: new Float64Array(columns),
+  firings: new Float64Array(columns),
+  activationSum: new Float64Array(columns),
+  slotOf: new Int32Array(columns).fill(-1),
+  tallies: [],
 });
 
-/** Adds a batch to the counts: everything that happens once per firing. */
 function countBatch(counts: Counts, batch: Batch, settings: HarvestSettings): void {
-  const { N, S, tokens, ci, activation } = batch;
-  const { ciSum, byColumn, bySlot, random } = counts;
-  const columns = ciSum.length;
-
-  const fired: number[] = []; // the columns that fire at position n are fired[starts[n] .. starts[n + 1]]
-  const starts = [0];
-  for (let n = 0, i = 0; n < N; n++) {
-    for (let c = 0; c < columns; c++, i++) {
-      const g = ci[i]!;
-      if (g > 0) ciSum[c]! += g;
-      if (g > settings.threshold) fired.push(c);
-    }
-    starts.push(fired.length);
+  const { N, S, tokens } = batch;
+  const { fired, starts } = findFirings(counts.ciSum, batch, settings.threshold);
+  const { positions, ends } = groupByColumn(fired, starts, counts.slotOf.length);
+  const draws = uniformArray(fired.length + N, settings.seed, counts.rows, PURPOSE.harvest); // a firing's, a position's
+  // Component after component, so that what is kept of one is in the processor's cache when its firings come.
+  for (let c = 0, f = 0; c < ends.length; c++) {
+    if (f === ends[c]) continue;
+    if (counts.slotOf[c] === -1) addTally(counts, c, settings);
+    const tally = counts.tallies[counts.slotOf[c]!]!;
+    for (; f < ends[c]!; f++) countFiring(counts, tally, batch, positions[f]!, draws[f]!, settings);
+    for (const kept of tally.top) if (kept.length === 0) widen(tally, kept, batch, counts, settings.window);
+    for (const kept of tally.random)
+      if (kept.length === 0) widen(tally, kept, batch, counts, settings.window);
   }
   if (counts.pairShare === undefined) {
     let pairs = 0;
     for (let n = 0; n < N; n++) pairs += (starts[n + 1]! - starts[n]!) ** 2 / 2;
     counts.pairShare = Math.min(1, (settings.pairsPerPosition * N) / pairs);
   }
-
   for (let n = 0; n < N; n++) {
-    const token = tokens[n]!;
-    const row = counts.rows + Math.floor(n / S);
-    counts.inputTotal[token]!++;
-    for (let f = starts[n]!; f < starts[n + 1]!; f++) {
-      const c = fired[f]!;
-      const i = n * columns + c;
-      byColumn[c] ??= newTally(c, bySlot, settings);
-      const tally = byColumn[c];
-      tally.firings++;
-      tally.activation += activation[i]!;
-      countInput(tally, token, settings.inputTokens);
-      const cut = () => cutExample(batch, n, c, row, settings.window);
-      keepTop(tally.top, { row, ci: ci[i]!, size: Math.abs(activation[i]!) }, settings.examples, cut);
-      // Reservoir: the k-th firing takes a kept one's place with probability examples / k, so all are equally likely.
-      const full = tally.random.length === settings.examples;
-      const place = full ? Math.floor(random() * tally.firings) : tally.random.length;
-      if (place < settings.examples) tally.random[place] = cut();
-    }
-    if (counts.pairShare === 1 || random() < counts.pairShare) {
-      counts.pairPositions++;
-      countPairs(byColumn, bySlot, fired.slice(starts[n], starts[n + 1]));
-    }
+    counts.inputTotal[tokens[n]!]!++;
+    if (draws[fired.length + n]! >= counts.pairShare) continue;
+    counts.pairPositions++;
+    countPairs(counts, fired, starts[n]!, starts[n + 1]!);
   }
   counts.rows += N / S;
   counts.positions += N;
 }
 
-function newTally(column: number, bySlot: Tally[], { pairedComponents }: HarvestSettings): Tally {
-  const slot = bySlot.length;
-  const together = slot < pairedComponents ? new Uint32Array(slot + 1) : undefined;
-  const tally = { column, slot, firings: 0, activation: 0, missed: 0, together };
-  bySlot.push({ ...tally, inputs: new Map(), top: [], random: [] });
-  return bySlot[slot]!;
+/** The columns that fire at position n are fired[starts[n] .. starts[n + 1]]. Adds up CI on the way. */
+function findFirings(ciSum: Float64Array, { N, ci }: Batch, threshold: number) {
+  const fired: number[] = [];
+  const starts = [0];
+  for (let n = 0, i = 0; n < N; n++) {
+    for (let c = 0; c < ciSum.length; c++, i++) {
+      const g = ci[i]!;
+      if (g === 0) continue;
+      ciSum[c]! += g;
+      if (g > threshold) fired.push(c);
+    }
+    starts.push(fired.length);
+  }
+  return { fired, starts };
 }
 
-/** Misra-Gries: over the limit, every count loses 1 until half are gone. What is frequent stays. */
+/** The same firings the other way round: column c fires at positions[ends[c - 1] .. ends[c]]. */
+function groupByColumn(fired: number[], starts: number[], columns: number) {
+  const ends = new Int32Array(columns);
+  for (const c of fired) ends[c]!++;
+  for (let c = 0, sum = 0; c < columns; c++) [ends[c], sum] = [sum, sum + ends[c]!]; // first the beginnings
+  const positions = new Int32Array(fired.length);
+  for (let n = 0; n + 1 < starts.length; n++) {
+    for (let f = starts[n]!; f < starts[n + 1]!; f++) positions[ends[fired[f]!]!++] = n;
+  }
+  return { positions, ends };
+}
+
+function countFiring(
+  counts: Counts,
+  tally: Tally,
+  batch: Batch,
+  n: number,
+  draw: number,
+  settings: HarvestSettings,
+): void {
+  const { column } = tally;
+  const i = n * counts.slotOf.length + column;
+  const ci = batch.ci[i]!;
+  const activation = batch.activation[i]!;
+  const row = counts.rows + Math.floor(n / batch.S);
+  const position = n % batch.S;
+  const k = ++counts.firings[column]!;
+  counts.activationSum[column]! += activation;
+  countInput(tally, batch.tokens[n]!, settings.inputTokens);
+  keepTop(tally, row, position, ci, activation, settings);
+  // Reservoir: the k-th firing takes a kept one's place with probability examples / k, so all are equally likely.
+  const { examples } = settings;
+  const place = k <= examples ? k - 1 : Math.floor(draw * k);
+  if (place < examples) tally.random[place] = { row, position, line: examples + place, length: 0 };
+}
+
+function addTally({ slotOf, tallies, inputTotal }: Counts, column: number, settings: HarvestSettings): void {
+  const slot = tallies.length;
+  slotOf[column] = slot;
+  const vocabSize = inputTotal.length;
+  const inputs = vocabSize <= settings.inputTokens ? new Uint32Array(vocabSize) : new Map<number, number>();
+  const together = slot < settings.pairedComponents ? new Uint32Array(slot + 1) : undefined;
+  const windows = new Float32Array(2 * settings.examples * 3 * settings.window);
+  tallies.push({ column, inputs, missed: 0, together, top: [], random: [], windows });
+}
+
+/** Misra-Gries: over the limit, every count loses 1 until half of them are gone. What is frequent stays. */
 function countInput(tally: Tally, token: number, limit: number): void {
   const { inputs } = tally;
+  if (!(inputs instanceof Map)) {
+    inputs[token]!++;
+    return;
+  }
   inputs.set(token, (inputs.get(token) ?? 0) + 1);
   if (inputs.size <= limit) return;
   while (inputs.size > limit / 2) {
@@ -2764,52 +2782,82 @@ function countInput(tally: Tally, token: number, limit: number): void {
   }
 }
 
+/** Keeps the strongest by CI, then |activation|, but one of a row so that they are not all of one text. */
+function keepTop(
+  { top, windows }: Tally,
+  row: number,
+  position: number,
+  ci: number,
+  activation: number,
+  { examples, window }: HarvestSettings,
+): void {
+  if (top.length === examples && !weaker(top[examples - 1]!, ci, activation, windows, window)) return;
+  let out = top.findIndex(kept => kept.row === row); // what has to go: the one of this row, or the weakest
+  if (out >= 0 && !weaker(top[out]!, ci, activation, windows, window)) return;
+  if (out < 0 && top.length === examples) out = examples - 1;
+  const line = out < 0 ? top.length : top.splice(out, 1)[0]!.line;
+  let place = top.length;
+  while (place > 0 && weaker(top[place - 1]!, ci, activation, windows, window)) place--;
+  top.splice(place, 0, { row, position, line, length: 0 });
+  const middle = 3 * line * window + Math.floor(window / 2);
+  windows[middle + window] = ci;
+  windows[middle + 2 * window] = activation;
+}
+
+function weaker(
+  { line }: Kept,
+  ci: number,
+  activation: number,
+  windows: Float32Array,
+  window: number,
+): boolean {
+  const middle = 3 * line * window + Math.floor(window / 2);
+  const itsCi = windows[middle + window]!;
+  return ci > itsCi || (ci === itsCi && Math.abs(activation) > Math.abs(windows[middle + 2 * window]!));
+}
+
+/** Fills in the window of a kept firing, as far as its row goes. */
+function widen({ column, windows }: Tally, kept: Kept, batch: Batch, counts: Counts, window: number): void {
+  const { S, tokens, ci, activation } = batch;
+  const middle = Math.floor(window / 2);
+  const from = Math.max(0, middle - kept.position);
+  const to = Math.min(window, middle - kept.position + S);
+  const first = (kept.row - counts.rows) * S + kept.position - middle;
+  for (let k = from; k < to; k++) {
+    const at = 3 * kept.line * window + k;
+    const i = (first + k) * counts.slotOf.length + column;
+    windows[at] = tokens[first + k]!;
+    windows[at + window] = ci[i]!;
+    windows[at + 2 * window] = activation[i]!;
+  }
+  kept.length = to - from;
+}
+
+function exampleOf({ windows }: Tally, { row, position, line, length }: Kept, window: number): Example {
+  const before = Math.min(position, Math.floor(window / 2));
+  const from = 3 * line * window + Math.floor(window / 2) - before;
+  const [tokens, ci, activation] = [0, 1, 2].map(k =>
+    Array.from(windows.subarray(from + k * window, from + k * window + length), x => round(x, 3)),
+  ) as [number[], number[], number[]];
+  return { row, start: position - before, at: before, tokens, ci, activation };
+}
+
 /** Pair counts are a triangle whose rows are made as components appear: memory goes with the alive ones squared. */
-function countPairs(byColumn: (Tally | undefined)[], bySlot: Tally[], fired: number[]): void {
-  const slots = Int32Array.from(fired, c => byColumn[c]!.slot).sort();
+function countPairs({ slotOf, tallies }: Counts, fired: number[], from: number, to: number): void {
+  const slots = new Int32Array(to - from);
+  for (let f = from; f < to; f++) slots[f - from] = slotOf[fired[f]!]!;
+  slots.sort();
   for (let i = 0; i < slots.length; i++) {
-    const { together } = bySlot[slots[i]!]!;
+    const { together } = tallies[slots[i]!]!;
     if (!together) break; // later slots have no row either
     for (let j = 0; j <= i; j++) together[slots[j]!]!++;
   }
 }
 
-function cutExample(batch: Batch, n: number, c: number, row: number, window: number): Example {
-  const { S, tokens, ci, activation } = batch;
-  const columns = ci.length / tokens.length;
-  const position = n % S;
-  const start = Math.max(0, position - Math.floor(window / 2));
-  const length = Math.min(S, position + Math.ceil(window / 2)) - start;
-  const first = n - position + start;
-  const column = (values: Float32Array) =>
-    Array.from({ length }, (_, k) => values[(first + k) * columns + c]!);
-  const at = position - start;
-  const shown = Array.from(tokens.subarray(first, first + length));
-  return { row, start, at, tokens: shown, ci: column(ci), activation: column(activation) };
-}
-
-/** Keeps the strongest, at most one of a row so that they are not all of one text. */
-function keepTop(top: Candidate[], candidate: Candidate, size: number, cut: () => Example): void {
-  const before = (a: Candidate, b: Candidate) => a.ci > b.ci || (a.ci === b.ci && a.size > b.size);
-  if (top.length === size && !before(candidate, top[size - 1]!)) return;
-  const same = top.findIndex(kept => kept.row === candidate.row);
-  if (same >= 0 && !before(candidate, top[same]!)) return;
-  if (same >= 0) top.splice(same, 1);
-  insert(top, { ...candidate, example: cut() }, size, before);
-}
-
-/** Puts an item into a sorted list of at most `size`; equal ones keep their order. */
-function insert<T>(list: T[], item: T, size: number, before: (a: T, b: T) => boolean): void {
-  let i = list.length;
-  while (i > 0 && before(item, list[i - 1]!)) i--;
-  if (i < size) list.splice(i, 0, item);
-  if (list.length > size) list.pop();
-}
-
 /** The counts as densities, means, lists and partners. */
 function describe(
   counts: Counts,
-  modules: Module[],
+  modules: readonly Module[],
   outputTokens: Int32Array, // [T]
   mass: Float32Array, // [ΣC, T]
   settings: HarvestSettings,
@@ -2823,37 +2871,48 @@ function describe(
   const inputOrder = byFrequency(inputTotal);
   const outputOrder = byFrequency(outputTotal);
 
-  return counts.byColumn.flatMap((tally): HarvestComponent[] => {
-    if (!tally) return [];
-    const { column, firings, inputs, missed } = tally;
+  const alive = counts.tallies.toSorted((a, b) => a.column - b.column);
+  return alive.map((tally): HarvestComponent => {
+    const { column, inputs, missed } = tally;
+    const firings = counts.firings[column]!;
     const { path, offset } = modules.findLast(m => m.offset <= column)!;
     const lists = (order: number[], total: Float64Array, count: (t: number) => number) =>
       tokenLists(order, t => ({ count: count(t), expected: (firings * total[t]!) / positions }), settings);
-    const input = lists(inputOrder, inputTotal, t => inputs.get(t) ?? 0);
+    const input = lists(inputOrder, inputTotal, t =>
+      inputs instanceof Map ? (inputs.get(t) ?? 0) : inputs[t]!,
+    );
     const output = lists(outputOrder, outputTotal, t => mass[column * T + t]!);
     const named = (list: TokenStat[]) => list.map(([t, ...rest]): TokenStat => [outputTokens[t]!, ...rest]);
-    return [
-      {
-        module: path,
-        index: column - offset,
-        column,
-        firings,
-        density: round(firings / positions),
-        meanCi: round(counts.ciSum[column]! / positions),
-        meanActivation: round(tally.activation / firings),
-        lowCount: firings < settings.lowCount,
-        examples: {
-          top: tally.top.map(kept => roundExample(kept.example!)),
-          random: tally.random.map(roundExample),
-        },
-        // After a summary has dropped tokens, "never counted" no longer means "never there".
-        input: { ...input, bottom: input.bottom.filter(([, n]) => missed === 0 || n > 0), missed },
-        output: { top: named(output.top), bottom: named(output.bottom) },
-        partners: partnersOf(tally, counts, settings),
+    return {
+      module: path,
+      index: column - offset,
+      column,
+      firings,
+      density: round(firings / positions),
+      meanCi: round(counts.ciSum[column]! / positions),
+      meanActivation: round(counts.activationSum[column]! / firings),
+      lowCount: firings < settings.lowCount,
+      examples: {
+        top: tally.top.map(kept => exampleOf(tally, kept, settings.window)),
+        random: tally.random.map(kept => exampleOf(tally, kept, settings.window)),
       },
-    ];
+      // After a summary has dropped tokens, "never counted" no longer means "never there".
+      input: { ...input, bottom: input.bottom.filter(([, n]) => missed === 0 || n > 0), missed },
+      output: { top: named(output.top), bottom: named(output.bottom) },
+      partners: partnersOf(tally, counts, settings),
+    };
   });
 }
+
+/** Puts an item into a sorted list of at most `size`; equal ones keep their order. */
+function insert<X>(list: X[], item: X, size: number, before: (a: X, b: X) => boolean): void {
+  let i = list.length;
+  while (i > 0 && before(item, list[i - 1]!)) i--;
+  if (i < size) list.splice(i, 0, item);
+  if (list.length > size) list.pop();
+}
+
+type Scored = [token: number, count: number, pmi: number];
 
 /** Tokens counted more (top) and less (bottom) often than chance would have it: PMI = ln(count / expected). */
 function tokenLists(
@@ -2861,16 +2920,16 @@ function tokenLists(
   of: (token: number) => { count: number; expected: number },
   { minCount, listLength }: HarvestSettings,
 ): { top: TokenStat[]; bottom: TokenStat[] } {
-  const top: [number, number, number][] = [];
-  const bottom: [number, number, number][] = [];
+  const top: Scored[] = [];
+  const bottom: Scored[] = [];
   for (const token of order) {
     const { count, expected } = of(token);
     if (Math.max(count, expected) < minCount) continue;
-    const pmi = Math.log(count / expected);
-    if (pmi > 0) insert(top, [token, count, pmi], listLength, (a, b) => a[2]! > b[2]!);
-    else if (pmi < 0) insert(bottom, [token, count, pmi], listLength, (a, b) => a[2]! < b[2]!);
+    const scored: Scored = [token, count, Math.log(count / expected)];
+    if (count > expected) insert(top, scored, listLength, (a, b) => a[2] > b[2]);
+    if (count < expected) insert(bottom, scored, listLength, (a, b) => a[2] < b[2]);
   }
-  const shown = ([token, count, pmi]: [number, number, number]): TokenStat => [
+  const shown = ([token, count, pmi]: Scored): TokenStat => [
     token,
     round(count),
     count > 0 ? round(pmi) : null,
@@ -2881,19 +2940,19 @@ function tokenLists(
 function partnersOf(a: Tally, counts: Counts, settings: HarvestSettings): HarvestComponent['partners'] {
   const jaccard: Partner[] = [];
   const pmi: Partner[] = [];
-  const own = (tally: Tally) => tally.together![tally.slot]!;
-  for (const b of a.together ? counts.bySlot : []) {
+  const slot = counts.slotOf[a.column]!;
+  const nA = a.together?.[slot] ?? 0;
+  for (const [other, b] of nA > 0 ? counts.tallies.entries() : []) {
     if (!b.together) break;
-    const n = a.slot > b.slot ? a.together![b.slot]! : b.together[a.slot]!;
+    const n = slot > other ? a.together![other]! : b.together[slot]!;
     if (n === 0 || a === b) continue;
-    const ofPair: Partner = [
-      b.column,
-      n,
-      n / (own(a) + own(b) - n),
-      Math.log((n * counts.pairPositions) / (own(a) * own(b))),
-    ];
-    insert(jaccard, ofPair, settings.partners, (x, y) => x[2] > y[2]);
-    if (n >= settings.minTogether) insert(pmi, ofPair, settings.partners, (x, y) => x[3] > y[3]);
+    const nB = b.together[other]!;
+    const overlap = n / (nA + nB - n);
+    const listed = jaccard.length < settings.partners || overlap > jaccard.at(-1)![2];
+    if (!listed && n < settings.minTogether) continue; // most pairs
+    const partner: Partner = [b.column, n, overlap, Math.log((n * counts.pairPositions) / (nA * nB))];
+    insert(jaccard, partner, settings.partners, (x, y) => x[2] > y[2]);
+    if (n >= settings.minTogether) insert(pmi, partner, settings.partners, (x, y) => x[3] > y[3]);
   }
   const shown = ([column, n, j, p]: Partner): Partner => [column, n, round(j), round(p)];
   return { jaccard: jaccard.map(shown), pmi: pmi.map(shown) };
@@ -2901,32 +2960,26 @@ function partnersOf(a: Tally, counts: Counts, settings: HarvestSettings): Harves
 
 async function readPassage(pass: HarvestPass, row: Int32Array, settings: HarvestSettings): Promise<Passage> {
   const out = tf.tidy(() => {
-    const { ci, activation, probs } = pass(tf.tensor2d(row, [1, row.length], 'int32'));
-    return { ci, activation, ...tf.topk(probs, Math.min(5, probs.shape[1]!)) };
+    const { ci, activation, probs } = pass(toTensor([row]));
+    const { values, indices } = tf.topk(probs, Math.min(5, probs.shape[1]!));
+    return [ci, activation, values, indices];
   });
-  const [ci, activation, p] = await Promise.all([read(out.ci), read(out.activation), read(out.values)]);
-  const likely = await out.indices.data();
+  const read = await Promise.all(out.map(numbers));
   tf.dispose(out);
-  const columns = ci.length / row.length;
-  const five = p.length / row.length;
-  const positions = Array.from(row, (_, n) => {
-    const here = Array.from({ length: columns }, (_, c) => c).filter(
-      c => ci[n * columns + c]! > settings.threshold,
+  // One position: its line of each [S, ·] matrix.
+  const positions = range(0, row.length).map((n): Passage['positions'][number] => {
+    const [ci, activation, p, ids] = read.map(x =>
+      x.subarray((n * x.length) / row.length, ((n + 1) * x.length) / row.length),
     );
-    return here.sort((a, b) => ci[n * columns + b]! - ci[n * columns + a]!);
+    const fired = [...ci!.keys()].filter(c => ci![c]! > settings.threshold).sort((a, b) => ci![b]! - ci![a]!);
+    const strongest = fired.slice(0, settings.passageFirings);
+    return {
+      fired: fired.length,
+      firing: strongest.map(c => [c, round(ci![c]!, 3), round(activation![c]!, 3)]),
+      predictions: Array.from(p!, (q, k) => [ids![k]!, round(q, 3)]),
+    };
   });
-  return {
-    tokens: Array.from(row),
-    predictions: positions.map((_, n) =>
-      Array.from({ length: five }, (_, k) => [likely[n * five + k]!, round(p[n * five + k]!, 3)]),
-    ),
-    fired: positions.map(here => here.length),
-    firing: positions.map((here, n) =>
-      here
-        .slice(0, settings.passageFirings)
-        .map(c => [c, round(ci[n * columns + c]!, 3), round(activation[n * columns + c]!, 3)]),
-    ),
-  };
+  return { tokens: [...row], positions };
 }
 
 function vocabularyOf(
@@ -2934,35 +2987,24 @@ function vocabularyOf(
   passages: Passage[],
   tokenText: (id: number) => string,
 ) {
-  const used = new Set<number>();
+  const used: boolean[] = []; // by id; faster than a Set
   for (const { examples, input, output } of components) {
-    for (const { tokens } of [...examples.top, ...examples.random]) for (const t of tokens) used.add(t);
+    for (const { tokens } of [...examples.top, ...examples.random]) for (const t of tokens) used[t] = true;
     for (const list of [input.top, input.bottom, output.top, output.bottom])
-      for (const [t] of list) used.add(t);
+      for (const [t] of list) used[t] = true;
   }
-  for (const { tokens, predictions } of passages) {
-    for (const t of tokens) used.add(t);
-    for (const [t] of predictions.flat()) used.add(t);
+  for (const { tokens, positions } of passages) {
+    for (const t of tokens) used[t] = true;
+    for (const [t] of positions.flatMap(p => p.predictions)) used[t] = true;
   }
-  return Object.fromEntries([...used].sort((a, b) => a - b).map(t => [t, tokenText(t)]));
+  return Object.fromEntries([...used.keys()].filter(t => used[t]).map(t => [t, tokenText(t)]));
 }
 
-const round = (x: number, digits = 4) => (Number.isInteger(x) ? x : Number(x.toPrecision(digits)));
-const roundExample = (e: Example): Example => ({
-  ...e,
-  ci: e.ci.map(x => round(x, 3)),
-  activation: e.activation.map(x => round(x, 3)),
-});
-
-/** A small seeded generator of numbers in [0, 1), for choices made on the host. */
-function mulberry32(seed: number): () => number {
-  let state = seed | 0;
-  return () => {
-    state = (state + 0x6d2b79f5) | 0;
-    let t = Math.imul(state ^ (state >>> 15), state | 1);
-    t ^= t + Math.imul(t ^ (t >>> 7), t | 61);
-    return ((t ^ (t >>> 14)) >>> 0) / 2 ** 32;
-  };
+/** To so many significant digits (toPrecision takes ten times as long). */
+function round(x: number, digits = 4): number {
+  if (Number.isInteger(x)) return x;
+  const scale = 10 ** (digits - 1 - Math.floor(Math.log10(Math.abs(x))));
+  return Math.round(x * scale) / scale;
 }
 
 /** A rule that the data is known to follow, with the component that answers to it best. */
@@ -3067,27 +3109,16 @@ export async function scoreRules(
 // One HTML file that opens from disk: assets/report.html with the run's data inlined. Token texts are data of
 // strangers: they travel as JSON with everything but plain ASCII escaped, and the page only ever sets textContent.
 
-export interface Rule {
-  name: string;
-  description?: string;
-  component: { module: string; index: number };
-  precision: number;
-  recall: number;
-  f1: number;
-  causal: boolean; // deleting the component hurts where the rule is in force, and little elsewhere
-  support: number; // positions where the rule is in force
-}
-
 export interface ReportData {
   config: unknown; // of config.json
   metrics: Record<string, number>; // the final evaluation
   history: Record<string, number>[]; // the lines of metrics.jsonl
-  scoreboard?: { rules: Rule[]; meanF1: number } & Record<string, unknown>;
+  scoreboard?: Scoreboard;
   harvest: Harvest;
 }
 
 const PLACEHOLDER = '"@@report-data@@"';
-const MAX_REPORT_EXAMPLES = 45_000; // about 10 MB; harvest.json has them all
+const MAX_REPORT_BYTES = 19e6; // examples are left out of a larger page; harvest.json has them all
 
 /** The page of a run. Throws when the template has not exactly one placeholder. */
 export function renderReport(template: string, run: ReportData): string {
@@ -3098,15 +3129,21 @@ export function renderReport(template: string, run: ReportData): string {
   const { components, vocabulary, ...rest } = run.harvest;
   const ids = Object.keys(vocabulary).map(Number);
   const numberOf = new Map(ids.map((id, k) => [id, k])); // tokens are numbered by their place in `texts`
-  const perKind = Math.max(1, Math.floor(MAX_REPORT_EXAMPLES / (2 * components.length)));
-  const packed = components.map(component => {
-    const { top, random } = component.examples;
-    const scale = Math.max(...[...top, ...random].flatMap(e => e.activation.map(Math.abs)), 1e-30);
-    const pack = (list: Example[]) => list.slice(0, perKind).map(e => packExample(e, numberOf, scale));
-    return { ...component, examples: { scale, top: pack(top), random: pack(random) } };
-  });
-  const data = { ...run, harvest: { ...rest, ids, texts: Object.values(vocabulary), components: packed } };
-  return before + asciiJson(data) + after;
+  const tokenBytes = ids.length > 2 ** 16 ? 3 : 2;
+  const inline = (perKind: number) => {
+    const packed = components.map(({ module, index, ...component }) => {
+      const { top, random } = component.examples;
+      const scale = Math.max(...[...top, ...random].flatMap(e => e.activation.map(Math.abs)), 1e-30);
+      const pack = (list: Example[]) =>
+        list.slice(0, perKind).map(e => packExample(e, numberOf, tokenBytes, scale));
+      return { ...component, examples: { scale, top: pack(top), random: pack(random) } };
+    });
+    const texts = Object.values(vocabulary);
+    return asciiJson({ ...run, harvest: { ...rest, ids, texts, tokenBytes, components: packed } });
+  };
+  const [none, one] = [inline(0), inline(1)].map(json => json.length) as [number, number];
+  const room = (MAX_REPORT_BYTES - template.length - none) / Math.max(1, one - none);
+  return before + inline(Math.max(1, Math.floor(room))) + after;
 }
 
 /** JSON in which nothing can end a script, start a comment or turn the reading direction: plain ASCII without <>&. */
@@ -3115,21 +3152,24 @@ export function asciiJson(value: unknown): string {
   return JSON.stringify(value).replace(/[<>&\u007f-\uffff]/g, escaped);
 }
 
-/** [row, start, at, base64]: a token is 3 bytes (its number), then a byte of CI (255 is 1) and one of activation
- * (127 is the component's largest). */
+/**
+ * [row, start, at, base64]: first the tokens (their numbers, little-endian), then a byte of CI each (255 is 1), then a
+ * signed byte of activation each (127 is the largest of the component's examples).
+ */
 function packExample(
-  e: Example,
+  { row, start, at, tokens, ci, activation }: Example,
   numberOf: Map<number, number>,
+  tokenBytes: number,
   scale: number,
 ): [number, number, number, string] {
-  const L = e.tokens.length;
-  const bytes = Buffer.alloc(5 * L);
-  e.tokens.forEach((token, k) => {
-    bytes.writeUIntLE(numberOf.get(token)!, 3 * k, 3);
-    bytes.writeUInt8(Math.ceil(e.ci[k]! * 255), 3 * L + k); // rounded up: a small CI above 0 must not look like 0
-    bytes.writeInt8(Math.round((e.activation[k]! / scale) * 127), 4 * L + k);
-  });
-  return [e.row, e.start, e.at, bytes.toString('base64')];
+  const L = tokens.length;
+  const bytes = Buffer.alloc((tokenBytes + 2) * L);
+  for (let k = 0; k < L; k++) {
+    bytes.writeUIntLE(numberOf.get(tokens[k]!)!, tokenBytes * k, tokenBytes);
+    bytes.writeUInt8(Math.ceil(ci[k]! * 255), tokenBytes * L + k); // up: what fires must not look like 0
+    bytes.writeInt8(Math.round((activation[k]! / scale) * 127), (tokenBytes + 1) * L + k);
+  }
+  return [row, start, at, bytes.toString('base64')];
 }
 
 /** Harvests a run and writes harvest.json and report.html into its folder. */

@@ -2,7 +2,7 @@
 import assert from 'node:assert/strict';
 import { test } from 'node:test';
 import * as tf from '@tensorflow/tfjs';
-import { asciiJson, type Harvest, type HarvestOptions, harvest, renderReport } from '/tmp/drafts/harvest.ts';
+import { asciiJson, type Harvest, type HarvestOptions, harvest, renderReport } from '../nano-param-decomp.ts';
 
 const range = (n: number) => Array.from({ length: n }, (_, i) => i);
 const sum = (numbers: Iterable<number>) => [...numbers].reduce((a, b) => a + b, 0);

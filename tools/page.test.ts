@@ -103,9 +103,10 @@ function makeRun(layers: number, C: number, texts: string[]): ReportData {
     components,
     passages: [0, 1].map(p => ({
       tokens: p ? tokens.toReversed() : tokens,
-      predictions: tokens.map(t => [[t, 0.75] as [number, number]]),
-      fired: tokens.map(() => paths.length),
-      firing,
+      positions: tokens.map((t, n) => ({
+        ...{ fired: paths.length, firing: firing[n]! },
+        predictions: [[t, 0.75] as [number, number]],
+      })),
     })),
     vocabulary: Object.fromEntries(texts.map((text, t) => [t, text])),
   };
@@ -127,8 +128,19 @@ function makeRun(layers: number, C: number, texts: string[]): ReportData {
       { step: 20, 'eval/ce_kl/ce_target': 1.25 },
     ],
     scoreboard: {
-      rules: [{ ...rule, precision: 0.75, recall: 1, f1: 0.857, causal: true, support: 12 }],
-      meanF1: 0.857,
+      rules: [
+        {
+          ...rule,
+          precision: 0.75,
+          recall: 1,
+          f1: 0.857,
+          causal: true,
+          support: 12,
+          klInForce: 1,
+          klElsewhere: 0,
+        },
+      ],
+      ...{ meanF1: 0.857, nF1AtLeast80: 1, nCausal: 1 },
     },
     harvest: result,
   };
