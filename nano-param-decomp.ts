@@ -90,7 +90,7 @@ const GROUPS = {
   },
   Training: {
     nSteps: int(400_000, 'training steps', 1),
-    batchSize: int(64, 'rows in a batch; if not given, 4 on a CPU engine', 1),
+    batchSize: int(64, 'rows in a batch; if not given, 2 on a CPU engine', 1),
     microBatches: int(1, 'shards of a batch, one after another (R of the importance loss)', 1),
     seed: int(0, 'every random number is a function of (seed, step, purpose)', 0, 2 ** 31 - 1),
     mainLr: real(5e-5, 'AdamW learning rate of V, U and the CI function'),
@@ -3262,7 +3262,7 @@ export function resolveConfig(
   gpu: boolean,
 ): Config {
   const c = { ...config };
-  if (!given.has('batchSize') && !gpu) c.batchSize = 4;
+  if (!given.has('batchSize') && !gpu) c.batchSize = 2;
   if (!given.has('seqLen')) c.seqLen = Math.min(c.seqLen, arch.context);
   // the paper's CI function is 8/3 as wide as its target and twice as deep; so is the small public preset's
   c.ciNHeads ||= Math.min(16, Math.max(4, Math.round((arch.dModel * 8) / 3 / 64)));
