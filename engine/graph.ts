@@ -511,7 +511,7 @@ export class Graph {
         ? distance(eager, before) + 1e-5 * distance(eager)
         : distance(eager) + 0.01 * Math.sqrt(eager.length);
       const error = distance(actual, eager) / (scale + 1e-9);
-      const allowed = before ? 0.75 : tolerance;
+      const allowed = before ? 750 * tolerance : tolerance;
       return error <= allowed ? [] : [`${key} by ${error.toPrecision(2)}`];
     });
     if (wrong.length === 0) return;
