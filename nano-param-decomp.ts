@@ -3557,6 +3557,8 @@ async function reopen(dir: string, changes: Partial<Config>) {
 
 async function evalCommand(dir: string, changes: Partial<Config>): Promise<number> {
   const { engine, problem, data, heldOut, params } = await reopen(dir, changes);
+  // given rows are one batch, since the importance loss is no mean over batches; --eval-batch-size splits them
+  if (changes.evalData && !changes.evalBatchSize) problem.config.evalBatchSize = data.heldOut.count;
   const rows = changes.evalData ? data.heldOut : heldOut;
   const evaluate = compileEvaluation(engine, problem, params);
   console.log(JSON.stringify((await evaluate(rows, { step: problem.config.nSteps, slow: true })).metrics));
