@@ -4,7 +4,7 @@
  * command line, and whole runs of the toy as child processes. The letters are those of nano-param-decomp.ts.
  */
 import assert from 'node:assert/strict';
-import { execFile } from 'node:child_process';
+import { execFile, spawnSync } from 'node:child_process';
 import fs from 'node:fs';
 import os from 'node:os';
 import path from 'node:path';
@@ -1246,3 +1246,35 @@ async function shortRun(engine: string): Promise<void> {
 
 test('wasm: a short run leaves a whole run folder, and eval finds its metrics again', () => shortRun('wasm'));
 test('tensorflow: and so does one as a traced graph', { skip: noTensorFlow }, () => shortRun('tensorflow'));
+
+test('the one file alone, in an empty folder with the packages, still runs', async () => {
+  const alone = path.join(temporary, 'alone');
+  fs.mkdirSync(alone);
+  fs.copyFileSync(
+    path.join(import.meta.dirname, 'nano-param-decomp.ts'),
+    path.join(alone, 'nano-param-decomp.ts'),
+  );
+  fs.symlinkSync(path.join(import.meta.dirname, 'node_modules'), path.join(alone, 'node_modules'));
+  const toy = (file: string) => path.join(import.meta.dirname, 'assets/toy', file);
+  const flags = [
+    `--model=${toy('')}`,
+    `--data=${toy('corpus.txt')}`,
+    '--seq-len=32',
+    '--components=*=4',
+    '--n-steps=2',
+  ];
+  const small = ['--ci-d-model=16', '--ci-n-heads=2', '--ci-n-blocks=1', '--faithfulness-warmup-steps=2'];
+  const others = ['--engine=wasm', '--harvest-rows=8', `--out=${path.join(alone, 'run')}`];
+  const argv = ['--import', 'tsx', 'nano-param-decomp.ts', ...flags, ...small, ...others];
+  const child = spawnSync(process.execPath, argv, { cwd: alone, encoding: 'utf8' });
+  assert.equal(child.status, 0, child.stderr);
+  assert.match(child.stderr, /no page: assets\/report.html is not here/);
+  const files = [
+    'components.safetensors',
+    'config.json',
+    'harvest.json',
+    'metrics.jsonl',
+    'state.safetensors',
+  ];
+  assert.deepEqual(fs.readdirSync(path.join(alone, 'run')).sort(), files);
+});
