@@ -2185,7 +2185,8 @@ export function compileEvaluation(engine: Engine, problem: Problem, params: Para
       metrics[name.replace('difference', 'unrecovered')] =
         difference / metrics['eval/ce_kl/ce_difference_zero_masked']!;
     }
-    const l0 = `eval/l0/${Number.isInteger(config.ciAliveThreshold) ? config.ciAliveThreshold.toFixed(1) : config.ciAliveThreshold}`;
+    const threshold = config.ciAliveThreshold; // as Python writes a float
+    const l0 = `eval/l0/${Number.isInteger(threshold) ? threshold.toFixed(1) : threshold}`;
     metrics[`${l0}_total`] = 0;
     for (const { path: name, offset, C } of modules) {
       metrics[`${l0}_${name}`] = active.subarray(offset, offset + C).reduce((a, b) => a + b, 0);
@@ -3038,8 +3039,9 @@ const ANSWERS_ABOVE = 0.1;
 
 /**
  * The mechanism scoreboard: for each rule the component whose "g > 0.1" has the best F1 for "the rule is in force"
- * (of those within 0.01 of it, the one whose deletion costs most there). It is called causal if deleting that one component from the full model (all other components and all deltas on)
- * costs more than 0.1 nats where the rule is in force, and less than a tenth of that elsewhere.
+ * (of those within 0.01 of it, the one whose deletion costs most there). It is called causal if deleting that one
+ * component from the full model (all others and all deltas on) costs more than 0.1 nats where the rule is in force, and
+ * less than a tenth of that elsewhere.
  */
 export async function scoreRules(
   engine: Engine,
@@ -3287,7 +3289,7 @@ async function resolveModel(spec: string): Promise<string> {
   return hub ? hub.resolveModel(spec) : refuse(`${spec}: no such folder; hub ids need engine/hub.ts`);
 }
 
-/** What every job starts with: engine, target, data, modules; it ends with the target's own loss, which shows a wrongly loaded model. */
+/** What every job starts with: engine, target, data, modules; last the target's own loss: a wrongly loaded model shows. */
 async function open(config: Config, given: ReadonlySet<string>, preset?: Preset) {
   if (!config.model) refuse('--model: missing; takes a Hugging Face folder or a hub id (or give a --preset)');
   if (!config.data) refuse('--data: missing; takes a .txt, .jsonl or .json file');
