@@ -2554,7 +2554,7 @@ export async function harvest(options: HarvestOptions): Promise<Harvest> {
   const columns = totalC(modules); // ΣC
   const covered = Math.min(vocabSize, Math.floor(settings.outputCells / columns)); // T
   const counts = newCounts(columns, vocabSize, covered);
-  const mass = tf.variable(tf.zeros([columns, covered]), false); // [ΣC, T] softmax mass of a token where c fires
+  const mass = zeros([columns, covered]); // [ΣC, T] softmax mass of a token where c fires
   const reduce = options.engine.compile('harvest', ({ tokens, weight, outputTokens }: Tensors) => {
     const { ci, activation, probs } = pass(tokens!);
     const fire = tf.mul(tf.cast(tf.greater(ci, settings.threshold), 'float32'), weight!); // [N, ΣC]

@@ -1,8 +1,24 @@
 /** The harvest against hand-computed numbers and a plain recount; the report's data against hostile texts. */
 import assert from 'node:assert/strict';
+import { readFileSync } from 'node:fs';
 import { test } from 'node:test';
+import { fileURLToPath } from 'node:url';
 import * as tf from '@tensorflow/tfjs';
-import { asciiJson, type Harvest, type HarvestOptions, harvest, renderReport } from '../nano-param-decomp.ts';
+import {
+  asciiJson,
+  chooseModules,
+  DEFAULTS,
+  type Harvest,
+  type HarvestOptions,
+  type HarvestPass,
+  harvest,
+  importances,
+  initialParams,
+  linearLayers,
+  loadTarget,
+  PRESETS,
+  renderReport,
+} from '../nano-param-decomp.ts';
 
 const range = (n: number) => Array.from({ length: n }, (_, i) => i);
 const sum = (numbers: Iterable<number>) => [...numbers].reduce((a, b) => a + b, 0);
@@ -247,6 +263,72 @@ test('all numbers equal a plain recount', async () => {
       wanted,
     );
     assert.equal(new Set(found.examples.top.map(e => e.row)).size, wanted.length, 'one example a row');
+  }
+});
+
+test('on the toy, all numbers equal a plain recount', async () => {
+  const toy = fileURLToPath(new URL('../assets/toy/', import.meta.url));
+  const target = loadTarget(toy);
+  const config = { ...DEFAULTS, ...PRESETS.toy!.config };
+  const modules = chooseModules(linearLayers(target.arch), config.components);
+  const problem = { target, modules, config };
+  const params = initialParams(problem);
+  const weights = modules.map(({ path }) => ({
+    path,
+    V: params[`components.${path}.V`]!,
+    U: params[`components.${path}.U`]!,
+  }));
+  const pass: HarvestPass = tokens => {
+    const { pass, g } = importances(problem, params, tokens);
+    const parts = weights.map(({ path, V, U }) => tf.mul(tf.matMul(pass.acts[path]!, V), tf.norm(U, 2, 1)));
+    return { ci: g, activation: tf.concat(parts, 1), probs: pass.probs };
+  };
+  const rows = (JSON.parse(readFileSync(`${toy}eval.json`, 'utf8')) as number[][]).slice(0, 8);
+  const settings = { minTogether: 1, minCount: 1, listLength: 100, pairsPerPosition: 1e9, partners: 5 };
+  const given = rows.map(row => Int32Array.from(row));
+  const { components, positions } = await harvest({
+    ...{ pass, modules, vocabSize: target.arch.vocab, tokenText: String, passages: [], settings },
+    engine: { compile: (_name, fn) => async feeds => tf.tidy(() => fn(feeds)) },
+    batches: [given.slice(0, 3), given.slice(3, 6), given.slice(6)],
+  });
+
+  // All positions in one pass, then plain loops over them.
+  const [ci, activation, probs] = tf.tidy(() => {
+    const all = pass(tf.tensor2d(rows, undefined, 'int32'));
+    return [all.ci, all.activation, all.probs].map(t => t.arraySync() as number[][]);
+  }) as unknown as [number[][], number[][], number[][]];
+  const tokens = rows.flat();
+  const N = tokens.length;
+  assert.equal(positions, N);
+  const firings = ci[0]!.map((_, c) => range(N).filter(n => ci[n]![c]! > 0));
+  assert.deepEqual(
+    components.map(c => c.column),
+    [...firings.keys()].filter(c => firings[c]!.length > 0),
+  );
+  const total = (t: number) => sum(probs.map(p => p[t]!));
+  for (const { column: c, ...found } of components) {
+    const own = firings[c]!;
+    near(found.density, own.length / N, 'density');
+    near(found.meanCi, sum(ci.map(g => g[c]!)) / N, 'mean CI');
+    const mean = sum(own.map(n => activation[n]![c]!)) / own.length;
+    assert.ok(Math.abs(found.meanActivation - mean) < 1e-3 * Math.max(1, Math.abs(mean)), 'mean activation');
+    for (const [t, n, pmi] of [...found.input.top, ...found.input.bottom]) {
+      assert.equal(n, own.filter(n => tokens[n] === t).length);
+      const nT = tokens.filter(u => u === t).length;
+      assert.ok(Math.abs(Math.exp(pmi ?? -Infinity) - (n * N) / (own.length * nT)) < 1e-3, 'input PMI');
+    }
+    for (const [t, n, pmi] of [...found.output.top, ...found.output.bottom]) {
+      near(n, sum(own.map(n => probs[n]![t]!)), 'output mass');
+      const lift = (sum(own.map(n => probs[n]![t]!)) * N) / (own.length * total(t));
+      assert.ok(Math.abs(Math.exp(pmi ?? -Infinity) - lift) < 1e-3 * Math.max(1, lift), 'output PMI');
+    }
+    for (const [d, n, jaccard, pmi] of [...found.partners.jaccard, ...found.partners.pmi]) {
+      const both = own.filter(n => ci[n]![d]! > 0).length;
+      assert.equal(n, both);
+      near(jaccard, both / (own.length + firings[d]!.length - both), 'Jaccard');
+      const lift = (both * N) / (own.length * firings[d]!.length);
+      assert.ok(Math.abs(Math.exp(pmi) - lift) < 1e-3 * Math.max(1, lift), 'partner PMI');
+    }
   }
 });
 
