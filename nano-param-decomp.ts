@@ -2433,13 +2433,12 @@ function writeAtomic(file: string, content: string): void {
 const toWrite = (variables: Params, prefix = ''): TensorToWrite[] =>
   Object.entries(variables).map(([name, variable]) => ({
     ...{ name: prefix + name, shape: variable.shape, dtype: 'F32' as const },
-    data: async () => (await variable.data()) as Float32Array,
+    data: () => numbers(variable),
   }));
 
 /** What --resume needs besides the parameters. */
-const stateToWrite = ({ m, v, sources }: State): TensorToWrite[] => [
-  ...[...toWrite(m, 'adam.m.'), ...toWrite(v, 'adam.v.'), ...toWrite(sources, 'ppgd.')],
-];
+const stateToWrite = ({ m, v, sources }: State): TensorToWrite[] =>
+  [toWrite(m, 'adam.m.'), toWrite(v, 'adam.v.'), toWrite(sources, 'ppgd.')].flat();
 
 /** Sets variables from a file of toWrite. */
 function restore(file: string, variables: Params, prefix = ''): void {
