@@ -68,10 +68,7 @@ interface Field<V> {
   choices?: string;
 }
 const real = (value: number, help: string, min = 0, max = 1e12): Field<number> => ({ value, help, min, max });
-const int = (value: number, help: string, min = 0, max = 1e9) => ({
-  ...real(value, help, min, max),
-  integer: true,
-});
+const int = (value: number, help: string, min = 0, max = 1e9) => ({ ...real(value, help, min, max), integer: true });
 const text = (value: string, help: string, choices = ''): Field<string> => ({ value, help, choices });
 const flag = (value: boolean, help: string): Field<boolean> => ({ value, help });
 
@@ -82,10 +79,7 @@ const GROUPS = {
     evalData: text('', 'held-out data; without it the last 5 % of the documents, never trained on'),
     labels: text('', 'JSON with the rules in force in the rows of --eval-data: adds a scoreboard'),
     seqLen: int(512, 'tokens in a row, at most what the target allows', 2, 1 << 20),
-    components: text(
-      'auto',
-      'pattern=C, first match wins: "*.q_proj=64,*.mlp.*=172"; auto: all, C = max(dIn, dOut)',
-    ),
+    components: text('auto', 'pattern=C, first match wins: "*.q_proj=64,*.mlp.*=172"; auto: all, C = max(dIn, dOut)'),
     out: text('', 'run folder; without it runs/<model>-<time>'),
   },
   Training: {
@@ -271,46 +265,29 @@ export async function startEngine(options: EngineOptions): Promise<Engine> {
       if (options.engine === 'tensorflow') refuse(`--engine tensorflow${why}`);
     }
   }
-  if (/tf32|bf16/.test(options.precision))
-    refuse(`--precision ${options.precision}: only on TensorFlow${why}`);
+  if (/tf32|bf16/.test(options.precision)) refuse(`--precision ${options.precision}: only on TensorFlow${why}`);
   const name = (await startWasm()) ? 'wasm' : 'cpu';
   if (name === 'cpu') await tf.setBackend('cpu');
   const what = name === 'wasm' ? 'WASM' : 'plain JavaScript, slow (no @tensorflow/tfjs-backend-wasm)';
   return { name, gpu: false, ...opByOp, description: `TFJS ${tf.version.tfjs} on ${what}${why}` };
 }
 
-async function startTensorFlow({
-  precision,
-  graph,
-  xla,
-  threads,
-  nSteps = 0,
-}: EngineOptions): Promise<Engine> {
+async function startTensorFlow({ precision, graph, xla, threads, nSteps = 0 }: EngineOptions): Promise<Engine> {
   const engine = await optional(import('./engine/tensorflow.ts'));
   if (!engine) {
     await import('@tensorflow/tfjs-node-gpu' as string);
     await tf.setBackend('tensorflow');
-    return {
-      name: 'tensorflow',
-      gpu: false,
-      ...opByOp,
-      description: 'TensorFlow, op by op (no engine/ folder)',
-    };
+    return { name: 'tensorflow', gpu: false, ...opByOp, description: 'TensorFlow, op by op (no engine/ folder)' };
   }
   const { loadTensorFlow, useBf16Products } = engine;
   const { Graph } = await import('./engine/graph.ts');
   const products = precision === 'auto' ? {} : { precision: precision as 'float32' | 'tf32' | 'bf16' };
-  const { version, gpu } = await loadTensorFlow({
-    ...products,
-    ...(threads > 0 ? { threads } : {}),
-  });
+  const { version, gpu } = await loadTensorFlow({ ...products, ...(threads > 0 ? { threads } : {}) });
   if (precision === 'bf16') useBf16Products();
   // on a CPU XLA saves a tenth to a third of a step, after compiling for a minute in all; on CUDA nobody measured it
   const compiled = graph && (xla === 'on' || (xla === 'auto' && nSteps >= 10_000 && !gpu));
   const session = graph ? new Graph({ xla: compiled }) : undefined;
-  const run: Pick<Engine, 'compile'> = session
-    ? { compile: (name, fn) => session.compile(name, fn) }
-    : opByOp;
+  const run: Pick<Engine, 'compile'> = session ? { compile: (name, fn) => session.compile(name, fn) } : opByOp;
   const how = session ? `traced graph${compiled ? ', XLA' : ''}` : 'op by op';
   return {
     name: 'tensorflow',
@@ -322,8 +299,7 @@ async function startTensorFlow({
 
 async function startWasm(): Promise<boolean> {
   const engine = await optional(import('./engine/wasm.ts'));
-  if (!engine)
-    return (await optional(import('@tensorflow/tfjs-backend-wasm'))) !== undefined && tf.setBackend('wasm');
+  if (!engine) return (await optional(import('@tensorflow/tfjs-backend-wasm'))) !== undefined && tf.setBackend('wasm');
   await engine.loadWasm();
   engine.fastWasmKernels();
   return true;
@@ -332,10 +308,7 @@ async function startWasm(): Promise<boolean> {
 /** Node has no GPU object of its own: the npm package `webgpu` (Dawn) brings one. */
 async function startWebGpu(): Promise<Engine> {
   try {
-    const { create, globals } = (await import('webgpu' as string)) as {
-      create(o: string[]): unknown;
-      globals: object;
-    };
+    const { create, globals } = (await import('webgpu' as string)) as { create(o: string[]): unknown; globals: object };
     Object.assign(globalThis, globals);
     Object.defineProperty(globalThis, 'navigator', { value: { gpu: create([]) }, configurable: true });
     await import('@tensorflow/tfjs-backend-webgpu' as string);
@@ -349,23 +322,12 @@ async function startWebGpu(): Promise<Engine> {
 
 /** What a random number is for. With the seed and the step it is its whole address, so a step can be replayed. */
 const PURPOSE = {
-  ...{
-    mask: 1,
-    delta: 2,
-    route: 3,
-    routeCount: 4,
-    randomMask: 5,
-    pgd: 6,
-    shuffle: 7,
-    sources: 8,
-    harvest: 9,
-  },
+  ...{ mask: 1, delta: 2, route: 3, routeCount: 4, randomMask: 5, pgd: 6, shuffle: 7, sources: 8, harvest: 9 },
   init: 16,
 };
 
 /** The part of the address that changes from step to step: a tensor, since it must enter a traced graph as a feed. */
-export const randomKey = (seed: number, step: number): tf.Tensor1D =>
-  tf.tensor1d([scramble(seed), step], 'int32');
+export const randomKey = (seed: number, step: number): tf.Tensor1D => tf.tensor1d([scramble(seed), step], 'int32');
 
 /** Uniform numbers in [0, 1), a function of (key, purpose) alone; each engine has its own bits. */
 export function uniform(shape: number[], key: tf.Tensor, purpose: number): tf.Tensor {
@@ -420,8 +382,7 @@ function scramble(x: number): number {
 const DTYPES = 'BOOL U8 I8 F8_E5M2 F8_E4M3 U16 I16 F16 BF16 U32 I32 F32 U64 I64 F64 C64'.split(' ');
 const dtypeBytes = (dtype: string) => Number(/\d+/.exec(dtype)?.[0] ?? 8) / 8; // BOOL takes a byte
 const sizeOf = (shape: readonly number[]) => shape.reduce((n, d) => n * d, 1);
-const isSizes = (x: unknown): x is number[] =>
-  Array.isArray(x) && x.every(n => Number.isSafeInteger(n) && n >= 0);
+const isSizes = (x: unknown): x is number[] => Array.isArray(x) && x.every(n => Number.isSafeInteger(n) && n >= 0);
 
 interface TensorInfo {
   dtype: string;
@@ -493,9 +454,7 @@ function readHeader(file: string, fd: number, fileBytes: number) {
     const tensor = `tensor "${name.slice(0, 80)}"`;
     if (!dtype || !DTYPES.includes(dtype)) refuse(`${file}: ${tensor}: its dtype is none of ${DTYPES}`);
     if (!isSizes(shape) || !isSizes(offsets) || offsets.length !== 2 || Object.keys(others).length)
-      refuse(
-        `${file}: ${tensor} takes dtype, shape and two data_offsets, all whole numbers, and nothing else`,
-      );
+      refuse(`${file}: ${tensor} takes dtype, shape and two data_offsets, all whole numbers, and nothing else`);
     const [begin, end] = offsets as [number, number];
     if (sizeOf(shape) * dtypeBytes(dtype) !== end - begin)
       refuse(`${file}: ${tensor}: bytes ${begin} to ${end} are not what ${dtype} of shape [${shape}] takes`);
@@ -503,12 +462,10 @@ function readHeader(file: string, fd: number, fileBytes: number) {
   }
   let covered = dataBegin;
   for (const { begin, end } of [...tensors.values()].sort((a, b) => a.begin - b.begin || a.end - b.end)) {
-    if (begin !== covered)
-      refuse(`${file}: overlap or hole at byte ${covered}; tensors must lie side by side`);
+    if (begin !== covered) refuse(`${file}: overlap or hole at byte ${covered}; tensors must lie side by side`);
     covered = end;
   }
-  if (covered !== fileBytes)
-    refuse(`${file}: tensors end at byte ${covered}, not with the file at ${fileBytes}`);
+  if (covered !== fileBytes) refuse(`${file}: tensors end at byte ${covered}, not with the file at ${fileBytes}`);
   return { tensors, metadata: new Map(Object.entries(metadata as Record<string, string>)) };
 }
 
@@ -534,8 +491,7 @@ export function openSafetensors(file: string): SafetensorsFile {
   }
   const find = (name: string, accepted: string[]) => {
     const tensor = header.tensors.get(name) ?? refuse(`${file}: has no tensor "${name}"`);
-    if (!accepted.includes(tensor.dtype))
-      refuse(`${file}: "${name}" is ${tensor.dtype}; ${accepted} can be read here`);
+    if (!accepted.includes(tensor.dtype)) refuse(`${file}: "${name}" is ${tensor.dtype}; ${accepted} can be read here`);
     return tensor;
   };
   return {
@@ -545,15 +501,13 @@ export function openSafetensors(file: string): SafetensorsFile {
       const out = new Float32Array((end - begin) / dtypeBytes(dtype));
       const outBits = new Uint32Array(out.buffer);
       if (dtype === 'F32') readFully(file, fd, new Uint8Array(out.buffer), begin);
-      if (dtype === 'F16')
-        halfFloats ??= Float32Array.from({ length: 65536 }, (_, bits) => halfToFloat(bits));
+      if (dtype === 'F16') halfFloats ??= Float32Array.from({ length: 65536 }, (_, bits) => halfToFloat(bits));
       for (let from = begin, at = 0; dtype !== 'F32' && from < end; from += 2 ** 22) {
         const bytes = new Uint8Array(Math.min(2 ** 22, end - from)); // piecewise: no second copy of the tensor
         readFully(file, fd, bytes, from);
         const values = dtype === 'F64' ? new Float64Array(bytes.buffer) : new Uint16Array(bytes.buffer);
         if (dtype === 'F64') out.set(values, at);
-        else if (dtype === 'F16')
-          for (let i = 0; i < values.length; i++) out[at + i] = halfFloats![values[i]!]!;
+        else if (dtype === 'F16') for (let i = 0; i < values.length; i++) out[at + i] = halfFloats![values[i]!]!;
         else for (let i = 0; i < values.length; i++) outBits[at + i] = values[i]! << 16; // BF16: F32's upper half
         at += values.length;
       }
@@ -715,15 +669,8 @@ const geluTanh = (x: T): T => {
 };
 const gelu = (x: T): T => tf.mul(tf.mul(0.5, x), tf.add(1, tf.erf(tf.mul(x, Math.SQRT1_2))));
 const silu = (x: T): T => tf.mul(x, tf.sigmoid(x));
-const ACTIVATIONS: Record<string, (x: T) => T> = {
-  silu,
-  swish: silu,
-  relu: tf.relu,
-  gelu,
-  gelu_python: gelu,
-};
-for (const name of ['new', 'pytorch_tanh', 'python_tanh', 'fast', 'accurate'])
-  ACTIVATIONS[`gelu_${name}`] = geluTanh;
+const ACTIVATIONS: Record<string, (x: T) => T> = { silu, swish: silu, relu: tf.relu, gelu, gelu_python: gelu };
+for (const name of ['new', 'pytorch_tanh', 'python_tanh', 'fast', 'accurate']) ACTIVATIONS[`gelu_${name}`] = geluTanh;
 
 /** Fields of a config that ask for something not done here, unless their value is one of these (or absent or null). */
 const NOT_DONE: [meaning: string, fields: string, harmless: unknown[]][] = [
@@ -736,11 +683,7 @@ const NOT_DONE: [meaning: string, fields: string, harmless: unknown[]][] = [
   ['attention other than grouped queries', 'use_grouped_query_attention', [true]],
   ['attention sinks', 'attention_sinks', [false]],
   ['cross-attention or an encoder', 'add_cross_attention is_encoder_decoder', [false]],
-  [
-    'another attention scale',
-    'scale_attn_by_inverse_layer_idx attention_multiplier query_pre_attn_scalar',
-    [false],
-  ],
+  ['another attention scale', 'scale_attn_by_inverse_layer_idx attention_multiplier query_pre_attn_scalar', [false]],
   ['unscaled attention', 'scale_attn_weights', [true]],
   ['clipped q, k, v', 'clip_qkv', []],
   ['scaled streams', 'logits_scaling embedding_multiplier residual_multiplier', [1]],
@@ -754,22 +697,18 @@ export function readArchitecture(config: Record<string, unknown>, file: string):
   if (!Object.hasOwn(BLOCK, type)) wrong('model_type', `done here are ${Object.keys(BLOCK).join(', ')}`);
   for (const [meaning, fields, harmless] of NOT_DONE) {
     for (const field of fields.split(' ')) {
-      if (![undefined, null, ...harmless].includes(config[field] as null))
-        wrong(field, `${meaning}: not done here`);
+      if (![undefined, null, ...harmless].includes(config[field] as null)) wrong(field, `${meaning}: not done here`);
     }
   }
   for (const [field, done] of [
     ['layer_types', 'full_attention'],
     ['no_rope_layers', 1],
   ] as const) {
-    if (![config[field] ?? []].flat().every(layer => layer === done))
-      wrong(field, `not done here other than ${done}`);
+    if (![config[field] ?? []].flat().every(layer => layer === done)) wrong(field, `not done here other than ${done}`);
   }
   const number = (field: string, standard?: number, min = 0, max = 1): number => {
     const value = config[field] ?? standard;
-    return typeof value === 'number' && value >= min && value <= max
-      ? value
-      : wrong(field, `takes ${min} to ${max}`);
+    return typeof value === 'number' && value >= min && value <= max ? value : wrong(field, `takes ${min} to ${max}`);
   };
   const count = (field: string, standard?: number, max = 1 << 24): number => {
     const value = number(field, standard, 1, max);
@@ -782,19 +721,15 @@ export function readArchitecture(config: Record<string, unknown>, file: string):
   const nKvHeads = count('num_key_value_heads', nHeads, 4096);
   if (nHeads % nKvHeads !== 0) wrong('num_key_value_heads', `takes a divisor of the ${nHeads} heads`);
   const headDim = count('head_dim', type === 'qwen3' ? 128 : Math.floor(dModel / nHeads), 4096);
-  if (!config.head_dim && type !== 'qwen3' && dModel % nHeads !== 0)
-    wrong(headField, `takes a divisor of ${dModel}`);
+  if (!config.head_dim && type !== 'qwen3' && dModel % nHeads !== 0) wrong(headField, `takes a divisor of ${dModel}`);
   const activationField = gpt2 ? 'activation_function' : 'hidden_act';
-  const activation = String(
-    config[activationField] ?? (gpt2 || simple ? 'gelu_new' : neox ? 'gelu' : 'silu'),
-  );
+  const activation = String(config[activationField] ?? (gpt2 || simple ? 'gelu_new' : neox ? 'gelu' : 'silu'));
   if (!Object.hasOwn(ACTIVATIONS, activation))
     wrong(activationField, `done here: ${Object.keys(ACTIVATIONS).join(', ')}`);
   const positionsField = gpt2 ? 'n_positions' : 'max_position_embeddings';
   const positions = count(positionsField, gpt2 ? 1024 : 2048);
   // absent means 4096 in mistral, null means none
-  const window =
-    type === 'mistral' && config.sliding_window !== null ? count('sliding_window', 4096) : Infinity;
+  const window = type === 'mistral' && config.sliding_window !== null ? count('sliding_window', 4096) : Infinity;
   return {
     ...{ type, dModel, nHeads, nKvHeads, headDim, activation, names: partNames(type) },
     vocab: count('vocab_size'),
@@ -803,10 +738,7 @@ export function readArchitecture(config: Record<string, unknown>, file: string):
     context: Math.min(positions, window),
     contextField: window < positions ? 'sliding_window' : positionsField,
     norm: gpt2 || neox ? 'layer' : 'rms',
-    eps: number(
-      gpt2 ? 'layer_norm_epsilon' : neox ? 'layer_norm_eps' : 'rms_norm_eps',
-      gpt2 || neox ? 1e-5 : 1e-6,
-    ),
+    eps: number(gpt2 ? 'layer_norm_epsilon' : neox ? 'layer_norm_eps' : 'rms_norm_eps', gpt2 || neox ? 1e-5 : 1e-6),
     rotary: gpt2 ? undefined : rotaryFrequencies(config, headDim, positions, file),
     qkv: gpt2 ? 'concatenated' : neox ? 'by head' : 'separate',
     parallelResidual: neox && config.use_parallel_residual !== false,
@@ -819,18 +751,12 @@ export function readArchitecture(config: Record<string, unknown>, file: string):
 function biasedLayers({ attention_bias, mlp_bias }: Record<string, unknown>, type: string): RegExp {
   if (type === 'gpt2') return /./;
   const neox = type === 'gpt_neox';
-  const attention =
-    type === 'qwen2' ? '[qkv]_proj$' : (attention_bias ?? neox) ? '[qkvo]_proj$|\\.attention\\.' : '^$';
+  const attention = type === 'qwen2' ? '[qkv]_proj$' : (attention_bias ?? neox) ? '[qkvo]_proj$|\\.attention\\.' : '^$';
   return new RegExp(`${attention}|${mlp_bias || neox ? '\\.mlp\\.' : '^$'}`);
 }
 
 /** Inverse wavelengths θ^(−2i/dims), with the `linear` and `llama3` scalings; under the old and the new config keys. */
-function rotaryFrequencies(
-  config: Record<string, unknown>,
-  headDim: number,
-  positions: number,
-  file: string,
-) {
+function rotaryFrequencies(config: Record<string, unknown>, headDim: number, positions: number, file: string) {
   const neox = config.model_type === 'gpt_neox';
   for (const field of ['rope_scaling', 'rope_parameters']) {
     const values = Object.values(config[field] ?? {});
@@ -847,19 +773,15 @@ function rotaryFrequencies(
     refuse(`${file}: the rotary ${field} is ${JSON.stringify(rope[field]) ?? 'missing'}; ${takes}`);
   const number = (field: string, min: number): number => {
     const value = rope[field];
-    return typeof value === 'number' && value >= min && value < 1e12
-      ? value
-      : wrong(field, `takes at least ${min}`);
+    return typeof value === 'number' && value >= min && value < 1e12 ? value : wrong(field, `takes at least ${min}`);
   };
   const kind = rope.rope_type ?? rope.type ?? 'default';
   const kindField = rope.rope_type === undefined ? 'type' : 'rope_type';
-  if (!['default', 'linear', 'llama3'].includes(String(kind)))
-    wrong(kindField, 'done here: default, linear, llama3');
+  if (!['default', 'linear', 'llama3'].includes(String(kind))) wrong(kindField, 'done here: default, linear, llama3');
   const share = number('partial_rotary_factor', 0);
   if (share > 1 || (!neox && share !== 1)) wrong('partial_rotary_factor', 'partial is done in gpt_neox only');
   const dims = Math.floor(headDim * share);
-  if (dims % 2 !== 0)
-    wrong('partial_rotary_factor', `of head_dim ${headDim} it leaves ${dims} dims, an odd number`);
+  if (dims % 2 !== 0) wrong('partial_rotary_factor', `of head_dim ${headDim} it leaves ${dims} dims, an odd number`);
   const theta = number('rope_theta', 1);
   return Float32Array.from({ length: dims / 2 }, (_, i) => {
     const frequency = theta ** ((-2 * i) / dims);
@@ -919,8 +841,7 @@ export function linearLayers(arch: Architecture): LinearLayer[] {
 }
 
 /** Buffers in old checkpoints that no forward needs. */
-const IGNORED =
-  /\.(rotary_emb\.inv_freq|attn\.bias|attn\.masked_bias|attention\.bias|attention\.masked_bias)$/;
+const IGNORED = /\.(rotary_emb\.inv_freq|attn\.bias|attn\.masked_bias|attention\.bias|attention\.masked_bias)$/;
 
 /** config.json, or what the original's trainer leaves beside its weights: model_config.yaml, lines of `key: scalar`. */
 function readConfig(dir: string): [file: string, config: Record<string, unknown>] {
@@ -928,20 +849,14 @@ function readConfig(dir: string): [file: string, config: Record<string, unknown>
   if (fs.existsSync(json) || !fs.existsSync(yaml)) return [json, readJson(json)];
   const config: Record<string, unknown> = {};
   for (const [, key = '', value = ''] of readText(yaml).matchAll(/^(\w+): *(.*?) *\r?$/gm)) {
-    config[YAML_KEYS[key] ?? key] = /^(-?[\d.]+(e-?\d+)?|true|false|null)$/.test(value)
-      ? JSON.parse(value)
-      : value;
+    config[YAML_KEYS[key] ?? key] = /^(-?[\d.]+(e-?\d+)?|true|false|null)$/.test(value) ? JSON.parse(value) : value;
   }
   if (config.model_type === 'LlamaSimpleMLP') config.model_type = 'llama_simple_mlp';
   return [yaml, config];
 }
 const YAML_KEYS: Record<string, string> = {
   ...{ n_embd: 'hidden_size', n_intermediate: 'intermediate_size', n_layer: 'num_hidden_layers' },
-  ...{
-    n_head: 'num_attention_heads',
-    n_key_value_heads: 'num_key_value_heads',
-    n_ctx: 'max_position_embeddings',
-  },
+  ...{ n_head: 'num_attention_heads', n_key_value_heads: 'num_key_value_heads', n_ctx: 'max_position_embeddings' },
   ...{ rotary_base: 'rope_theta', attn_bias: 'attention_bias' },
 };
 
@@ -963,8 +878,7 @@ export function loadTarget(dir: string): Target {
       const source = stored(name) ?? refuse(`${dir}: the safetensors files have no tensor ${name}`);
       const file = where.get(source)!;
       const got = file.tensors.get(source)!.shape;
-      if (got.join() !== shape.join())
-        refuse(`${dir}: ${source} is [${got}], config.json implies [${shape}]`);
+      if (got.join() !== shape.join()) refuse(`${dir}: ${source} is [${got}], config.json implies [${shape}]`);
       used.add(source);
       const data = file.readFloat32(source);
       sha256.update(source).update(data);
@@ -984,16 +898,14 @@ export function loadTarget(dir: string): Target {
     }
     for (let i = 0; i < arch.nLayers; i++) {
       for (const part of ['norm1', 'norm2'] as const) loadNorm(nameOf(arch, part, i));
-      if (arch.type === 'qwen3')
-        for (const part of ['q', 'k'] as const) load(headNorm(arch, part, i), [arch.headDim]);
+      if (arch.type === 'qwen3') for (const part of ['q', 'k'] as const) load(headNorm(arch, part, i), [arch.headDim]);
     }
     loadNorm(arch.names.last);
     const head = `${arch.names.head}.weight`;
     if (stored(head)) load(head, [arch.vocab, arch.dModel]);
     else if (!arch.tied) refuse(`${dir}: ${head} is missing and tie_word_embeddings is false`);
     const others = [...where.keys()].filter(name => !used.has(name) && !IGNORED.test(name));
-    if (others.length > 0)
-      refuse(`${dir}: ${arch.type} has no use for the tensors ${others.slice(0, 5).join(', ')}`);
+    if (others.length > 0) refuse(`${dir}: ${arch.type} has no use for the tensors ${others.slice(0, 5).join(', ')}`);
   } finally {
     for (const file of files) file.close();
   }
@@ -1015,8 +927,7 @@ function weightFiles(dir: string): SafetensorsFile[] {
   if (names.length === 0 && fs.existsSync(index)) {
     names = [...new Set(Object.values(readJson(index).weight_map ?? {}).map(String))];
     const odd = names.find(name => !/^[\w-][\w.-]*\.safetensors$/.test(name));
-    if (odd !== undefined)
-      refuse(`${index}: ${JSON.stringify(odd)} is not the name of a shard in this folder`);
+    if (odd !== undefined) refuse(`${index}: ${JSON.stringify(odd)} is not the name of a shard in this folder`);
   }
   if (names.length === 0) names = all.filter(f => /^model_step_\d+\.safetensors$/.test(f));
   if (names.length > 1 && all.includes(names[0]!) && !fs.existsSync(index))
@@ -1049,8 +960,7 @@ function readJson(file: string): Record<string, unknown> {
 /** How a linear layer is computed: by the target itself, or in one of the masked forwards of section E. */
 export type Linear = (path: string, x: T<'N dIn'>) => T<'N dOut'>;
 
-const weight = ({ weights }: Target, name: string): tf.Tensor =>
-  weights.get(name) ?? refuse(`no weight ${name}`);
+const weight = ({ weights }: Target, name: string): tf.Tensor => weights.get(name) ?? refuse(`no weight ${name}`);
 /** All products are [N,k] x [k,m]: TFJS's own 3-D x 2-D matMul has no gradient. */
 const matmul = (a: T<'n k'>, b: T<'k m'>, transposeB = false): T<'n m'> =>
   tf.matMul(a as tf.Tensor2D, b as tf.Tensor2D, false, transposeB);
@@ -1072,8 +982,7 @@ export const rmsNormalize = (x: T, eps: number): T =>
     const r = tf.rsqrt(tf.add(tf.mean(tf.square(a as T), -1, true), eps));
     const y = tf.mul(a as T, r);
     (save as tf.GradSaveFunc)([y, r]);
-    const gradFunc = (dy: T, [y, r]: T[]) =>
-      tf.mul(r!, tf.sub(dy, tf.mul(y!, tf.mean(tf.mul(y!, dy), -1, true))));
+    const gradFunc = (dy: T, [y, r]: T[]) => tf.mul(r!, tf.sub(dy, tf.mul(y!, tf.mean(tf.mul(y!, dy), -1, true))));
     return { value: y, gradFunc };
   })(x);
 
@@ -1092,10 +1001,7 @@ export function rotate(x: T<'B H S hd'>, frequencies: Float32Array): T<'B H S hd
   const [cos, sin] = [tf.cos(angle), tf.sin(angle)];
   const rest = headDim - 2 * half;
   const [a, b, ...others] = tf.split(x, rest > 0 ? [half, half, rest] : [half, half], 3) as [T, T, ...T[]];
-  return tf.concat(
-    [tf.sub(tf.mul(a, cos), tf.mul(b, sin)), tf.add(tf.mul(b, cos), tf.mul(a, sin)), ...others],
-    3,
-  );
+  return tf.concat([tf.sub(tf.mul(a, cos), tf.mul(b, sin)), tf.add(tf.mul(b, cos), tf.mul(a, sin)), ...others], 3);
 }
 
 /** softmax(q kᵀ / √hd) v; with fewer k, v heads (H') than q heads each serves a group. q [B,H,S,hd], k, v [B,H',S,hd] */
@@ -1121,14 +1027,7 @@ function attend(q: T<'B H S hd'>, k: T<'B H S hd'>, v: T<'B H S hd'>, causal: bo
 const toHeads = (x: T<'N d'>, B: number, S: number, H: number): T<'B H S hd'> =>
   x.reshape([B, S, H, x.size / (B * S * H)]).transpose([0, 2, 1, 3]);
 
-function targetAttention(
-  target: Target,
-  i: number,
-  h: T<'N d'>,
-  B: number,
-  S: number,
-  linear: Linear,
-): T<'N d'> {
+function targetAttention(target: Target, i: number, h: T<'N d'>, B: number, S: number, linear: Linear): T<'N d'> {
   const { arch, weights } = target;
   const project = (part: Part) => linear(nameOf(arch, part, i), h);
   const { nHeads, nKvHeads } = arch;
@@ -1141,14 +1040,12 @@ function targetAttention(
     ];
   } else {
     const qkv = project('q'); // columns: all of q, all of k, all of v; or q, k, v head by head
-    const parts =
-      arch.qkv === 'concatenated' ? tf.split(qkv, 3, 1) : tf.split(qkv.reshape([B * S, nHeads, -1]), 3, 2);
+    const parts = arch.qkv === 'concatenated' ? tf.split(qkv, 3, 1) : tf.split(qkv.reshape([B * S, nHeads, -1]), 3, 2);
     [q, k, v] = parts.map(part => toHeads(part, B, S, nHeads));
   }
   const qNorm = weights.get(headNorm(arch, 'q', i));
   const kNorm = weights.get(headNorm(arch, 'k', i));
-  if (qNorm && kNorm)
-    [q, k] = [tf.mul(rmsNormalize(q!, arch.eps), qNorm), tf.mul(rmsNormalize(k!, arch.eps), kNorm)];
+  if (qNorm && kNorm) [q, k] = [tf.mul(rmsNormalize(q!, arch.eps), qNorm), tf.mul(rmsNormalize(k!, arch.eps), kNorm)];
   if (arch.rotary) [q, k] = [rotate(q!, arch.rotary), rotate(k!, arch.rotary)];
   return linear(nameOf(arch, 'o', i), attend(q!, k!, v!, true));
 }
@@ -1180,11 +1077,7 @@ export function targetForward(target: Target, tokens: T<'B S'>, linear = ownLine
     const mlpInput = normed('norm2', arch.parallelResidual ? x : afterAttention);
     x = tf.add(afterAttention, targetMlp(target, i, mlpInput, linear));
   }
-  return matmul(
-    norm(target, last, x),
-    weights.get(`${head}.weight`) ?? weight(target, `${embed}.weight`),
-    true,
-  );
+  return matmul(norm(target, last, x), weights.get(`${head}.weight`) ?? weight(target, `${embed}.weight`), true);
 }
 
 // ---- D. Data --------------------------------------------------------------------------------------------------------
@@ -1246,13 +1139,11 @@ async function openData(source: string, target: Target, tokenizer: Tokenizer | u
   const mark = Number.isInteger(endOfText) ? (endOfText as number) : undefined;
   async function* ids(): AsyncGenerator<number[]> {
     for await (const document of reader(source)) {
-      if (typeof document === 'string' && !tokenizer)
-        refuse(`${target.dir}: no tokenizer.json, so data must be ids`);
+      if (typeof document === 'string' && !tokenizer) refuse(`${target.dir}: no tokenizer.json, so data must be ids`);
       const found = typeof document === 'string' ? documentIds(tokenizer!, document, mark) : document;
       const odd = found.find(id => !Number.isInteger(id) || id < 0 || id >= vocab);
       if (odd !== undefined) refuse(`${source}: ${odd} is no token id of the model (0 to ${vocab - 1})`);
-      if (isRows && found.length !== seqLen)
-        refuse(`${source}: a row has ${found.length} tokens, the first ${seqLen}`);
+      if (isRows && found.length !== seqLen) refuse(`${source}: a row has ${found.length} tokens, the first ${seqLen}`);
       yield found;
     }
   }
@@ -1284,9 +1175,7 @@ const FITS_IN_MEMORY = 2 ** 28; // bytes of text; what is larger becomes a file 
 export async function loadData(target: Target, config: Config): Promise<Data> {
   const hasTokenizer = fs.existsSync(path.join(target.dir, 'tokenizer.json'));
   const tokenizer = hasTokenizer ? await loadTokenizer(target.dir) : undefined;
-  const held = config.evalData
-    ? await openData(config.evalData, target, tokenizer, config.seqLen)
-    : undefined;
+  const held = config.evalData ? await openData(config.evalData, target, tokenizer, config.seqLen) : undefined;
   let heldOut = held && pack(await collect(held.ids), held.seqLen);
   const { ids, seqLen } = await openData(config.data, target, tokenizer, config.seqLen);
   let train: Rows;
@@ -1299,17 +1188,11 @@ export async function loadData(target: Target, config: Config): Promise<Data> {
     heldOut ??= pack(documents.splice(-Math.max(1, Math.round(documents.length * HELD_OUT))), seqLen);
     train = pack(documents, seqLen);
   } else {
-    const parts =
-      (await optional(import('./engine/data.ts'))) ?? refuse(`${config.data}: needs engine/data.ts`);
+    const parts = (await optional(import('./engine/data.ts'))) ?? refuse(`${config.data}: needs engine/data.ts`);
     fs.mkdirSync(config.out, { recursive: true });
     const enough = config.nSteps * config.batchSize * seqLen * (1 + 2 * HELD_OUT);
     const options = { seqLen, heldOutShare: heldOut ? 0 : HELD_OUT, enough };
-    const corpus = await parts.writeCorpus(
-      path.join(config.out, 'tokens.bin'),
-      ids,
-      target.arch.vocab,
-      options,
-    );
+    const corpus = await parts.writeCorpus(path.join(config.out, 'tokens.bin'), ids, target.arch.vocab, options);
     heldOut ??= corpus.heldOut;
     train = corpus.train;
   }
@@ -1320,8 +1203,7 @@ export async function loadData(target: Target, config: Config): Promise<Data> {
   ] as const) {
     if (rows.count < 1) refuse(`${file}: too short for one row of ${rows.seqLen} tokens (--seq-len)`);
     const fits = rows.seqLen >= 2 && rows.seqLen <= context;
-    if (!fits)
-      refuse(`${file}: rows of ${rows.seqLen} tokens; takes 2 to ${context} (the target's ${contextField})`);
+    if (!fits) refuse(`${file}: rows of ${rows.seqLen} tokens; takes 2 to ${context} (the target's ${contextField})`);
   }
   return { train, heldOut, tokenizer };
 }
@@ -1438,12 +1320,7 @@ export function maskedLinear({ target, modules }: Problem, params: Tensors, mask
 }
 
 /** The target's logits [N, vocab] with its decomposed layers masked. */
-export function maskedLogits(
-  problem: Problem,
-  params: Tensors,
-  tokens: T<'B S'>,
-  masks: Masks,
-): T<'N vocab'> {
+export function maskedLogits(problem: Problem, params: Tensors, tokens: T<'B S'>, masks: Masks): T<'N vocab'> {
   return targetForward(problem.target, tokens, maskedLinear(problem, params, masks));
 }
 
@@ -1507,10 +1384,7 @@ export function ciLogits({ config }: Problem, params: Tensors, input: T<'N ΣdIn
   };
   const B = input.shape[0]! / S;
   const headDim = config.ciDModel / config.ciNHeads;
-  const frequencies = Float32Array.from(
-    range(0, headDim / 2),
-    i => config.ciRopeBase ** ((-2 * i) / headDim),
-  );
+  const frequencies = Float32Array.from(range(0, headDim / 2), i => config.ciRopeBase ** ((-2 * i) / headDim));
   let x: T<'N d'> = linear('proj_in', input);
   for (let i = 0; i < config.ciNBlocks; i++) {
     let h: T<'N d'> = rmsNormalize(x, FLOAT32_EPSILON);
@@ -1621,27 +1495,12 @@ export function stochasticDraws({ modules }: Problem, N: number, key: T): Draws 
 }
 
 /** KL with random masks, a random part of the modules routed through their components. */
-export function stochasticLoss(
-  problem: Problem,
-  params: Tensors,
-  pass: TargetPass,
-  g: T<'N ΣC'>,
-  draws: Draws,
-): T {
-  return klLoss(
-    pass,
-    maskedLogits(problem, params, pass.tokens, { ...draws, mask: interpolate(g, draws.u) }),
-  );
+export function stochasticLoss(problem: Problem, params: Tensors, pass: TargetPass, g: T<'N ΣC'>, draws: Draws): T {
+  return klLoss(pass, maskedLogits(problem, params, pass.tokens, { ...draws, mask: interpolate(g, draws.u) }));
 }
 
 /** KL with the adversary's masks: sources [N, ΣC + M], the last M columns are the delta masks. No routing. */
-export function adversarialLoss(
-  problem: Problem,
-  params: Tensors,
-  pass: TargetPass,
-  g: T<'N ΣC'>,
-  sources: T,
-): T {
+export function adversarialLoss(problem: Problem, params: Tensors, pass: TargetPass, g: T<'N ΣC'>, sources: T): T {
   const [s, delta] = tf.split(sources, [totalC(problem.modules), problem.modules.length], 1) as [T, T];
   return klLoss(pass, maskedLogits(problem, params, pass.tokens, { mask: interpolate(g, s), delta }));
 }
@@ -1651,14 +1510,7 @@ export function adversarialLoss(
 // steps each time.
 
 /** One Adam step's direction m̂ / (√v̂ + ε) with the new moments. c1, c2 = 1 − β1ᵗ, 1 − β2ᵗ undo the moments' start at 0. */
-export function adam(
-  grad: T,
-  m: T,
-  v: T,
-  betas: { beta1: number; beta2: number; eps: number },
-  c1: T,
-  c2: T,
-) {
+export function adam(grad: T, m: T, v: T, betas: { beta1: number; beta2: number; eps: number }, c1: T, c2: T) {
   const { beta1, beta2, eps } = betas;
   const newM = tf.add(tf.mul(m, beta1), tf.mul(grad, 1 - beta1));
   const newV = tf.add(tf.mul(v, beta2), tf.mul(tf.square(grad), 1 - beta2));
@@ -1819,12 +1671,7 @@ function adamUpdate(state: State, group: Group, gradient: T<'n'>, { lrMain, c1, 
 }
 
 /** Clips the gradients and moves every parameter. @returns the norms before clipping */
-export function applyGradients(
-  { config }: Problem,
-  state: State,
-  gradients: Record<Group, T>,
-  feeds: AdamFeeds,
-) {
+export function applyGradients({ config }: Problem, state: State, gradients: Record<Group, T>, feeds: AdamFeeds) {
   const norms = ofGroups(group => tf.sqrt(tf.sum(tf.square(gradients[group]))));
   // a gradient that is not finite moves nothing, so that the parameters can still be looked at when the run stops
   const finite = tf.isFinite(tf.add(norms.components, norms.ci_fn));
@@ -1878,8 +1725,7 @@ export function compileStep(engine: Engine, problem: Problem, state: State) {
     const rows = tf.add(tf.range(0, n, 1, 'int32'), tf.mul(index, tf.scalar(n, 'int32'))) as tf.Tensor1D;
     const mine = { s: tf.gather(s, rows), m: tf.gather(m, rows), v: tf.gather(v, rows) };
     const { losses, gradients, sources, l0 } = lossesAndGradients(problem, state.params, mine, feeds);
-    const put = (all: tf.Variable, part: T) =>
-      all.assign(tf.tensorScatterUpdate(all, rows.reshape([n, 1]), part));
+    const put = (all: tf.Variable, part: T) => all.assign(tf.tensorScatterUpdate(all, rows.reshape([n, 1]), part));
     put(s, sources.s);
     put(m, sources.m);
     put(v, sources.v);
@@ -1889,14 +1735,11 @@ export function compileStep(engine: Engine, problem: Problem, state: State) {
     }
     return { losses: tf.div(losses, R), l0: tf.div(l0, R) };
   });
-  const update = engine.compile(
-    'update',
-    ({ losses, l0, ...feeds }: AdamFeeds & Record<'losses' | 'l0', T>) => {
-      const norms = applyGradients(problem, state, state.summed, feeds);
-      for (const sum of Object.values(state.summed)) sum.assign(tf.zerosLike(sum));
-      return { metrics: stepMetrics(config, losses, l0, norms) };
-    },
-  );
+  const update = engine.compile('update', ({ losses, l0, ...feeds }: AdamFeeds & Record<'losses' | 'l0', T>) => {
+    const norms = applyGradients(problem, state, state.summed, feeds);
+    for (const sum of Object.values(state.summed)) sum.assign(tf.zerosLike(sum));
+    return { metrics: stepMetrics(config, losses, l0, norms) };
+  });
 
   return (step: number, data: Rows): Promise<Float32Array> =>
     tidyAsync(async () => {
@@ -1924,10 +1767,7 @@ export function estimate({ target, modules, config }: Problem) {
   const [sumC, N, R] = [totalC(modules), config.batchSize * config.seqLen, config.microBatches];
   const targetParams = [...target.weights.values()].reduce((n, w) => n + w.size, 0);
   const components = sum(m => m.C * (m.dIn + m.dOut));
-  const ciFn = Object.values(ciShapes({ target, modules, config })).reduce(
-    (n, s) => n + tf.util.sizeFromShape(s),
-    0,
-  );
+  const ciFn = Object.values(ciShapes({ target, modules, config })).reduce((n, s) => n + tf.util.sizeFromShape(s), 0);
   const params = components + ciFn;
   const state = targetParams + params * (R > 1 ? 4 : 3) + 3 * N * (sumC + modules.length);
   const ciActs =
@@ -1952,8 +1792,7 @@ export function initialParams(problem: Problem): Params {
   const draws = (n: number) => uniformArray(n, config.seed, 0, purpose++);
   const normal = (shape: number[], deviation: number) => {
     const [u, w] = [draws(tf.util.sizeFromShape(shape)), draws(tf.util.sizeFromShape(shape))]; // Box-Muller
-    const value = (i: number) =>
-      deviation * Math.sqrt(-2 * Math.log(1 - u[i]!)) * Math.cos(2 * Math.PI * w[i]!);
+    const value = (i: number) => deviation * Math.sqrt(-2 * Math.log(1 - u[i]!)) * Math.cos(2 * Math.PI * w[i]!);
     return frozen(
       u.map((_, i) => value(i)),
       shape,
@@ -1980,13 +1819,7 @@ export function initialState({ modules, config }: Problem, params: Params): Stat
   const sources = { s, m: zeros(shape), v: zeros(shape) };
   const sizes = ofGroups(group => namesOf(params, group).reduce((n, name) => n + params[name]!.size, 0));
   const summed = ofGroups(group => zeros([config.microBatches > 1 ? sizes[group] : 0]));
-  return {
-    params,
-    m: ofGroups(g => zeros([sizes[g]])),
-    v: ofGroups(g => zeros([sizes[g]])),
-    sources,
-    summed,
-  };
+  return { params, m: ofGroups(g => zeros([sizes[g]])), v: ofGroups(g => zeros([sizes[g]])), sources, summed };
 }
 
 /** Faithfulness warm-up: AdamW on V and U alone, from moments 0, which it leaves at 0. */
@@ -2012,8 +1845,7 @@ export async function warmUp(
     const [loss] = await tidyAsync(async () => numbers((await step(feeds())).loss));
     if (!(await goOn(i + 1, loss!))) return;
   }
-  for (const moment of [state.m.components, state.v.components])
-    tf.tidy(() => moment.assign(tf.zerosLike(moment)));
+  for (const moment of [state.m.components, state.v.components]) tf.tidy(() => moment.assign(tf.zerosLike(moment)));
 }
 
 // ---- J. Evaluation (method 6) ---------------------------------------------------------------------------------------
@@ -2041,24 +1873,12 @@ export interface EvaluationDraws {
   subset: Draws;
 }
 function evaluationDraws(problem: Problem, N: number, key: T): EvaluationDraws {
-  const [stoch, subset] = [0, 1].map(i =>
-    stochasticDraws(problem, N, tf.add(key, tf.tensor1d([0, i], 'int32'))),
-  );
-  return {
-    stoch: stoch!,
-    subset: subset!,
-    random: uniform([N, totalC(problem.modules)], key, PURPOSE.randomMask),
-  };
+  const [stoch, subset] = [0, 1].map(i => stochasticDraws(problem, N, tf.add(key, tf.tensor1d([0, i], 'int32'))));
+  return { stoch: stoch!, subset: subset!, random: uniform([N, totalC(problem.modules)], key, PURPOSE.randomMask) };
 }
 
 /** CE and KL under every masking strategy (delta 0 except in stoch), and the training losses but the adversary's. */
-export function evaluateMasks(
-  problem: Problem,
-  params: Tensors,
-  tokens: T<'B S'>,
-  p: T,
-  draws: EvaluationDraws,
-) {
+export function evaluateMasks(problem: Problem, params: Tensors, tokens: T<'B S'>, p: T, draws: EvaluationDraws) {
   const { config, modules } = problem;
   const { pass, z, g } = importances(problem, params, tokens);
   const strategies: Record<string, Masks> = {
@@ -2106,14 +1926,9 @@ export function hiddenActsErrors(problem: Problem, params: Tensors, tokens: T<'B
       outputs[name] = linear(name, x);
       return outputs[name];
     });
-    return tf.stack(
-      problem.modules.map(m => tf.mean(tf.squaredDifference(outputs[m.path]!, pass.outputs[m.path]!))),
-    );
+    return tf.stack(problem.modules.map(m => tf.mean(tf.squaredDifference(outputs[m.path]!, pass.outputs[m.path]!))));
   };
-  return {
-    CI: errors({ mask: g }),
-    Stochastic: errors({ mask: interpolate(g, draws.u), delta: draws.delta }),
-  };
+  return { CI: errors({ mask: g }), Stochastic: errors({ mask: interpolate(g, draws.u), delta: draws.delta }) };
 }
 
 export interface Evaluation {
@@ -2139,10 +1954,7 @@ export function compileEvaluation(engine: Engine, problem: Problem, params: Para
     hiddenActsErrors(problem, params, tokens, evaluationDraws(problem, tokens.size, key).subset),
   );
 
-  const evaluate = async (
-    rows: Rows,
-    { step, slow }: { step: number; slow: boolean },
-  ): Promise<Evaluation> => {
+  const evaluate = async (rows: Rows, { step, slow }: { step: number; slow: boolean }): Promise<Evaluation> => {
     const metrics: Metrics = {};
     const [meanCi, active] = [new Float32Array(sumC), new Float32Array(sumC)];
     const p = tf.scalar(schedule(config, Math.min(step, config.nSteps - 1)).p);
@@ -2173,8 +1985,7 @@ export function compileEvaluation(engine: Engine, problem: Problem, params: Para
       for (const [kind, errors] of slow ? Object.entries(await hidden({ tokens, key })) : []) {
         const values = await numbers(errors);
         const total =
-          modules.reduce((sum, m, i) => sum + m.dOut * values[i]!, 0) /
-          modules.reduce((n, m) => n + m.dOut, 0);
+          modules.reduce((sum, m, i) => sum + m.dOut * values[i]!, 0) / modules.reduce((n, m) => n + m.dOut, 0);
         for (const [i, m] of modules.entries()) add(`loss/${kind}HiddenActsReconLoss/${m.path}`, values[i]!);
         add(`loss/${kind}HiddenActsReconLoss/total`, total);
       }
@@ -2261,8 +2072,7 @@ export async function saveCheckpoint(
   };
   const removeUnfinished = () => {
     for (const name of fs.readdirSync(dir))
-      if (/^(components|state)\.(next|.*\.tmp-\d+$)/.test(name))
-        fs.rmSync(path.join(dir, name), { force: true });
+      if (/^(components|state)\.(next|.*\.tmp-\d+$)/.test(name)) fs.rmSync(path.join(dir, name), { force: true });
   };
   removeUnfinished(); // of a process that was killed
   try {
@@ -2270,11 +2080,7 @@ export async function saveCheckpoint(
       format: 'pt',
       step: `${step}`,
     });
-    await writeSafetensors(pairFile(dir, 'state', '.next'), state, {
-      ...metadata,
-      step: `${step}`,
-      components: hash,
-    });
+    await writeSafetensors(pairFile(dir, 'state', '.next'), state, { ...metadata, step: `${step}`, components: hash });
   } catch (error) {
     removeUnfinished();
     throw error;
@@ -2302,8 +2108,7 @@ export function loadCheckpoint(dir: string): (Checkpoint & { warning?: string })
     for (const componentsOf of ['', '.previous'] as const) {
       const pair = fittingPair(pairFile(dir, 'components', componentsOf), pairFile(dir, 'state', stateOf));
       if (pair && !stateOf && !componentsOf) return pair;
-      if (pair)
-        return { ...pair, warning: `${dir}: the last save was cut off; going on from step ${pair.step}` };
+      if (pair) return { ...pair, warning: `${dir}: the last save was cut off; going on from step ${pair.step}` };
     }
   throw new UsageError(
     `${dir}: state.safetensors and components.safetensors are broken or not of the same save, the previous ones too`,
@@ -2332,9 +2137,7 @@ export function compareConfigs(
       `--resume: ${refused.map(({ field, was, is }) => `${field} was ${was} and is now ${is}`).join(', ')}; ` +
         'start a new run for that',
     );
-  return changes.map(
-    ({ field, was, is }) => `${field} was ${was} and is now ${is}: not bit for bit the same run`,
-  );
+  return changes.map(({ field, was, is }) => `${field} was ${was} and is now ${is}: not bit for bit the same run`);
 }
 
 // ---- Interruption and divergence ----
@@ -2400,20 +2203,11 @@ export interface RunRecord {
 }
 const VERSION = '0.1.0';
 
-function runRecord(
-  { target, modules, config }: Problem,
-  { train, heldOut }: Data,
-  engine: Engine,
-): RunRecord {
+function runRecord({ target, modules, config }: Problem, { train, heldOut }: Data, engine: Engine): RunRecord {
   const rows = crypto.createHash('sha256'); // of the training rows
   for (const i of range(0, train.count)) rows.update(train.row(i));
   const model = { path: config.model, type: target.arch.type, sha256: target.sha256 };
-  const data = {
-    path: config.data,
-    sha256: rows.digest('hex'),
-    trainRows: train.count,
-    heldOutRows: heldOut.count,
-  };
+  const data = { path: config.data, sha256: rows.digest('hex'), trainRows: train.count, heldOutRows: heldOut.count };
   return {
     ...{ formatVersion: 1, config, model, data },
     modules: Object.fromEntries(modules.map(({ path: name, dIn, dOut, C }) => [name, { dIn, dOut, C }])),
@@ -2694,8 +2488,7 @@ function countBatch(counts: Counts, batch: Batch, settings: HarvestSettings): vo
     const tally = counts.tallies[counts.slotOf[c]!]!;
     for (; f < ends[c]!; f++) countFiring(counts, tally, batch, positions[f]!, draws[f]!, settings);
     for (const kept of tally.top) if (kept.length === 0) widen(tally, kept, batch, counts, settings.window);
-    for (const kept of tally.random)
-      if (kept.length === 0) widen(tally, kept, batch, counts, settings.window);
+    for (const kept of tally.random) if (kept.length === 0) widen(tally, kept, batch, counts, settings.window);
   }
   if (counts.pairShare === undefined) {
     let pairs = 0;
@@ -2811,13 +2604,7 @@ function keepTop(
   windows[middle + 2 * window] = activation;
 }
 
-function weaker(
-  { line }: Kept,
-  ci: number,
-  activation: number,
-  windows: Float32Array,
-  window: number,
-): boolean {
+function weaker({ line }: Kept, ci: number, activation: number, windows: Float32Array, window: number): boolean {
   const middle = 3 * line * window + Math.floor(window / 2);
   const itsCi = windows[middle + window]!;
   return ci > itsCi || (ci === itsCi && Math.abs(activation) > Math.abs(windows[middle + 2 * window]!));
@@ -2885,9 +2672,7 @@ function describe(
     const { path, offset } = modules.findLast(m => m.offset <= column)!;
     const lists = (order: number[], total: Float64Array, count: (t: number) => number) =>
       tokenLists(order, t => ({ count: count(t), expected: (firings * total[t]!) / positions }), settings);
-    const input = lists(inputOrder, inputTotal, t =>
-      inputs instanceof Map ? (inputs.get(t) ?? 0) : inputs[t]!,
-    );
+    const input = lists(inputOrder, inputTotal, t => (inputs instanceof Map ? (inputs.get(t) ?? 0) : inputs[t]!));
     const output = lists(outputOrder, outputTotal, t => mass[column * T + t]!);
     const named = (list: TokenStat[]) => list.map(([t, ...rest]): TokenStat => [outputTokens[t]!, ...rest]);
     return {
@@ -2936,11 +2721,7 @@ function tokenLists(
     if (count > expected) insert(top, scored, listLength, (a, b) => a[2] > b[2]);
     if (count < expected) insert(bottom, scored, listLength, (a, b) => a[2] < b[2]);
   }
-  const shown = ([token, count, pmi]: Scored): TokenStat => [
-    token,
-    round(count),
-    count > 0 ? round(pmi) : null,
-  ];
+  const shown = ([token, count, pmi]: Scored): TokenStat => [token, round(count), count > 0 ? round(pmi) : null];
   return { top: top.map(shown), bottom: bottom.map(shown) };
 }
 
@@ -2989,16 +2770,11 @@ async function readPassage(pass: HarvestPass, row: Int32Array, settings: Harvest
   return { tokens: [...row], positions };
 }
 
-function vocabularyOf(
-  components: HarvestComponent[],
-  passages: Passage[],
-  tokenText: (id: number) => string,
-) {
+function vocabularyOf(components: HarvestComponent[], passages: Passage[], tokenText: (id: number) => string) {
   const used: boolean[] = []; // by id; faster than a Set
   for (const { examples, input, output } of components) {
     for (const { tokens } of [...examples.top, ...examples.random]) for (const t of tokens) used[t] = true;
-    for (const list of [input.top, input.bottom, output.top, output.bottom])
-      for (const [t] of list) used[t] = true;
+    for (const list of [input.top, input.bottom, output.top, output.bottom]) for (const [t] of list) used[t] = true;
   }
   for (const { tokens, positions } of passages) {
     for (const t of tokens) used[t] = true;
@@ -3142,8 +2918,7 @@ export function renderReport(template: string, run: ReportData): string {
     const packed = components.map(({ module, index, ...component }) => {
       const { top, random } = component.examples;
       const scale = Math.max(...[...top, ...random].flatMap(e => e.activation.map(Math.abs)), 1e-30);
-      const pack = (list: Example[]) =>
-        list.slice(0, perKind).map(e => packExample(e, numberOf, tokenBytes, scale));
+      const pack = (list: Example[]) => list.slice(0, perKind).map(e => packExample(e, numberOf, tokenBytes, scale));
       return { ...component, examples: { scale, top: pack(top), random: pack(random) } };
     });
     const texts = Object.values(vocabulary);
@@ -3206,13 +2981,7 @@ async function harvestRun(
   );
   const show = startProgress(rows.count * rows.seqLen, 0, 'token');
   const result = await harvest({
-    ...{
-      pass,
-      engine,
-      modules: [...modules],
-      vocabSize: target.arch.vocab,
-      batches,
-    },
+    ...{ pass, engine, modules: [...modules], vocabSize: target.arch.vocab, batches },
     tokenText: id => tokenText(data.tokenizer, id),
     passages: range(0, Math.min(8, data.heldOut.count)).map(data.heldOut.row),
     settings: { seed: config.seed },
@@ -3264,12 +3033,7 @@ function startProgress(total: number, first = 0, unit = 'step') {
 }
 
 /** Fills in what is "auto" and checks what one field alone can't tell. `given`: fields set by the user or a preset. */
-export function resolveConfig(
-  config: Config,
-  arch: Architecture,
-  given: ReadonlySet<string>,
-  gpu: boolean,
-): Config {
+export function resolveConfig(config: Config, arch: Architecture, given: ReadonlySet<string>, gpu: boolean): Config {
   const c = { ...config };
   if (!given.has('batchSize') && !gpu) c.batchSize = 2;
   if (!given.has('seqLen')) c.seqLen = Math.min(c.seqLen, arch.context);
@@ -3284,8 +3048,7 @@ export function resolveConfig(
     refuse(`--micro-batches ${microBatches} does not divide --batch-size ${batchSize}`);
   if (ciDModel % (2 * ciNHeads) !== 0)
     refuse(`--ci-d-model ${ciDModel} is no even number for each of ${ciNHeads} --ci-n-heads`);
-  if (seqLen > arch.context)
-    refuse(`--seq-len ${seqLen}: the target's ${arch.contextField} is ${arch.context}`);
+  if (seqLen > arch.context) refuse(`--seq-len ${seqLen}: the target's ${arch.contextField} is ${arch.context}`);
   return c;
 }
 
@@ -3307,15 +3070,12 @@ async function open(config: Config, given: ReadonlySet<string>, preset?: Preset)
   talk(`target   ${config.model}: ${type}, ${nLayers} layers, width ${dModel}, vocabulary ${vocab}`);
   for (const [field, meant] of Object.entries(preset?.target ?? {})) {
     const got = target.arch[field as keyof Architecture];
-    if (got !== meant)
-      talk(`warning  this preset is meant for a target with ${field} ${meant}; this one has ${got}`);
+    if (got !== meant) talk(`warning  this preset is meant for a target with ${field} ${meant}; this one has ${got}`);
   }
   const c = resolveConfig(config, target.arch, given, engine.gpu);
   const data = await loadData(target, c);
   c.seqLen = data.train.seqLen;
-  talk(
-    `data     ${data.train.count} training rows, ${data.heldOut.count} held-out rows of ${c.seqLen} tokens`,
-  );
+  talk(`data     ${data.train.count} training rows, ${data.heldOut.count} held-out rows of ${c.seqLen} tokens`);
   const problem: Problem = { target, modules: chooseModules(target.linears, c.components), config: c };
   talk(
     `modules  ${problem.modules.length} of ${target.linears.length} linear layers, ${totalC(problem.modules)} components`,
@@ -3325,19 +3085,14 @@ async function open(config: Config, given: ReadonlySet<string>, preset?: Preset)
   const loss = tf.tidy(() => crossEntropy(targetPass(target, tokens).logProbs, tokens));
   const targetLoss = (await loss.data())[0]!;
   tf.dispose([loss, tokens]);
-  talk(
-    `loss     ${targetLoss.toFixed(4)} nats per token, the target's own on ${heldOut.count} held-out rows`,
-  );
+  talk(`loss     ${targetLoss.toFixed(4)} nats per token, the target's own on ${heldOut.count} held-out rows`);
   return { engine, problem, data, heldOut, targetLoss };
 }
 
 /** Says what a step will take, and refuses what can't fit. */
 function checkSize(problem: Problem, gpu: boolean): void {
   const { targetParams, components, ciFn, bytes, flops } = estimate(problem);
-  const [M, G] = [
-    (x: number) => `${(x / 1e6).toFixed(2)}M`,
-    (x: number) => `${(x / 2 ** 30).toFixed(2)} GiB`,
-  ];
+  const [M, G] = [(x: number) => `${(x / 1e6).toFixed(2)}M`, (x: number) => `${(x / 2 ** 30).toFixed(2)} GiB`];
   talk(`size     target ${M(targetParams)} parameters, V and U ${M(components)}, CI function ${M(ciFn)}`);
   talk(`step     about ${G(bytes)} of memory, ${(flops / 1e9).toFixed(1)} GFLOP`);
   const smi = gpu
@@ -3350,9 +3105,7 @@ function checkSize(problem: Problem, gpu: boolean): void {
     batchSize > microBatches
       ? `a larger --micro-batches than ${microBatches}`
       : 'a smaller --seq-len or fewer --components';
-  refuse(
-    `a step takes about ${G(bytes)} and there are ${G(there)}: try ${advice}, or a smaller --batch-size`,
-  );
+  refuse(`a step takes about ${G(bytes)} and there are ${G(there)}: try ${advice}, or a smaller --batch-size`);
 }
 
 /** --labels: the rules in force in the first rows of the held-out data. */
@@ -3369,8 +3122,7 @@ function readLabels(file: string, rows: Rows): Labels {
 
 /** --dry-run: lists the modules, times some steps, writes nothing. */
 async function measureSteps(engine: Engine, problem: Problem, data: Data): Promise<number> {
-  for (const { path: name, dIn, dOut, C } of problem.modules)
-    console.log(`${name}  [${dOut}, ${dIn}]  C ${C}`);
+  for (const { path: name, dIn, dOut, C } of problem.modules) console.log(`${name}  [${dOut}, ${dIn}]  C ${C}`);
   const step = compileStep(engine, problem, initialState(problem, initialParams(problem)));
   const times: number[] = [];
   for (let n = 0; n < 7; n++) {
@@ -3380,9 +3132,7 @@ async function measureSteps(engine: Engine, problem: Problem, data: Data): Promi
   }
   const typical = times.slice(2).sort((a, b) => a - b)[2]!; // the first two are traced and checked
   const hours = (typical * problem.config.nSteps) / 3.6e6;
-  console.log(
-    `${typical.toFixed(1)} ms per step: ${problem.config.nSteps} steps take ${hours.toFixed(2)} hours`,
-  );
+  console.log(`${typical.toFixed(1)} ms per step: ${problem.config.nSteps} steps take ${hours.toFixed(2)} hours`);
   return 0;
 }
 
@@ -3487,9 +3237,7 @@ async function decompose(config: Config, given: ReadonlySet<string>, how: JobOpt
   const board = labels && (await tidyAsync(() => scoreRules(engine, problem, params, data.heldOut, labels)));
   console.log(summary(problem, metrics, board));
   if (c.harvest) await harvestRun(engine, problem, params, data, board);
-  console.log(
-    `\nRun folder: ${c.out}   peak memory: ${(process.resourceUsage().maxRSS / 2 ** 20).toFixed(2)} GiB`,
-  );
+  console.log(`\nRun folder: ${c.out}   peak memory: ${(process.resourceUsage().maxRSS / 2 ** 20).toFixed(2)} GiB`);
   return 0;
 }
 
@@ -3553,8 +3301,7 @@ function compareRuns(old: RunRecord, now: RunRecord): string[] {
 /** A finished run, opened again with its own config. */
 async function reopen(dir: string, changes: Partial<Config>) {
   const record = readJson(path.join(dir, 'config.json')) as unknown as RunRecord;
-  if (record.formatVersion !== 1)
-    refuse(`${dir}/config.json: formatVersion is ${record.formatVersion}, takes 1`);
+  if (record.formatVersion !== 1) refuse(`${dir}/config.json: formatVersion is ${record.formatVersion}, takes 1`);
   const config = { ...DEFAULTS, ...record.config, out: dir, ...changes };
   const { engine, problem, data, heldOut } = await open(config, new Set(Object.keys(config)));
   if (problem.target.sha256 !== record.model.sha256)
@@ -3640,8 +3387,7 @@ export async function main(argv: string[]): Promise<number> {
     if (changes[name] && fs.existsSync(changes[name])) changes[name] = path.resolve(changes[name]);
   }
   if (command !== 'decompose') {
-    if (typeof flags.run !== 'string')
-      return refuse(`${command}: takes --run DIR, the folder of a finished run`);
+    if (typeof flags.run !== 'string') return refuse(`${command}: takes --run DIR, the folder of a finished run`);
     return command === 'eval' ? evalCommand(flags.run, changes) : harvestCommand(flags.run, changes);
   }
   const dryRun = flags['dry-run'] === true;

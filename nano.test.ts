@@ -138,9 +138,7 @@ function fixture(name: TargetName, changes: Partial<nano.Config> = {}) {
   const dir = fixtureFolder(name);
   const { tokens: rows, tokens2: rows2, ...answers } = readAnswers(name);
   const file = nano.openSafetensors(path.join(dir, 'fixture.safetensors'));
-  const stored = new Map(
-    [...file.tensors].map(([key, { shape }]) => [key, { shape, data: file.readFloat32(key) }]),
-  );
+  const stored = new Map([...file.tensors].map(([key, { shape }]) => [key, { shape, data: file.readFloat32(key) }]));
   file.close();
   const get = (key: string): T => {
     const { data, shape } = stored.get(key) ?? assert.fail(`no ${key} in the fixture of ${name}`);
@@ -208,8 +206,7 @@ function trainStep(f: Fixture, state: nano.State, feeds: ReturnType<typeof toFee
     const sources = { s: rows(state.sources.s), m: rows(state.sources.m), v: rows(state.sources.v) };
     return nano.lossesAndGradients(f.problem, state.params, sources, { ...feeds, tokens, key }, draws);
   });
-  const average = (part: (result: (typeof results)[number]) => T) =>
-    tf.div(tf.addN(results.map(part)), shards.length);
+  const average = (part: (result: (typeof results)[number]) => T) => tf.div(tf.addN(results.map(part)), shards.length);
   const names = Object.keys(state.params);
   const gradients = Object.fromEntries(names.map(name => [name, average(result => result.gradients[name]!)]));
   for (const part of PARTS) {
@@ -247,8 +244,7 @@ function uniformIn01(x: number[], what: string): void {
   const square = mean(x.map(value => (value - 1 / 2) ** 2));
   close([square], [1 / 12], SIGMAS * Math.sqrt(1 / 180 / x.length), `variance of ${what}`, 1);
 }
-const correlation = (x: number[], y: number[]) =>
-  12 * mean(x.map((value, i) => (value - 0.5) * (y[i]! - 0.5)));
+const correlation = (x: number[], y: number[]) => 12 * mean(x.map((value, i) => (value - 0.5) * (y[i]! - 0.5)));
 /** Pearson's Σ (count − expected)² / expected is below what chance exceeds once in 1,000 times. */
 function asOftenAs(counts: number[], expected: number[], what: string): void {
   const critical: Record<number, number> = { 4: 16.27, 10: 27.88, 15: 36.12 }; // one degree of freedom less
@@ -295,8 +291,7 @@ onWasm('F32, F16 and BF16 files of the same weights give the same model', () => 
   });
   file.close();
   // float32 is sign 1, exponent 8 (bias 127), mantissa 23; half is 1, 5 (bias 15), 10; bfloat16 the upper half
-  const half = (b: number) =>
-    ((b >>> 16) & 0x8000) | ((((b >>> 23) & 255) - 112) << 10) | ((b >>> 13) & 1023);
+  const half = (b: number) => ((b >>> 16) & 0x8000) | ((((b >>> 23) & 255) - 112) << 10) | ((b >>> 13) & 1023);
   const encodings: Record<string, (bits: Uint32Array) => Uint32Array | Uint16Array> = {
     F32: bits => bits,
     F16: bits => Uint16Array.from(bits, half),
@@ -329,9 +324,7 @@ onWasm('F32, F16 and BF16 files of the same weights give the same model', () => 
 });
 
 const stories = path.join(project, '../shared/models/stories260K');
-const noStories = fs.existsSync(stories)
-  ? false
-  : 'needs ../shared/models/stories260K, a trained Llama of 5 layers';
+const noStories = fs.existsSync(stories) ? false : 'needs ../shared/models/stories260K, a trained Llama of 5 layers';
 test('a trained Llama has the loss on its corpus that transformers finds', { skip: noStories }, async () => {
   await tf.setBackend('wasm');
   const target = nano.loadTarget(stories);
@@ -527,8 +520,7 @@ const LINEARS = [
 ];
 
 test('--components: the first pattern that matches gives C; modules lie side by side, sorted by path', () => {
-  const chosen = (spec: string) =>
-    nano.chooseModules(LINEARS, spec).map(m => `${m.path} C ${m.C} from ${m.offset}`);
+  const chosen = (spec: string) => nano.chooseModules(LINEARS, spec).map(m => `${m.path} C ${m.C} from ${m.offset}`);
   const some = ['h.0.attn.o_proj C 5 from 0', 'h.0.attn.q_proj C 3 from 5', 'h.1.attn.q_proj C 5 from 8'];
   assert.deepEqual(chosen('h.0.attn.q_proj=3, *.attn.*=5'), some);
   const heads = ['h.0.attn.o_proj C 8 from 0', 'h.0.attn.q_proj C 8 from 8'];
@@ -538,8 +530,7 @@ test('--components: the first pattern that matches gives C; modules lie side by 
 });
 
 test('--components: what is no pattern=C, or matches no whole path, is refused', async () => {
-  const refuses = (spec: string, message: RegExp) =>
-    refused(message, () => nano.chooseModules(LINEARS, spec));
+  const refuses = (spec: string, message: RegExp) => refused(message, () => nano.chooseModules(LINEARS, spec));
   for (const rule of ['*.q_proj', '*.q_proj=0', '*.q_proj=1.5', '=3'])
     await refuses(`*.c_fc=1,${rule}`, /^--components: got (\*\.q_proj)?[=\d.]*, takes pattern=C/);
   await refuses('*.q_proj=3,', /takes pattern=C/);
@@ -584,10 +575,7 @@ onEveryEngine('gradients made by hand are the slopes of finite differences', () 
   slopes('klLoss', y => nano.klLoss({ logProbs, probs: tf.exp(logProbs) } as nano.TargetPass, y), x);
   // off the kinks, and the lower-leaky one only where its gradient is meant to be the true one
   const [weight, p] = [tf.tensor1d([1, -2, 3, 1.5, -1, 2]), tf.scalar(0.7)];
-  const [inside, anywhere] = [
-    tf.tensor1d([0.05, 0.3, 0.6, 0.95, 1.2, 3]),
-    tf.tensor1d([-2, -0.2, 0.3, 0.6, 1.2, 3]),
-  ];
+  const [inside, anywhere] = [tf.tensor1d([0.05, 0.3, 0.6, 0.95, 1.2, 3]), tf.tensor1d([-2, -0.2, 0.3, 0.6, 1.2, 3])];
   slopes('lowerLeaky', z => tf.sum(tf.mul(weight, nano.lowerLeaky(z, 0.1))), inside);
   slopes('upperLeaky', z => tf.sum(tf.mul(weight, nano.upperLeaky(z, 0.1))), anywhere);
   const g = tf.add(inside, 0.2).reshape([3, 2]);
@@ -641,8 +629,7 @@ for (const loss of LOSSES)
     const feeds = { ...fixtureFeeds(f, 0), tokens: f.tokens, key: nano.randomKey(0, 0) };
     const sources = { s: f.get('sources/s'), m: f.get('sources/m'), v: f.get('sources/v') };
     const result = nano.lossesAndGradients(problem, f.params, sources, feeds, f.draws('draws'));
-    for (const [i, name] of LOSSES.entries())
-      close([numbers(result.losses)[i]!], [f.losses[name]], LOSS, name);
+    for (const [i, name] of LOSSES.entries()) close([numbers(result.losses)[i]!], [f.losses[name]], LOSS, name);
     assert.deepEqual(Object.keys(result.gradients).sort(), Object.keys(f.params).sort());
     for (const [name, gradient] of Object.entries(result.gradients)) {
       const ofCi = name.startsWith('ci_fn');
@@ -813,8 +800,7 @@ onEveryEngine('a batch in three shards has the averaged gradients and the source
   const state = midRun(f);
   const step = trainStep(f, state, fixtureFeeds(f, 0), givenShards(f.tokens, f.draws('draws'), 3));
   for (const [i, loss] of LOSSES.entries()) close([step.losses[i]!], [f.accum[loss]], LOSS, loss);
-  for (const name of Object.keys(f.params))
-    close(step.gradients[name]!, f.get(`accum/grad/${name}`), GRADIENT, name);
+  for (const name of Object.keys(f.params)) close(step.gradients[name]!, f.get(`accum/grad/${name}`), GRADIENT, name);
   close(step.norms.components, [f.accum.clipNorm], GRADIENT, 'gradient norm before clipping');
   close(state.sources.s, f.get('accum/sources/s'), SOURCE, 'sources', 1);
 });
@@ -839,17 +825,14 @@ for (const R of [1, 3])
       const values = [...step.losses, total, step.l0, ...norms];
       for (const [i, value] of values.entries()) close([metrics[i]!], [value], REORDERED, `metric ${i}`);
       assert.equal(metrics.length, values.length);
-      for (const [name, param] of Object.entries(f.params))
-        close(param, byParts.params[name]!, REORDERED, name);
+      for (const [name, param] of Object.entries(f.params)) close(param, byParts.params[name]!, REORDERED, name);
       for (const part of PARTS) close(state.sources[part], expected.sources[part], REORDERED, part);
     }
   });
 
 /** Gradients of all parameters, as long as they are. */
 const allGradients = (f: Fixture, make: (n: number) => T) =>
-  nano.flatten(
-    Object.fromEntries(Object.entries(f.params).map(([name, p]) => [name, make(p.size).reshape(p.shape)])),
-  );
+  nano.flatten(Object.fromEntries(Object.entries(f.params).map(([name, p]) => [name, make(p.size).reshape(p.shape)])));
 /** AdamW's first step. */
 const firstStep = () => ({ lrMain: tf.scalar(0.1), c1: tf.scalar(1 - 0.9), c2: tf.scalar(1 - 0.999) });
 
@@ -947,9 +930,7 @@ test('sizes that are left open follow the target, by a rule that gives the publi
   assert.deepEqual([odd.batchSize, odd.evalBatchSize, odd.seqLen], [2, 2, 32], 'on a CPU, and short rows');
   const refuses = (changes: Partial<nano.Config>, message: RegExp) => {
     const config = { ...nano.DEFAULTS, ...changes };
-    return refused(message, () =>
-      nano.resolveConfig(config, arch(64, 1), new Set(Object.keys(changes)), true),
-    );
+    return refused(message, () => nano.resolveConfig(config, arch(64, 1), new Set(Object.keys(changes)), true));
   };
   await refuses({ batchSize: 6, microBatches: 4 }, /--micro-batches 4 does not divide --batch-size 6/);
   await refuses({ ciDModel: 20, ciNHeads: 4 }, /--ci-d-model 20 is no even number for each of 4/);
@@ -980,20 +961,17 @@ const evaluate = async (f: Fixture, engine: nano.Engine, rows = f.data, slow = t
 };
 
 for (const name of TARGETS)
-  onEveryEngine(
-    `every deterministic metric is that of PyTorch, by name and value (${name})`,
-    async engine => {
-      const f = fixture(name, { evalBatchSize: 3 });
-      const { metrics, meanCi } = await evaluate(f, engine);
-      const { 'eval/n_alive': alive, ...named } = metrics;
-      assert.deepEqual(Object.keys(named).sort(), Object.keys(f.eval).sort());
-      closeRecords(deterministic(named), deterministic(f.eval), LOSS);
-      const expected = numbers(tf.mean(f.get('ci/g'), 0));
-      close(meanCi, expected, FORWARD, 'mean CI');
-      assert.equal(alive, expected.filter(ci => ci >= 1e-6).length);
-      assert.ok(alive < meanCi.length, 'some components are dead');
-    },
-  );
+  onEveryEngine(`every deterministic metric is that of PyTorch, by name and value (${name})`, async engine => {
+    const f = fixture(name, { evalBatchSize: 3 });
+    const { metrics, meanCi } = await evaluate(f, engine);
+    const { 'eval/n_alive': alive, ...named } = metrics;
+    assert.deepEqual(Object.keys(named).sort(), Object.keys(f.eval).sort());
+    closeRecords(deterministic(named), deterministic(f.eval), LOSS);
+    const expected = numbers(tf.mean(f.get('ci/g'), 0));
+    close(meanCi, expected, FORWARD, 'mean CI');
+    assert.equal(alive, expected.filter(ci => ci >= 1e-6).length);
+    assert.ok(alive < meanCi.length, 'some components are dead');
+  });
 
 onWasm('the names of the metrics, written out', async engine => {
   const f = fixture('llama', { evalBatchSize: 3, pgdEvalNSteps: 1 });
@@ -1005,11 +983,8 @@ onWasm('the names of the metrics, written out', async engine => {
     ...masks.flatMap(m => ['kl', 'ce_difference', 'ce_unrecovered'].map(kind => `ce_kl/${kind}_${m}`)),
     ...modules.map(name => `l0/0.1_${name}`),
   ];
-  const slow = ['CI', 'Stochastic'].flatMap(kind =>
-    modules.map(name => `loss/${kind}HiddenActsReconLoss/${name}`),
-  );
-  const names = async (withSlow: boolean) =>
-    Object.keys((await evaluate(f, engine, f.data, withSlow)).metrics).sort();
+  const slow = ['CI', 'Stochastic'].flatMap(kind => modules.map(name => `loss/${kind}HiddenActsReconLoss/${name}`));
+  const names = async (withSlow: boolean) => Object.keys((await evaluate(f, engine, f.data, withSlow)).metrics).sort();
   assert.deepEqual(await names(false), fast.map(name => `eval/${name}`).sort());
   assert.deepEqual(await names(true), [...fast, ...slow].map(name => `eval/${name}`).sort());
 });
@@ -1040,8 +1015,7 @@ onEveryTarget('the KL without the dead components is that of PyTorch', f => {
 
 onEveryTarget('the fresh adversary ends where that of PyTorch ends', f => {
   let source = f.get('eval/pgd_start');
-  for (let i = 0; i < f.config.pgdEvalNSteps; i++)
-    source = nano.pgdStep(f.problem, f.params, f.tokens, source).next;
+  for (let i = 0; i < f.config.pgdEvalNSteps; i++) source = nano.pgdStep(f.problem, f.params, f.tokens, source).next;
   close(source, f.get('eval/pgd_end'), SOURCE, 'sources', 1);
   const { kl } = nano.pgdStep(f.problem, f.params, f.tokens, source);
   close(kl, [f.eval['eval/loss/PGDReconLoss']!], LOSS, 'KL');
@@ -1250,10 +1224,7 @@ test('tensorflow: and so does one as a traced graph', { skip: noTensorFlow }, ()
 test('the one file alone, in an empty folder with the packages, still runs', async () => {
   const alone = path.join(temporary, 'alone');
   fs.mkdirSync(alone);
-  fs.copyFileSync(
-    path.join(import.meta.dirname, 'nano-param-decomp.ts'),
-    path.join(alone, 'nano-param-decomp.ts'),
-  );
+  fs.copyFileSync(path.join(import.meta.dirname, 'nano-param-decomp.ts'), path.join(alone, 'nano-param-decomp.ts'));
   fs.symlinkSync(path.join(import.meta.dirname, 'node_modules'), path.join(alone, 'node_modules'));
   const toy = (file: string) => path.join(import.meta.dirname, 'assets/toy', file);
   const flags = [
@@ -1269,12 +1240,6 @@ test('the one file alone, in an empty folder with the packages, still runs', asy
   const child = spawnSync(process.execPath, argv, { cwd: alone, encoding: 'utf8' });
   assert.equal(child.status, 0, child.stderr);
   assert.match(child.stderr, /no page: assets\/report.html is not here/);
-  const files = [
-    'components.safetensors',
-    'config.json',
-    'harvest.json',
-    'metrics.jsonl',
-    'state.safetensors',
-  ];
+  const files = ['components.safetensors', 'config.json', 'harvest.json', 'metrics.jsonl', 'state.safetensors'];
   assert.deepEqual(fs.readdirSync(path.join(alone, 'run')).sort(), files);
 });

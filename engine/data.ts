@@ -123,8 +123,7 @@ async function* parquetDocuments(file: string): AsyncGenerator<string | number[]
     const metadata = await parquetMetadataAsync(buffer);
     const names = parquetSchema(metadata).children.map(child => child.element.name);
     const column = COLUMNS.find(name => names.includes(name));
-    if (!column)
-      throw new UsageError(`${file}: has columns ${names.join(', ')}; takes ${COLUMNS.join(' or ')}`);
+    if (!column) throw new UsageError(`${file}: has columns ${names.join(', ')}; takes ${COLUMNS.join(' or ')}`);
     let rowStart = 0;
     for (const group of metadata.row_groups) {
       const rowEnd = rowStart + Number(group.num_rows);
@@ -138,8 +137,7 @@ async function* parquetDocuments(file: string): AsyncGenerator<string | number[]
       });
       for (const { [column]: value } of rows) {
         if (typeof value === 'string') yield value;
-        else if (value !== null && value !== undefined)
-          yield Array.from(value as ArrayLike<number | bigint>, Number);
+        else if (value !== null && value !== undefined) yield Array.from(value as ArrayLike<number | bigint>, Number);
       }
       rowStart = rowEnd;
     }
@@ -193,12 +191,8 @@ export async function writeCorpus(
   // one long text has no last 5 % of documents: then of its tokens
   const total = ends.at(-1) ?? 0;
   const kept = Math.ceil(ends.length * heldOutShare);
-  const border =
-    ends.length < 20 ? Math.floor(total * (1 - heldOutShare)) : (ends[ends.length - kept - 1] ?? 0);
-  return {
-    train: openRows(file, Ids, seqLen, 0, border),
-    heldOut: openRows(file, Ids, seqLen, border, total),
-  };
+  const border = ends.length < 20 ? Math.floor(total * (1 - heldOutShare)) : (ends[ends.length - kept - 1] ?? 0);
+  return { train: openRows(file, Ids, seqLen, 0, border), heldOut: openRows(file, Ids, seqLen, border, total) };
 }
 
 function openRows(
@@ -223,17 +217,11 @@ function openRows(
  * A shuffle of 0 … n−1 that needs no memory: four Feistel rounds on the numbers below the next power of 4, walked until
  * one below n comes out. `key` stands for (seed, epoch).
  */
-export function shuffledIndex(
-  i: number,
-  n: number,
-  key: number,
-  mix: (a: number, b: number) => number,
-): number {
+export function shuffledIndex(i: number, n: number, key: number, mix: (a: number, b: number) => number): number {
   const half = 2 ** Math.max(1, Math.ceil(Math.log2(n) / 2));
   do {
     let [left, right] = [Math.floor(i / half), i % half];
-    for (let round = 0; round < 4; round++)
-      [left, right] = [right, (left ^ mix(right, mix(key, round))) & (half - 1)];
+    for (let round = 0; round < 4; round++) [left, right] = [right, (left ^ mix(right, mix(key, round))) & (half - 1)];
     i = left * half + right;
   } while (i >= n);
   return i;

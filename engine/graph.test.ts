@@ -24,10 +24,7 @@ function uniform(shape: number[], key: tf.Tensor): tf.Tensor {
 
 const values = (tensor: tf.Tensor) => [...tensor.dataSync()];
 function close(actual: tf.Tensor | number[], expected: tf.Tensor | number[], tolerance = 1e-5): void {
-  const [a, b] = [actual, expected].map(x => (x instanceof tf.Tensor ? values(x) : x)) as [
-    number[],
-    number[],
-  ];
+  const [a, b] = [actual, expected].map(x => (x instanceof tf.Tensor ? values(x) : x)) as [number[], number[]];
   assert.equal(a.length, b.length);
   a.forEach((x, i) => {
     assert.ok(Math.abs(x - b[i]!) <= tolerance * (1 + Math.abs(b[i]!)), `${i}: ${x}, not ${b[i]}`);
@@ -103,10 +100,7 @@ test('one run repeats bit for bit on one thread', options, async () => {
 test('XLA draws the same random numbers and gives the same losses', options, async () => {
   const [eager, compiled] = [network(), network()];
   const graph = new Graph({ xla: true });
-  const step = graph.compile('step', feeds => ({
-    ...compiled.step(feeds),
-    bits: uniform([1000], feeds.key!),
-  }));
+  const step = graph.compile('step', feeds => ({ ...compiled.step(feeds), bits: uniform([1000], feeds.key!) }));
   for (let t = 1; t <= 3; t++) {
     const feeds = eager.feeds(t);
     const { loss } = tf.tidy(() => eager.step(feeds));
@@ -208,10 +202,7 @@ test('a number that changes between calls is noticed, and the state stays', opti
   const branch = graph.compile('branch', ({ x }) => ({ y: calls++ ? x!.square() : x!.exp() }));
   const x = tf.tensor1d([1]);
   await branch({ x });
-  await assert.rejects(
-    branch({ x }),
-    /branch\(x: float32\[1\]\): a Square was recorded where the first call had Exp/,
-  );
+  await assert.rejects(branch({ x }), /branch\(x: float32\[1\]\): a Square was recorded where the first call had Exp/);
   const slope = graph.compile('slope', ({ x }) => ({ y: tf.leakyRelu(x!, calls++) }));
   await slope({ x });
   await assert.rejects(slope({ x }), /a LeakyRelu was recorded where the first call had another one/);
@@ -336,11 +327,7 @@ test('memory stays flat', options, async () => {
   const fed = feeds(1);
   const once = async () => tf.dispose(await compiled(fed));
   for (let i = 0; i < 20; i++) await once();
-  const [tensors, handles, rss] = [
-    tf.memory().numTensors,
-    binding.getNumOfTensors(),
-    process.memoryUsage().rss,
-  ];
+  const [tensors, handles, rss] = [tf.memory().numTensors, binding.getNumOfTensors(), process.memoryUsage().rss];
   assert.equal(tensors, start + Object.keys(fed).length);
   for (let i = 0; i < 300; i++) {
     await once();

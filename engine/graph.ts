@@ -34,15 +34,7 @@ import fs from 'node:fs';
 import os from 'node:os';
 import path from 'node:path';
 import * as tf from '@tensorflow/tfjs';
-import {
-  type Attr,
-  AttrType,
-  constAttrs,
-  DataType,
-  type Node,
-  savedModel,
-  type Values,
-} from './saved-model.ts';
+import { type Attr, AttrType, constAttrs, DataType, type Node, savedModel, type Values } from './saved-model.ts';
 
 export type Feeds = Record<string, tf.Tensor>;
 export type Outputs = Record<string, tf.Tensor>;
@@ -209,10 +201,7 @@ class Trace {
       this.record(op, attrs, ids, outputs, performance.now() - start);
       return outputs;
     };
-    return Object.create(this.binding, {
-      createTensor: { value: createTensor },
-      executeOp: { value: executeOp },
-    });
+    return Object.create(this.binding, { createTensor: { value: createTensor }, executeOp: { value: executeOp } });
   }
 
   private record(op: string, attrs: Attr[], ids: number[], outputs: Meta[], ms: number): void {
@@ -364,9 +353,7 @@ function hook(backend: Backend & { hooked?: boolean }): void {
   backend.readSync = dataId => {
     fetchers.get(dataId)?.();
     if (!checking && tracing?.varies(dataId, backend.tensorMap.get(dataId).id)) {
-      throw new Error(
-        'a tensor was read, but no JavaScript may depend on its value: use tf.where, or return it',
-      );
+      throw new Error('a tensor was read, but no JavaScript may depend on its value: use tf.where, or return it');
     }
     return readSync.call(backend, dataId);
   };
@@ -424,11 +411,7 @@ export class Graph {
       if (known && !known.recording) return this.run(known, tensors) as O;
       byShapes.delete(shapes); // until this call has succeeded
       try {
-        const { compiled, expected } = this.record(
-          entries,
-          fn as unknown as (feeds: Feeds) => Outputs,
-          known,
-        );
+        const { compiled, expected } = this.record(entries, fn as unknown as (feeds: Feeds) => Outputs, known);
         if (!known) this.load(`${name}(${shapes})`, compiled);
         const outputs = this.run(compiled, tensors);
         this.check(expected, outputs);
@@ -447,12 +430,8 @@ export class Graph {
     this.pull();
     const engine = tf.engine();
     engine.startScope();
-    const before = new Map(
-      Object.values(engine.registeredVariables).map(variable => [variable, variable.clone()]),
-    );
-    const byData = new Map<object, tf.Variable>(
-      [...before.keys()].map(variable => [variable.dataId, variable]),
-    );
+    const before = new Map(Object.values(engine.registeredVariables).map(variable => [variable, variable.clone()]));
+    const byData = new Map<object, tf.Variable>([...before.keys()].map(variable => [variable.dataId, variable]));
     const slotOf = (dataId: object) => (byData.has(dataId) ? this.slot(byData.get(dataId)!) : undefined);
     const prefix = known?.prefix ?? `f${this.functions.length}`;
     const trace = new Trace(prefix, this.options.xla, this.binding, slotOf, known?.recording);
@@ -461,10 +440,7 @@ export class Graph {
     const expect = (key: string, tensor: tf.Tensor, old?: tf.Tensor) => {
       if (!this.options.verify) return;
       const eager = this.binding.tensorDataSync(idOf(tensor));
-      const variable = old && {
-        variable: tensor as tf.Variable,
-        before: this.binding.tensorDataSync(idOf(old)),
-      };
+      const variable = old && { variable: tensor as tf.Variable, before: this.binding.tensorDataSync(idOf(old)) };
       expected.push({ key, eager, ...variable });
     };
     try {
@@ -571,9 +547,7 @@ export class Graph {
 
   /** Sends the variables that were assigned outside to the session. Every run begins with it. */
   push(): void {
-    const changed = this.loaded.filter(
-      ({ variable, stub }) => !variable.isDisposed && variable.dataId !== stub,
-    );
+    const changed = this.loaded.filter(({ variable, stub }) => !variable.isDisposed && variable.dataId !== stub);
     if (changed.length === 0) return;
     const ids = this.backend.getInputTensorIds(changed.map(({ variable }) => variable));
     for (const slot of changed) this.settle(slot);
@@ -585,9 +559,7 @@ export class Graph {
 
   /** Fetches all variables at once. Looking at one fetches that one by itself. */
   pull(): void {
-    const slots = this.loaded.filter(
-      ({ variable, stub }) => !variable.isDisposed && variable.dataId === stub,
-    );
+    const slots = this.loaded.filter(({ variable, stub }) => !variable.isDisposed && variable.dataId === stub);
     const stubs = slots.map(({ stub }) => this.backend.tensorMap.get(stub!));
     if (stubs.every(({ id }) => id >= 0)) return;
     const names = slots.map(({ name }) => `${name}/read`).join();
@@ -600,11 +572,7 @@ export class Graph {
   /** The session has the variable's value: a stub replaces its data, which is freed unless shared. */
   private attach(slot: Slot): void {
     const { name, variable } = slot;
-    const tensor = this.backend.createOutputTensor({
-      id: -1,
-      shape: variable.shape,
-      dtype: dtypeOf(variable),
-    });
+    const tensor = this.backend.createOutputTensor({ id: -1, shape: variable.shape, dtype: dtypeOf(variable) });
     variable.assign(tensor);
     tensor.dispose();
     const stub = this.backend.tensorMap.get(tensor.dataId);

@@ -54,8 +54,7 @@ export async function resolveModel(spec: string): Promise<string> {
   if (cached && modelIsWhole(repo, cached)) return cached;
   const { commit, files } = await repoInfo(repo);
   const weights = ['model.safetensors', INDEX].find(name => files.includes(name));
-  if (!weights)
-    throw new UsageError(`${spec}: no model.safetensors (pickled .bin and .pt files are never loaded)`);
+  if (!weights) throw new UsageError(`${spec}: no model.safetensors (pickled .bin and .pt files are never loaded)`);
   if (!files.includes('config.json')) throw new UsageError(`${spec}: no config.json`);
   const snapshot = path.join(repo.folder, 'snapshots', commit);
   for (const name of ['config.json', 'tokenizer.json', 'tokenizer_config.json', weights]) {
@@ -81,9 +80,7 @@ export async function* datasetShards(spec: string): AsyncGenerator<string> {
   const folders = [...new Set(shards.map(name => path.posix.dirname(name)))];
   if (shards.length === 0) throw new UsageError(`${spec}: no parquet files`);
   if (folders.length > 1)
-    throw new UsageError(
-      `${spec}: several subsets (${folders.slice(0, 9).join(', ')}); download one, give its file`,
-    );
+    throw new UsageError(`${spec}: several subsets (${folders.slice(0, 9).join(', ')}); download one, give its file`);
   for (const shard of shards) yield await download(repo, info.commit, shard);
 }
 
@@ -101,9 +98,7 @@ function modelIsWhole({ folder, hub }: Repo, snapshot: string): boolean {
   const has = (name: string) => fs.existsSync(path.join(snapshot, name));
   const noTokenizer = path.join(folder, '.no_exist', path.basename(snapshot), 'tokenizer.json');
   const weights = has('model.safetensors') || (has(INDEX) && shardsOf(snapshot).every(has));
-  return (
-    has('config.json') && weights && (has('tokenizer.json') || hub.offline || fs.existsSync(noTokenizer))
-  );
+  return has('config.json') && weights && (has('tokenizer.json') || hub.offline || fs.existsSync(noTokenizer));
 }
 
 function shardsOf(snapshot: string): string[] {
@@ -132,12 +127,7 @@ class PassingError extends Error {}
  * Follows redirects by hand, so that the token goes to the Hub and to no other host (links to storage are signed).
  * @param abroad whether to follow a redirect to another host, or return it
  */
-async function request(
-  repo: Repo,
-  address: string,
-  abroad: boolean,
-  init: RequestInit = {},
-): Promise<Response> {
+async function request(repo: Repo, address: string, abroad: boolean, init: RequestInit = {}): Promise<Response> {
   const { endpoint, token } = repo.hub;
   let url = new URL(address);
   for (let hop = 0; hop < 6; hop++) {
@@ -174,9 +164,7 @@ async function request(
 /** Tries again what may pass, until it fails five times without getting further (`got` bytes). */
 async function persist<R>(repo: Repo, what: string, attempt: () => Promise<R>, got = () => 0): Promise<R> {
   if (repo.hub.offline)
-    throw new UsageError(
-      `${repo.spec}: ${what} is not in the cache (${repo.folder}), and HF_HUB_OFFLINE is set`,
-    );
+    throw new UsageError(`${repo.spec}: ${what} is not in the cache (${repo.folder}), and HF_HUB_OFFLINE is set`);
   for (let failures = 0, most = 0; ; ) {
     try {
       return await attempt();
@@ -221,8 +209,7 @@ async function download(repo: Repo, commit: string, name: string): Promise<strin
   const size = headers.get('x-linked-size') ?? own('content-length');
   if (!/^\w[\w.-]*$/.test(etag)) throw new UsageError(`${repo.spec}: ${address} has no etag`);
   const blob = path.join(repo.folder, 'blobs', etag);
-  if (!fs.existsSync(blob))
-    await fetchBlob(repo, address, name, blob, size === null ? undefined : Number(size));
+  if (!fs.existsSync(blob)) await fetchBlob(repo, address, name, blob, size === null ? undefined : Number(size));
   fs.mkdirSync(path.dirname(file), { recursive: true });
   const beside = `${file}.${process.pid}`;
   fs.rmSync(beside, { force: true });
@@ -235,13 +222,7 @@ async function download(repo: Repo, commit: string, name: string): Promise<strin
   return file;
 }
 
-async function fetchBlob(
-  repo: Repo,
-  address: string,
-  name: string,
-  blob: string,
-  size?: number,
-): Promise<void> {
+async function fetchBlob(repo: Repo, address: string, name: string, blob: string, size?: number): Promise<void> {
   fs.mkdirSync(path.dirname(blob), { recursive: true });
   const partial = takeOver(blob);
   const have = () => (fs.existsSync(partial) ? fs.statSync(partial).size : 0);
@@ -260,8 +241,7 @@ async function fetchBlob(
         headers: have() > 0 ? headers : {},
         signal: stalled.signal,
       });
-      const follows =
-        response.status === 206 && response.headers.get('content-range')?.startsWith(`bytes ${have()}-`);
+      const follows = response.status === 206 && response.headers.get('content-range')?.startsWith(`bytes ${have()}-`);
       if (!follows) fs.rmSync(partial, { force: true }); // the whole file comes, or (416) nothing fits: from the start
       if (response.status !== 200 && !follows) throw new PassingError(`HTTP ${response.status}`);
       validator = response.headers.get('etag')?.replace(/^W\/.*/, '') || null; // a weak one is no proof

@@ -78,8 +78,7 @@ export function savedModel(nodes: Node[]): Buffer {
 /** The attributes of a Const node; a tensor of one repeated number (tf.zeros) is stored as that number. */
 export function constAttrs(shape: number[], dtype: number, values: Values): Attr[] {
   const raw = new Uint8Array(values.buffer, values.byteOffset, values.byteLength);
-  const repeated =
-    dtype === DataType.float32 && values.length > 1 && values.every(x => Object.is(x, values[0]));
+  const repeated = dtype === DataType.float32 && values.length > 1 && values.every(x => Object.is(x, values[0]));
   const data = repeated ? message(5, raw.subarray(0, 4)) : message(4, raw);
   const tensor = Buffer.concat([int(1, dtype), message(2, ...shapeFields(shape)), data]);
   return [

@@ -71,10 +71,7 @@ const log = (x: Code): Code =>
       using(div(sub(m, num(1)), add(m, num(1))), s => {
         const lnM = using(mul(s, s), q => mul(s, polynomial(q, [2, 2 / 3, 2 / 5, 2 / 7, 2 / 9])));
         const finite = add(mul(toFloat(e), num(Math.LN2)), lnM);
-        const orInfinite = sub(
-          add(finite, and(x, equal(x, num(Infinity)))),
-          and(num(Infinity), equal(x, num(0))),
-        );
+        const orInfinite = sub(add(finite, and(x, equal(x, num(Infinity)))), and(num(Infinity), equal(x, num(0))));
         return or(orInfinite, not(greaterEqual(x, num(0)))); // all bits set is NaN
       }),
     ),

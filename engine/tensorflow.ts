@@ -29,9 +29,7 @@ interface Backend {
 }
 
 /** Loads TensorFlow, makes it TFJS's backend, and tells its version and whether it computes on a GPU. */
-export async function loadTensorFlow(
-  options: TensorFlowOptions = {},
-): Promise<{ version: string; gpu: boolean }> {
+export async function loadTensorFlow(options: TensorFlowOptions = {}): Promise<{ version: string; gpu: boolean }> {
   const { threads, precision } = options;
   const { env } = process;
   env.TF_CPP_MIN_LOG_LEVEL ??= '2'; // errors only
@@ -50,15 +48,12 @@ export async function loadTensorFlow(
   } catch (error) {
     const { message, code } = error as NodeJS.ErrnoException;
     const missing = code?.endsWith('MODULE_NOT_FOUND') && message.includes(name);
-    const problem = missing
-      ? 'is not installed'
-      : `does not load (${message.split('\n')[0]!.replace(/[. ]+$/, '')})`;
+    const problem = missing ? 'is not installed' : `does not load (${message.split('\n')[0]!.replace(/[. ]+$/, '')})`;
     throw new Error(`TensorFlow ${problem}: run \`npm run tensorflow\``, { cause: error });
   } finally {
     process.argv = argv;
   }
-  if (!(await tf.setBackend('tensorflow')))
-    throw new Error('TensorFlow loaded, but TFJS refused it as its backend');
+  if (!(await tf.setBackend('tensorflow'))) throw new Error('TensorFlow loaded, but TFJS refused it as its backend');
   const { binding, isUsingGpuDevice } = tf.backend() as unknown as Backend;
   return { version: binding.TF_Version, gpu: isUsingGpuDevice };
 }
@@ -82,8 +77,7 @@ export function useBf16Products(): void {
       const { binding } = backend; // looked up at each call: it is another one while a graph is traced
       const bool = (name: string, value: unknown) => ({ name, type: binding.TF_ATTR_BOOL, value });
       const type = (name: string, value: number) => ({ name, type: binding.TF_ATTR_TYPE, value });
-      const execute = (op: string, attrs: object[], ids: number[]) =>
-        binding.executeOp(op, attrs, ids, 1)[0]!;
+      const execute = (op: string, attrs: object[], ids: number[]) => binding.executeOp(op, attrs, ids, 1)[0]!;
       const cast = (id: number, from: number, to: number) =>
         execute('Cast', [type('SrcT', from), type('DstT', to), bool('Truncate', false)], [id]);
 

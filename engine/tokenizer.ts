@@ -15,8 +15,7 @@ const SPACE = '\\p{White_Space}';
 const WORD = '\\p{Alphabetic}\\p{M}\\p{Nd}\\p{Pc}\\p{Join_Control}';
 const PUNCTUATION = '[\\p{P}!-/:-@\\[-`{-~]';
 const GPT2_WORDS =
-  `'s|'t|'re|'ve|'m|'ll|'d| ?\\p{L}+| ?\\p{N}+| ?[^${SPACE}\\p{L}\\p{N}]+` +
-  `|${SPACE}+(?!\\P{White_Space})|${SPACE}+`;
+  `'s|'t|'re|'ve|'m|'ll|'d| ?\\p{L}+| ?\\p{N}+| ?[^${SPACE}\\p{L}\\p{N}]+` + `|${SPACE}+(?!\\P{White_Space})|${SPACE}+`;
 
 const sequence = (...pretokenizers: Json[]): Json => ({ type: 'Sequence', pretokenizers });
 const replace = (Regex: string, content: string): Json => ({ type: 'Replace', pattern: { Regex }, content });
@@ -30,12 +29,7 @@ function split(pattern: string, behavior: string, invert = false): Json {
     MergedWithNext: `(?:${pattern})${others}`,
   };
   const Regex = isolated[behavior] ?? pattern;
-  return {
-    type: 'Split',
-    pattern: { Regex },
-    behavior: behavior === 'Removed' ? 'Removed' : 'Isolated',
-    invert,
-  };
+  return { type: 'Split', pattern: { Regex }, behavior: behavior === 'Removed' ? 'Removed' : 'Isolated', invert };
 }
 
 function preTokenizer(pre: Json): Json {
@@ -85,18 +79,13 @@ export function loadTokenizer(dir: string): Tokenizer {
   const json: Json = JSON.parse(readFileSync(file, 'utf8'));
   const unsupported: [boolean, string][] = [
     [JSON.stringify(json.normalizer)?.includes('"Precompiled"'), 'normalizer "Precompiled"'],
-    [
-      Boolean(json.model.continuing_subword_prefix) && json.model.type === 'BPE',
-      'BPE "continuing_subword_prefix"',
-    ],
+    [Boolean(json.model.continuing_subword_prefix) && json.model.type === 'BPE', 'BPE "continuing_subword_prefix"'],
     [json.model.type === 'Unigram' && json.model.byte_fallback === true, 'Unigram "byte_fallback"'],
     [json.added_tokens.some((t: Json) => t.single_word), 'added token with "single_word"'],
   ];
   for (const [asked, what] of unsupported)
     if (asked)
-      throw new UsageError(
-        `${file}: ${what} is not done here; tokenise in Python and give rows of ids (.json)`,
-      );
+      throw new UsageError(`${file}: ${what} is not done here; tokenise in Python and give rows of ids (.json)`);
   const rewritten = {
     ...json,
     pre_tokenizer: json.pre_tokenizer && preTokenizer(json.pre_tokenizer),

@@ -22,12 +22,7 @@ const positive = (shape: number[], seed = 1) => tf.add(tf.abs(floats(shape, seed
 
 // ---- Cases ----
 
-const matMul = tf.matMul as (
-  a: tf.Tensor,
-  b: tf.Tensor,
-  transposeA?: boolean,
-  transposeB?: boolean,
-) => tf.Tensor;
+const matMul = tf.matMul as (a: tf.Tensor, b: tf.Tensor, transposeA?: boolean, transposeB?: boolean) => tf.Tensor;
 const products: Case[] = [
   ['matMul, broadcast batch', () => matMul(floats([2, 1, 4, 3]), floats([1, 3, 3, 5], 2))],
   ['matMul, batch and matrix', () => matMul(floats([2, 4, 3]), floats([3, 5], 2))],
@@ -36,10 +31,7 @@ const products: Case[] = [
   ['transpose', () => [tf.transpose(floats([128, 7])), tf.transpose(floats([128, 7]), [0, 1])]],
   ['transpose 4-D', () => tf.transpose(floats([2, 3, 4, 5]), [0, 2, 1, 3])],
   ['transpose bool', () => tf.transpose(bools([128, 3]))],
-  [
-    'transpose of a column, of nothing',
-    () => [tf.transpose(floats([128, 1])), tf.transpose(floats([128, 0]))],
-  ],
+  ['transpose of a column, of nothing', () => [tf.transpose(floats([128, 1])), tf.transpose(floats([128, 0]))]],
 ];
 for (const perm of [
   [0, 2, 1],
@@ -88,33 +80,18 @@ for (const axes of [[0], [1], [0, 1], [1, 2], [0, 1, 2], [2], [0, 2], []])
 const moves: Case[] = [];
 for (const [kind, make] of Object.entries({ floats, ints, bools })) {
   const more: Case[] = [
-    [
-      'slice',
-      () => [tf.slice(make([6, 5, 4]), [0, 1, 0], [6, 2, 4]), tf.slice(make([6, 40]), [2, 0], [3, 40])],
-    ],
-    [
-      'slice on two axes, of nothing',
-      () => [tf.slice(make([6, 40]), [1, 3], [2, 20]), tf.slice(make([6]), [3], [0])],
-    ],
+    ['slice', () => [tf.slice(make([6, 5, 4]), [0, 1, 0], [6, 2, 4]), tf.slice(make([6, 40]), [2, 0], [3, 40])]],
+    ['slice on two axes, of nothing', () => [tf.slice(make([6, 40]), [1, 3], [2, 20]), tf.slice(make([6]), [3], [0])]],
     ['slice of all', () => [tf.slice(make([6, 5]), [0, 0]), tf.slice(make([6]), 0, -1)]],
     ['split', () => [...tf.split(make([3, 30, 2]), [1, 9, 20], 1), ...tf.split(make([4, 6]), 3, -1)]],
     ['split in nothing and all', () => tf.split(make([3, 4]), [0, 4], 1)],
     ['concat', () => tf.concat([make([3, 2, 5]), make([3, 20, 5], 2), make([3, 1, 5], 3)], 1)],
-    [
-      'concat with nothing, alone',
-      () => [tf.concat([make([2, 3]), make([0, 3])]), tf.concat([make([2, 3])], 1)],
-    ],
+    ['concat with nothing, alone', () => [tf.concat([make([2, 3]), make([0, 3])]), tf.concat([make([2, 3])], 1)]],
     ['stack, unstack', () => [tf.stack([make([3, 4]), make([3, 4], 2)], 1), ...tf.unstack(make([3, 4]), 1)]],
-    [
-      'tile',
-      () => [tf.tile(make([3, 1, 2]), [1, 4, 1]), tf.tile(make([3, 2]), [2, 3]), tf.tile(make([3]), [1])],
-    ],
+    ['tile', () => [tf.tile(make([3, 1, 2]), [1, 4, 1]), tf.tile(make([3, 2]), [2, 3]), tf.tile(make([3]), [1])]],
     ['broadcastTo', () => [tf.broadcastTo(make([5, 1]), [2, 5, 3]), tf.broadcastTo(make([]), [4, 3])]],
     ['gather none', () => tf.gather(make([10, 3]), ints([0]))],
-    [
-      'clone, cast',
-      () => [make([3, 4]).clone(), tf.cast(make([3, 4]), 'float32'), tf.cast(make([3, 4]), 'int32')],
-    ],
+    ['clone, cast', () => [make([3, 4]).clone(), tf.cast(make([3, 4]), 'float32'), tf.cast(make([3, 4]), 'int32')]],
   ];
   for (const axis of [0, 1, 2])
     more.push([`gather ${axis}`, () => [[7], [2, 3]].map(n => tf.gather(make([10, 10, 10]), ints(n), axis))]);
@@ -129,23 +106,7 @@ for (const [kind, make] of Object.entries({ floats, ints, bools })) {
 }
 
 const SIZES = [0, 1, 3, 4, 5, 7, 64, 1001]; // around the four lanes
-const SPECIAL = [
-  0,
-  -0,
-  1,
-  -1,
-  0.5,
-  1e-12,
-  1e30,
-  -1e30,
-  100,
-  -100,
-  1e-3,
-  -1e-3,
-  Number.NaN,
-  Infinity,
-  -Infinity,
-];
+const SPECIAL = [0, -0, 1, -1, 0.5, 1e-12, 1e30, -1e30, 100, -100, 1e-3, -1e-3, Number.NaN, Infinity, -Infinity];
 const elementwise: Case[] = [];
 for (const [name, f] of Object.entries({
   exp: tf.exp,
@@ -211,10 +172,7 @@ const gradientCases: Case[] = [
   ['maximum', () => gradients((x, y) => tf.maximum(x!, y!), floats([9, 5]), floats([9, 5], 2))],
   [
     'sum, mean',
-    () => [
-      ...gradients(x => tf.sum(x!, 0), floats([9, 5])),
-      ...gradients(x => tf.mean(x!, 1), floats([9, 5])),
-    ],
+    () => [...gradients(x => tf.sum(x!, 0), floats([9, 5])), ...gradients(x => tf.mean(x!, 1), floats([9, 5]))],
   ],
   ['softmax', () => gradients(x => tf.softmax(x!), floats([3, 4, 5]))],
   ['logSoftmax', () => gradients(x => tf.logSoftmax(x!), floats([9, 5]))],
@@ -257,8 +215,7 @@ const GROUPS = { products, sums, moves, elementwise, gradients: gradientCases };
 const CASES = Object.values(GROUPS).flat();
 const runAll = () => new Map(CASES.map(c => [c, outcome(c)]));
 
-const listeners = () =>
-  process.listenerCount('uncaughtException') + process.listenerCount('unhandledRejection');
+const listeners = () => process.listenerCount('uncaughtException') + process.listenerCount('unhandledRejection');
 const listenersBefore = listeners();
 const { version, simd } = await loadWasm();
 const listenersAfter = listeners();
@@ -307,12 +264,7 @@ test('functions are right to a few roundings', () => {
   const grid = (from: number, to: number) =>
     Float32Array.from({ length: n }, (_, i) => from + ((to - from) * i) / (n - 1));
   /** The largest error of f on the grid, relative to the value but for values below `floor` */
-  const error = (
-    f: (x: tf.Tensor) => tf.Tensor,
-    exact: (x: number) => number,
-    xs: Float32Array,
-    floor = 0,
-  ) => {
+  const error = (f: (x: tf.Tensor) => tf.Tensor, exact: (x: number) => number, xs: Float32Array, floor = 0) => {
     const ys = tf.tidy(() => f(tf.tensor1d(xs)).dataSync());
     return Math.max(...xs.map((x, i) => Math.abs(ys[i]! - exact(x)) / Math.max(floor, Math.abs(exact(x)))));
   };
@@ -356,10 +308,7 @@ test('functions are right to a few roundings', () => {
 
 test('an index out of range is still an error', () => {
   for (const index of [-1, 10])
-    assert.throws(
-      () => tf.tidy(() => tf.gather(floats([10, 2]), tf.tensor1d([index], 'int32'))),
-      /not in \[0, 9\]/,
-    );
+    assert.throws(() => tf.tidy(() => tf.gather(floats([10, 2]), tf.tensor1d([index], 'int32'))), /not in \[0, 9\]/);
 });
 
 test('the heap may grow in the middle of a kernel', () => {
@@ -376,12 +325,7 @@ test('the heap may grow in the middle of a kernel', () => {
 
 test('nothing leaks: tensors, buffers, and the heap', () => {
   const { state } = tf.engine() as unknown as { state: { numDataBuffers: number } };
-  const held = () => [
-    tf.memory().numTensors,
-    tf.memory().numBytes,
-    state.numDataBuffers,
-    backend.numDataIds(),
-  ];
+  const held = () => [tf.memory().numTensors, tf.memory().numBytes, state.numDataBuffers, backend.numDataIds()];
   const before = held();
   for (const c of CASES) {
     outcome(c);
@@ -390,9 +334,7 @@ test('nothing leaks: tensors, buffers, and the heap', () => {
   const work = () =>
     tf.tidy(() => {
       const f = (x: tf.Tensor, w: tf.Tensor) => {
-        const parts = tf
-          .split(matMul(tf.concat([x, x]), w, false, true), 2, 1)
-          .map(y => tf.pow(tf.abs(y), 0.9));
+        const parts = tf.split(matMul(tf.concat([x, x]), w, false, true), 2, 1).map(y => tf.pow(tf.abs(y), 0.9));
         const heads = tf.reshape(tf.concat(parts, 1), [4, 256, 64]);
         return tf.sum(tf.where(bools([64, 1]), matMul(heads, heads, true), tf.sum(tf.tanh(heads), [0, 1])));
       };

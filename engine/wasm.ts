@@ -24,13 +24,11 @@ export async function loadWasm(): Promise<{ version: string; simd: boolean }> {
   // the .wasm files lie beside the package's main file
   const main = createRequire(import.meta.url).resolve('@tensorflow/tfjs-backend-wasm');
   wasm.setWasmPaths(dirname(main) + sep);
-  if (!(await tf.setBackend('wasm')))
-    throw new Error('the WebAssembly backend does not start on this machine');
+  if (!(await tf.setBackend('wasm'))) throw new Error('the WebAssembly backend does not start on this machine');
   // Emscripten's start-up code catches and rethrows every uncaught error of the process, so that Node prints its
   // 60 kB source line above our message: take its listeners off again.
   for (const [i, after] of listeners().entries())
-    for (const listener of after)
-      if (!before.includes(listener)) process.removeListener(events[i]!, listener);
+    for (const listener of after) if (!before.includes(listener)) process.removeListener(events[i]!, listener);
   return { version: wasm.version_wasm, simd: Boolean(await tf.env().getAsync('WASM_HAS_SIMD_SUPPORT')) };
 }
 
@@ -75,8 +73,7 @@ let installed = false;
 /** Replaces the slow kernels. The wasm backend must be the current one. */
 export function fastWasmKernels(): void {
   if (installed) return;
-  if (tf.getBackend() !== 'wasm')
-    throw new Error(`fastWasmKernels: the backend is ${tf.getBackend()}, not wasm`);
+  if (tf.getBackend() !== 'wasm') throw new Error(`fastWasmKernels: the backend is ${tf.getBackend()}, not wasm`);
   installed = true;
   const backend = tf.backend() as BackendWasm;
   const wasm = backend.wasm as typeof backend.wasm & Emscripten;
@@ -268,8 +265,7 @@ export function fastWasmKernels(): void {
     const out = output([...outer, ...indices.shape, ...inner], x.dtype);
     const [picks, width, rows] = [values(indices), sizeOf(inner), sizeOf(outer)];
     const [from, to, step, toStep] = [place(x), place(out), length * width, picks.length * width];
-    for (const [i, pick] of picks.entries())
-      copyRows(rows, width, from + pick * width, step, to + i * width, toStep);
+    for (const [i, pick] of picks.entries()) copyRows(rows, width, from + pick * width, step, to + i * width, toStep);
     return out;
   });
   // not in the stock backend at all; tf.gather's gradient needs it
@@ -278,8 +274,7 @@ export function fastWasmKernels(): void {
     const out = output([numSegments, ...inner], x.dtype);
     const [from, ids, to, width] = [values(x), values(segmentIds), values(out).fill(0), sizeOf(inner)];
     for (const [i, id] of ids.entries())
-      if (id >= 0 && id < numSegments)
-        for (let j = 0; j < width; j++) to[id * width + j]! += from[i * width + j]!;
+      if (id >= 0 && id < numSegments) for (let j = 0; j < width; j++) to[id * width + j]! += from[i * width + j]!;
     return out;
   });
 

@@ -31,12 +31,7 @@ interface Size {
 }
 
 const simple = (d: number, heads: number, kvHeads: number, mlp: number, vocab: number, layers: number) => ({
-  ...{
-    model_type: 'llama_simple_mlp',
-    hidden_size: d,
-    num_attention_heads: heads,
-    num_key_value_heads: kvHeads,
-  },
+  ...{ model_type: 'llama_simple_mlp', hidden_size: d, num_attention_heads: heads, num_key_value_heads: kvHeads },
   ...{ intermediate_size: mlp, vocab_size: vocab, num_hidden_layers: layers, max_position_embeddings: 512 },
 });
 /** The sizes of bench_torch.py's presets of the same names. */
@@ -147,10 +142,7 @@ if (flags.child) {
 } else {
   const here = (file: string) => fileURLToPath(new URL(file, import.meta.url));
   const python = process.env.PYTHON ?? 'python3';
-  const lines = [
-    '| size | engine | ms/step | PyTorch | faster | memory | PyTorch |',
-    '|---|---|---|---|---|---|---|',
-  ];
+  const lines = ['| size | engine | ms/step | PyTorch | faster | memory | PyTorch |', '|---|---|---|---|---|---|---|'];
   for (const name of flags.sizes.split(',')) {
     const size = SIZES[name];
     if (!size) throw new Error(`--sizes: got ${name}, takes ${Object.keys(SIZES).join(', ')}`);
@@ -173,15 +165,7 @@ if (flags.child) {
     for (const engine of size.engines) {
       const ours = of(engine);
       const faster = `${(torch.ms / ours.ms).toFixed(2)}x`;
-      const cells = [
-        name,
-        engine,
-        ours.ms.toFixed(1),
-        torch.ms.toFixed(1),
-        faster,
-        ours.memory,
-        torch.memory,
-      ];
+      const cells = [name, engine, ours.ms.toFixed(1), torch.ms.toFixed(1), faster, ours.memory, torch.memory];
       lines.push(`| ${cells.join(' | ')} |`);
       process.stderr.write(`${lines.at(-1)}\n`);
     }

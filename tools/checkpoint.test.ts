@@ -49,9 +49,7 @@ const save = (step: number, value = step, folder = dir, size = 4) =>
 
 function valuesIn(file: string): number[] {
   const { tensors, readFloat32, readInt32, close } = openSafetensors(file);
-  const values = [...tensors].flatMap(([name, t]) => [
-    ...(t.dtype === 'I32' ? readInt32(name) : readFloat32(name)),
-  ]);
+  const values = [...tensors].flatMap(([name, t]) => [...(t.dtype === 'I32' ? readInt32(name) : readFloat32(name))]);
   close();
   return values;
 }
@@ -125,9 +123,7 @@ test('a save is this sequence: whole files beside, second names for the old pair
   await save(1);
   const beside = (what: string) => [
     `open ${what}.next~`,
-    ...(what === 'state' ? ['write', 'write', 'write'] : ['write', 'write']).map(
-      call => `${call} ${what}.next~`,
-    ),
+    ...(what === 'state' ? ['write', 'write', 'write'] : ['write', 'write']).map(call => `${call} ${what}.next~`),
     `fsync ${what}.next~`,
     `rename ${what}.next~ ${what}.next`,
     'fsync run',
@@ -186,10 +182,7 @@ test('any number of saves in a row, each cut off at any call: the last checkpoin
       ended = calls.length < n;
       const now = load();
       const where = `died at calls ${[...history, n]}, the last one ${calls.at(-1)}`;
-      assert(
-        now === value || (now === before && !ended),
-        `loads save ${now}, not ${before} or ${value}: ${where}`,
-      );
+      assert(now === value || (now === before && !ended), `loads save ${now}, not ${before} or ${value}: ${where}`);
       const components = path.join(dir, 'components.safetensors');
       assert.equal(fs.existsSync(components), now !== undefined, where);
       if (fs.existsSync(components)) assert.equal(new Set(valuesIn(components)).size, 1, where);
@@ -197,9 +190,7 @@ test('any number of saves in a row, each cut off at any call: the last checkpoin
       if (!histories.has(pattern())) histories.set(pattern(), [...history, n]);
       tried++;
     }
-  t.diagnostic(
-    `${tried} cuts, ${histories.size} patterns of folders, the previous pair was loaded ${fallbacks} times`,
-  );
+  t.diagnostic(`${tried} cuts, ${histories.size} patterns of folders, the previous pair was loaded ${fallbacks} times`);
   assert(tried > 200 && fallbacks > 5, 'the search has shrunk');
 });
 
@@ -242,8 +233,7 @@ test('an error in a save leaves the last checkpoint and no litter', async () => 
     let calls = 0;
     replaceFs({
       writeSync(...args: Parameters<typeof writeSync>) {
-        if (++calls === n)
-          throw Object.assign(new Error('ENOSPC: no space left on device'), { code: 'ENOSPC' });
+        if (++calls === n) throw Object.assign(new Error('ENOSPC: no space left on device'), { code: 'ENOSPC' });
         return writeSync(...args);
       },
     } as typeof real);
@@ -293,14 +283,7 @@ test('a resumed run may change what training does not depend on, and nothing els
   const old = { nSteps: 100, seed: 1, components: { a: 4 }, logEvery: 10, engine: 'wasm', gradClipCi: 0 };
   assert.deepEqual(compareConfigs(old, { ...old }), []);
   assert.deepEqual(
-    compareConfigs(old, {
-      ...old,
-      logEvery: 1,
-      evalFreq: 3,
-      saveEvery: 7,
-      roundingThreshold: 0.1,
-      model: '/moved',
-    }),
+    compareConfigs(old, { ...old, logEvery: 1, evalFreq: 3, saveEvery: 7, roundingThreshold: 0.1, model: '/moved' }),
     [],
   );
   assert.deepEqual(compareConfigs(old, { ...old, engine: 'tensorflow' }), [
@@ -327,21 +310,14 @@ test('a value that is not finite stops the run with its name, the step and the l
   await checkFinite(7, { 'loss/faith': 0, 'loss/imp': 1e30, 'grad_norm/ci': 3 }, parameters);
   assert.equal(reads, 0);
   await assert.rejects(
-    checkFinite(
-      7,
-      { 'loss/faith': 0, 'loss/imp': Number.NaN, 'grad_norm/ci': Number.POSITIVE_INFINITY },
-      parameters,
-    ),
+    checkFinite(7, { 'loss/faith': 0, 'loss/imp': Number.NaN, 'grad_norm/ci': Number.POSITIVE_INFINITY }, parameters),
     (error: Error) =>
       error instanceof DivergenceError &&
       error.message ===
         'diverged at step 7: loss/imp is NaN, grad_norm/ci is Infinity; the largest parameter is in U (1.23e+3); the last checkpoint is untouched',
   );
   parameters[0]!.data = new Float32Array([0, Number.NaN]);
-  await assert.rejects(
-    checkFinite(7, { x: Number.NaN }, parameters),
-    /largest parameter is in V \(not finite\)/,
-  );
+  await assert.rejects(checkFinite(7, { x: Number.NaN }, parameters), /largest parameter is in V \(not finite\)/);
 });
 
 // ---- signals ----
@@ -372,9 +348,7 @@ main();
 async function runLoop(...signals: [cue: string, signal: NodeJS.Signals][]) {
   const script = path.join(dir, 'loop.mts');
   fs.writeFileSync(script, loop);
-  const child = spawn(process.execPath, ['--import', 'tsx', script], {
-    stdio: ['ignore', 'pipe', 'inherit'],
-  });
+  const child = spawn(process.execPath, ['--import', 'tsx', script], { stdio: ['ignore', 'pipe', 'inherit'] });
   let output = '';
   child.stdout.on('data', data => {
     output += data;

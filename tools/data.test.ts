@@ -32,11 +32,7 @@ const refused = (promise: Promise<unknown>, message: RegExp) =>
 
 test('text: a document a line, or between blank lines', async () => {
   assert.deepEqual(await read(write('a.txt', '\ufeffone\ntwo \r\n\n\n')), ['one', 'two']);
-  assert.deepEqual(await read(write('a.txt', 'one\nmore\n \t\ntwo\r\n\r\n\r\nthree')), [
-    'one\nmore',
-    'two',
-    'three',
-  ]);
+  assert.deepEqual(await read(write('a.txt', 'one\nmore\n \t\ntwo\r\n\r\n\r\nthree')), ['one\nmore', 'two', 'three']);
   assert.deepEqual(await read(write('a.txt', 'one\u2028still one\rand this\ntwo')), [
     'one\u2028still one\rand this',
     'two',
@@ -66,19 +62,7 @@ test('json: rows, whatever the spacing, and nothing else', async () => {
     '[[]]',
   ])
     assert.deepEqual(await read(write('a.json', text)), JSON.parse(text));
-  for (const text of [
-    '',
-    '{}',
-    '[]',
-    '[1,2]',
-    '[[1,2]',
-    '[[1],[2',
-    '[[1]],',
-    '[[1]][',
-    '[[1]]]',
-    '[[1][2]]',
-    '[[1,]]',
-  ])
+  for (const text of ['', '{}', '[]', '[1,2]', '[[1,2]', '[[1],[2', '[[1]],', '[[1]][', '[[1]]]', '[[1][2]]', '[[1,]]'])
     await refused(read(write('a.json', text)), /a\.json: /);
   for (const text of ['[[1.5]]', '[[-1]]', '[["a"]]', '[[[1]]]', '[{"text":"a"}]', '[[1] [2]]', '[[1 2]]'])
     await refused(read(write('a.json', text)), /a\.json: row 0|takes/);
@@ -88,20 +72,11 @@ test('parquet: text, story or input_ids, in every compression', async () => {
   const texts = await read(path.join(fixtures, 'text-none.parquet'));
   assert.equal(texts.length, 50);
   assert.equal(texts[3], 'Story 3: the café — 😀 was very very very full.\nIt rained.');
-  const codecs = [
-    'snappy',
-    'gzip',
-    'brotli',
-    ...('zstdDecompressSync' in (await import('node:zlib')) ? ['zstd'] : []),
-  ];
-  for (const codec of codecs)
-    assert.deepEqual(await read(path.join(fixtures, `text-${codec}.parquet`)), texts, codec);
+  const codecs = ['snappy', 'gzip', 'brotli', ...('zstdDecompressSync' in (await import('node:zlib')) ? ['zstd'] : [])];
+  for (const codec of codecs) assert.deepEqual(await read(path.join(fixtures, `text-${codec}.parquet`)), texts, codec);
   assert.deepEqual(await read(path.join(fixtures, 'story.parquet')), texts);
-  const ids = Array.from({ length: 50 }, (_, i) =>
-    Array.from({ length: (i % 7) + 1 }, (_, j) => (i * j) % 97),
-  );
-  for (const type of ['int32', 'int64'])
-    assert.deepEqual(await read(path.join(fixtures, `ids-${type}.parquet`)), ids);
+  const ids = Array.from({ length: 50 }, (_, i) => Array.from({ length: (i % 7) + 1 }, (_, j) => (i * j) % 97));
+  for (const type of ['int32', 'int64']) assert.deepEqual(await read(path.join(fixtures, `ids-${type}.parquet`)), ids);
   await refused(read(path.join(fixtures, 'no-text.parquet')), /has columns title; takes input_ids or text/);
   await refused(read(write('a.parquet', 'PAR1 no parquet PAR1')), /a\.parquet: /);
   await refused(read(path.join(folder, 'none.parquet')), /no such file/);
@@ -144,8 +119,7 @@ test('the shuffle visits every row once, another order each epoch', () => {
     h = Math.imul(h ^ (h >>> 15), 0x846ca68b);
     return (h ^ (h >>> 16)) | 0;
   };
-  const order = (n: number, key: number) =>
-    Array.from({ length: n }, (_, i) => shuffledIndex(i, n, key, mix));
+  const order = (n: number, key: number) => Array.from({ length: n }, (_, i) => shuffledIndex(i, n, key, mix));
   for (const n of [1, 2, 3, 5, 16, 17, 255, 1000, 4096, 5001]) assert.equal(new Set(order(n, 7)).size, n);
   const [a, b] = [order(5000, 1), order(5000, 2)];
   assert.ok(a.filter((x, i) => x === b[i]).length < 10);

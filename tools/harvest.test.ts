@@ -49,8 +49,7 @@ const modulesOf = (sizes: number[]) =>
 
 function run(tables: Tables, rows: number[][], options: Partial<HarvestOptions> = {}): Promise<Harvest> {
   const batchSize = 2;
-  const lookUp = (table: number[][], tokens: tf.Tensor) =>
-    tf.gather(tf.tensor2d(table), tf.reshape(tokens, [-1]));
+  const lookUp = (table: number[][], tokens: tf.Tensor) => tf.gather(tf.tensor2d(table), tf.reshape(tokens, [-1]));
   return harvest({
     pass: tokens => ({
       ci: lookUp(tables.ci, tokens),
@@ -160,15 +159,7 @@ test('all numbers equal a plain recount', async () => {
   const [vocab, S, columns] = [23, 17, 9];
   const tables = randomTables(random, vocab, columns);
   const rows = randomRows(random, 41, S, vocab);
-  const settings = {
-    threshold: 0.2,
-    examples: 4,
-    window: 7,
-    listLength: 5,
-    partners: 3,
-    minCount: 4,
-    minTogether: 8,
-  };
+  const settings = { threshold: 0.2, examples: 4, window: 7, listLength: 5, partners: 3, minCount: 4, minTogether: 8 };
   const result = await run(tables, rows, { modules: modulesOf([4, 5]), settings });
   const tokens = rows.flat();
   const N = tokens.length;
@@ -183,11 +174,7 @@ test('all numbers equal a plain recount', async () => {
     assert.equal(found.firings, firings.length);
     near(found.density, firings.length / N, 'density');
     near(found.meanCi, sum(tokens.map(t => tables.ci[t]![c]!)) / N, 'mean CI');
-    near(
-      found.meanActivation,
-      sum(firings.map(t => tables.activation[t]![c]!)) / firings.length,
-      'mean activation',
-    );
+    near(found.meanActivation, sum(firings.map(t => tables.activation[t]![c]!)) / firings.length, 'mean activation');
 
     for (const kind of ['input', 'output'] as const) {
       const count = (where: number[], t: number) =>
@@ -218,11 +205,7 @@ test('all numbers equal a plain recount', async () => {
 
     const partners = alive
       .filter(d => d !== c)
-      .map(d => ({
-        d,
-        n: firings.filter(t => fires(d, t)).length,
-        nD: tokens.filter(t => fires(d, t)).length,
-      }))
+      .map(d => ({ d, n: firings.filter(t => fires(d, t)).length, nD: tokens.filter(t => fires(d, t)).length }))
       .filter(({ n }) => n > 0)
       .map(p => ({ ...p, jaccard: p.n / (firings.length + p.nD - p.n) }))
       .map(p => ({ ...p, pmi: Math.log((p.n * N) / (firings.length * p.nD)) }));
@@ -450,12 +433,7 @@ test('the report inlines the data once, whatever it contains', async () => {
   const tables = randomTables(seeded(2), HOSTILE.length, 6);
   const rows = randomRows(seeded(9), 30, 12, HOSTILE.length);
   const result = await run(tables, rows, { tokenText: id => HOSTILE[id]!, modules: modulesOf([6]) });
-  const data = {
-    config: { note: HOSTILE },
-    metrics: { a: 1 },
-    history: [{ step: 0, a: 1 }],
-    harvest: result,
-  };
+  const data = { config: { note: HOSTILE }, metrics: { a: 1 }, history: [{ step: 0, a: 1 }], harvest: result };
   const page = renderReport('<script id="data">"@@report-data@@"</script>', data);
   const [, inlined] = /^<script id="data">([^<]*)<\/script>$/.exec(page) ?? [];
   assert.ok(inlined, "the only < and > are the template's");

@@ -27,14 +27,7 @@ let repo: { id: string; files: Record<string, Buffer>; lfs: RegExp; listed?: str
 let api: Handler | undefined; // instead of the list of files
 let resolve: Handler | undefined; // instead of a file at the Hub
 let storage: Handler; // a file at the other host
-let log: {
-  host: 'hub' | 'storage';
-  method: string;
-  url: string;
-  token?: string;
-  range?: string;
-  ifRange?: string;
-}[];
+let log: { host: 'hub' | 'storage'; method: string; url: string; token?: string; range?: string; ifRange?: string }[];
 
 const hub = http.createServer((request, response) => {
   record('hub', request);
@@ -51,8 +44,7 @@ const hub = http.createServer((request, response) => {
   if (!content) return void response.writeHead(404, { 'x-error-message': 'Entry not found' }).end();
   if (repo.lfs.test(name)) return redirect(response, name, content);
   // as on the Hub: small files come after a relative redirect, with a weak git etag
-  if (!url.startsWith('/cached'))
-    return void response.writeHead(307, { location: `/cached${request.url}` }).end();
+  if (!url.startsWith('/cached')) return void response.writeHead(307, { location: `/cached${request.url}` }).end();
   response.writeHead(200, { etag: `W/"${gitId(content)}"`, 'content-length': content.length });
   response.end(request.method === 'HEAD' ? undefined : content);
 });
@@ -63,23 +55,11 @@ const store = http.createServer((request, response) => {
 
 function record(host: 'hub' | 'storage', { method = '', url = '', headers }: http.IncomingMessage) {
   const { authorization: token, range, 'if-range': ifRange } = headers as Record<string, string>;
-  log.push({
-    host,
-    method,
-    url,
-    ...(token && { token }),
-    ...(range && { range }),
-    ...(ifRange && { ifRange }),
-  });
+  log.push({ host, method, url, ...(token && { token }), ...(range && { range }), ...(ifRange && { ifRange }) });
 }
 function redirect(response: http.ServerResponse, name: string, content: Buffer, size = content.length) {
   const location = `http://localhost:${port(store)}/${encodeURIComponent(name)}`;
-  const headers = {
-    location,
-    'x-linked-etag': `"${sha256(content)}"`,
-    'x-linked-size': size,
-    etag: '"of-redirect"',
-  };
+  const headers = { location, 'x-linked-etag': `"${sha256(content)}"`, 'x-linked-size': size, etag: '"of-redirect"' };
   response.writeHead(302, headers).end('Found. Redirecting.');
 }
 const port = (server: http.Server) => (server.address() as AddressInfo).port;
@@ -147,8 +127,7 @@ const folder = () => path.join(cache, 'models--org--name');
 const everything = (dir: string) =>
   fs.existsSync(dir) ? (fs.readdirSync(dir, { recursive: true }) as string[]).sort() : [];
 const partial = () => everything(cache).filter(name => name.includes('.incomplete'));
-const gets = (name: string) =>
-  log.filter(r => r.method === 'GET' && r.host === 'storage' && r.url === `/${name}`);
+const gets = (name: string) => log.filter(r => r.method === 'GET' && r.host === 'storage' && r.url === `/${name}`);
 
 /** The promise must fail in one clear line, without the token, and leave nothing that looks whole. */
 async function refused(promise: Promise<unknown>, message: RegExp): Promise<void> {
@@ -164,17 +143,14 @@ async function refused(promise: Promise<unknown>, message: RegExp): Promise<void
 /** The model is there, byte for byte. */
 function assertWhole(snapshot: string, names = ['config.json', 'tokenizer.json', 'model.safetensors']): void {
   assert.equal(snapshot, path.join(folder(), 'snapshots', COMMIT));
-  for (const name of names)
-    assert.ok(fs.readFileSync(path.join(snapshot, name)).equals(repo.files[name]!), name);
+  for (const name of names) assert.ok(fs.readFileSync(path.join(snapshot, name)).equals(repo.files[name]!), name);
   assert.deepEqual(partial(), []);
 }
 
 /** resolveModel in a process of its own. */
 function inProcess(spec = 'org/name') {
   const code = `import(${JSON.stringify(MODULE)}).then(m => m.resolveModel(${JSON.stringify(spec)})).then(console.log)`;
-  const child = spawn(process.execPath, [...process.execArgv, '-e', code], {
-    stdio: ['ignore', 'pipe', 'ignore'],
-  });
+  const child = spawn(process.execPath, [...process.execArgv, '-e', code], { stdio: ['ignore', 'pipe', 'ignore'] });
   let out = '';
   child.stdout.on('data', chunk => {
     out += chunk;
@@ -233,17 +209,7 @@ test('what is in the cache is used without network', async () => {
 
 test('a local folder is taken as it is; what is neither folder nor id is refused', async () => {
   assert.equal(await resolveModel(root), root);
-  for (const spec of [
-    'name',
-    'a/b/c',
-    './org/name',
-    '../x/y',
-    'org/..',
-    'org/name@',
-    'org/name@../x',
-    'o/n x',
-    '',
-  ])
+  for (const spec of ['name', 'a/b/c', './org/name', '../x/y', 'org/..', 'org/name@', 'org/name@../x', 'o/n x', ''])
     await refused(resolveModel(spec), /no such file or folder, and no hub id/);
   assert.deepEqual(log, []);
 });
@@ -288,9 +254,7 @@ test('a sharded model comes with its index and its shards', async () => {
   const { 'model.safetensors': weights, ...rest } = repo.files;
   const [a, b] = [weights!.subarray(0, 100), weights!.subarray(100)];
   const shards = { 'model-00001-of-00002.safetensors': a, 'model-00002-of-00002.safetensors': b };
-  const index = (map: object) => ({
-    'model.safetensors.index.json': Buffer.from(JSON.stringify({ weight_map: map })),
-  });
+  const index = (map: object) => ({ 'model.safetensors.index.json': Buffer.from(JSON.stringify({ weight_map: map })) });
   const [first, second] = Object.keys(shards) as [string, string];
   repo.files = { ...rest, ...shards, ...index({ x: second, y: first, z: second }) };
   const names = ['model.safetensors.index.json', first, second];
@@ -298,12 +262,7 @@ test('a sharded model comes with its index and its shards', async () => {
   fs.rmSync(path.join(folder(), 'snapshots', COMMIT, second)); // the others alone are not the model
   assertWhole(await resolveModel('org/name'), names);
   assert.equal(gets(first).length, 1);
-  for (const name of [
-    '../../evil.safetensors',
-    '/etc/evil.safetensors',
-    'pytorch_model.bin',
-    'a/b.safetensors',
-  ]) {
+  for (const name of ['../../evil.safetensors', '/etc/evil.safetensors', 'pytorch_model.bin', 'a/b.safetensors']) {
     process.env.HF_HUB_CACHE = cache = path.join(root, `cache-${runs++}`);
     repo.files = { ...rest, ...index({ x: name }) };
     await refused(resolveModel('org/name'), /is not the name of a shard/);
@@ -365,8 +324,7 @@ test('a failure that passes is survived', async () => {
 });
 
 test('a connection that is cut goes on where it stopped', async () => {
-  const from = ({ range }: { range?: string | undefined }) =>
-    Number(/bytes=(\d+)-/.exec(range ?? '')?.[1] ?? 0);
+  const from = ({ range }: { range?: string | undefined }) => Number(/bytes=(\d+)-/.exec(range ?? '')?.[1] ?? 0);
   storage = (request, response, name) => {
     send(request, response, repo.files[name]!, from(request.headers) + 40_000);
   };
@@ -448,9 +406,7 @@ test('a wrong size or a wrong hash is never taken for the file', async () => {
       content.length > 0 ? send(request, response, content) : void response.writeHead(200).end();
     await refused(resolveModel('org/name'), message);
     const blob = path.join(folder(), 'blobs', sha256(right));
-    assert.ok(
-      !fs.existsSync(blob) && !fs.existsSync(path.join(folder(), 'snapshots', COMMIT, 'model.safetensors')),
-    );
+    assert.ok(!fs.existsSync(blob) && !fs.existsSync(path.join(folder(), 'snapshots', COMMIT, 'model.safetensors')));
   }
   storage = (request, response, name) => send(request, response, repo.files[name]!);
   assertWhole(await resolveModel('org/name'));
@@ -492,9 +448,7 @@ test('a killed download leaves nothing that looks whole, and the next one takes 
   child.kill('SIGKILL');
   await done;
   const snapshot = path.join(folder(), 'snapshots', COMMIT);
-  assert.ok(
-    !fs.existsSync(path.join(snapshot, 'model.safetensors')) && !fs.existsSync(path.join(folder(), 'refs')),
-  );
+  assert.ok(!fs.existsSync(path.join(snapshot, 'model.safetensors')) && !fs.existsSync(path.join(folder(), 'refs')));
   process.env.HF_HUB_OFFLINE = '1';
   await refused(resolveModel(`org/name@${COMMIT}`), /not in the cache/);
   process.env.HF_HUB_OFFLINE = '';
@@ -526,8 +480,7 @@ test('two processes at once do not disturb each other', { timeout: 30_000 }, asy
 });
 
 test('the training split of a data set comes shard by shard', async () => {
-  const parquet = (...names: string[]) =>
-    Object.fromEntries(names.map(n => [n, Buffer.from(`content of ${n}`)]));
+  const parquet = (...names: string[]) => Object.fromEntries(names.map(n => [n, Buffer.from(`content of ${n}`)]));
   const train = ['data/train-00000-of-00002.parquet', 'data/train-00001-of-00002.parquet'];
   repo.id = 'datasets/org/corpus';
   repo.files = parquet(train[1]!, train[0]!, 'data/test-00000-of-00001.parquet', '../../train-evil.parquet');

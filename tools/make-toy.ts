@@ -77,30 +77,17 @@ export const START = '<s>';
 const UNKNOWN = '<unk>';
 export const VOCABULARY = [
   ...[UNKNOWN, START, '.', '"', 'the', 'a', 'in', 'then', 'was', 'liked', 'said', 'says', 'saw', 'he', 'she'],
-  ...[
-    ...NAMES,
-    ...ANIMALS,
-    ...withS(ANIMALS),
-    ...SOUNDS.values(),
-    ...COLOURS,
-    ...[...THINGS.values()].flat(),
-  ],
+  ...[...NAMES, ...ANIMALS, ...withS(ANIMALS), ...SOUNDS.values(), ...COLOURS, ...[...THINGS.values()].flat()],
   ...[...PLACES, ...VERBS, ...withS(VERBS), ...MOODS, ...EXCLAMATIONS],
 ];
 
 /** The rules: facts that a predictor must know at a position. They say what is known there, not what comes. */
 export const RULES = [
   ...NAMES.map(name => [`name:${name}`, `a sentence starts, and if with a name then with ${name}`]),
-  ...['he', 'she'].map(who => [
-    `gender:${who}`,
-    `a sentence starts, and if with a pronoun then with "${who}"`,
-  ]),
+  ...['he', 'she'].map(who => [`gender:${who}`, `a sentence starts, and if with a pronoun then with "${who}"`]),
   ...['he', 'she'].map(who => [`then-gender:${who}`, `after "then" comes "${who}"`]),
   ...COLOURS.map(colour => [`colour:${colour}`, `the next word is a thing that is ${colour}`]),
-  ...ANIMALS.map(animal => [
-    `focus:${animal}`,
-    `after "the" at a sentence start: the story is about the ${animal}`,
-  ]),
+  ...ANIMALS.map(animal => [`focus:${animal}`, `after "the" at a sentence start: the story is about the ${animal}`]),
   ...ANIMALS.map(animal => [`sound:${animal}`, `the ${animal} says, and the quote is open`]),
   ['agree:singular', 'a verb for one animal, named three words before'],
   ['agree:plural', 'a verb for several animals, named three words before'],
@@ -226,8 +213,7 @@ export function readStory(words: string[]): Position[] {
   const reader = grammar();
   const positions = [reader.next().value];
   for (const word of words) {
-    if (!positions.at(-1)!.choices.has(word))
-      throw new Error(`"${word}" can't come here: ${words.join(' ')}`);
+    if (!positions.at(-1)!.choices.has(word)) throw new Error(`"${word}" can't come here: ${words.join(' ')}`);
     positions.push(reader.next(word).value);
   }
   return positions;
@@ -334,8 +320,7 @@ async function train(engine: Engine, random: () => number): Promise<Target> {
       c2: tf.scalar(1 - BETAS.beta2 ** (i + 1)),
     };
     const { loss } = await step(feeds);
-    if (i % 250 === 0 || i === STEPS - 1)
-      console.error(`step ${i}: loss ${(await loss.data())[0]!.toFixed(4)}`);
+    if (i % 250 === 0 || i === STEPS - 1) console.error(`step ${i}: loss ${(await loss.data())[0]!.toFixed(4)}`);
     tf.dispose([feeds, loss]);
   }
   return target;
@@ -409,9 +394,7 @@ async function main() {
     if (!heldOut.has(line)) corpus.push(line);
   }
   const ruleIds = new Map(RULES.map(({ name }, i) => [name, i]));
-  const labels = evaluation.map(words =>
-    readStory(words).map(({ rules }) => rules.map(rule => ruleIds.get(rule)!)),
-  );
+  const labels = evaluation.map(words => readStory(words).map(({ rules }) => rules.map(rule => ruleIds.get(rule)!)));
 
   mkdirSync(values.out, { recursive: true });
   const write = (file: string, content: string) => writeFileSync(join(values.out, file), `${content}\n`);
@@ -426,11 +409,7 @@ async function main() {
   const tensors = [...target.weights].map(([name, weight]) => {
     const isLinear = target.linears.some(({ path }) => path === name);
     const stored = isLinear ? tf.transpose(weight) : weight;
-    return {
-      name: isLinear ? `${name}.weight` : name,
-      shape: stored.shape,
-      data: stored.dataSync() as Float32Array,
-    };
+    return { name: isLinear ? `${name}.weight` : name, shape: stored.shape, data: stored.dataSync() as Float32Array };
   });
   await writeSafetensors(join(values.out, 'model.safetensors'), tensors, { format: 'pt' });
 
@@ -440,8 +419,7 @@ async function main() {
   console.log(
     `target ${loss.toFixed(4)}, the grammar's own entropy ${entropy.toFixed(4)} nats per word, on the held-out stories`,
   );
-  if (loss - entropy > 0.01)
-    throw new Error('the target is more than 0.01 nats above the entropy: train it longer');
+  if (loss - entropy > 0.01) throw new Error('the target is more than 0.01 nats above the entropy: train it longer');
 }
 
 if (process.argv[1] === fileURLToPath(import.meta.url)) await main();

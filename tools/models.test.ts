@@ -162,9 +162,7 @@ test('rotary embeddings that are not done are refused by name', () => {
   }
   refused('llama', /factor/, { rope_scaling: { type: 'linear' } });
   refused('llama3', /low_freq_factor/, { rope_scaling: { rope_type: 'llama3', factor: 2 } });
-  refused('llama3', /high_freq_factor/, {
-    rope_scaling: { rope_type: 'llama3', factor: 2, low_freq_factor: 1 },
-  });
+  refused('llama3', /high_freq_factor/, { rope_scaling: { rope_type: 'llama3', factor: 2, low_freq_factor: 1 } });
   refused('llama', /rope_theta/, { rope_theta: 'large' });
   refused('llama', /rope_scaling/, { rope_scaling: 'linear' });
   refused('qwen3', /rope_parameters/, { rope_parameters: { full_attention: { rope_theta: 1e4 } } });

@@ -129,16 +129,7 @@ function makeRun(layers: number, C: number, texts: string[]): ReportData {
     ],
     scoreboard: {
       rules: [
-        {
-          ...rule,
-          precision: 0.75,
-          recall: 1,
-          f1: 0.857,
-          causal: true,
-          support: 12,
-          klInForce: 1,
-          klElsewhere: 0,
-        },
+        { ...rule, precision: 0.75, recall: 1, f1: 0.857, causal: true, support: 12, klInForce: 1, klElsewhere: 0 },
       ],
       ...{ meanF1: 0.857, nF1AtLeast80: 1, nCausal: 1 },
     },
@@ -153,11 +144,7 @@ function write(name: string, run: ReportData): string {
 }
 
 /** Opens a page, lets the test use it, and fails on any message, error or request that is not the page itself. */
-async function using(
-  url: string,
-  use: (page: Page) => Promise<void>,
-  viewport = { width: 1280, height: 800 },
-) {
+async function using(url: string, use: (page: Page) => Promise<void>, viewport = { width: 1280, height: 800 }) {
   const context = await browser.newContext({ viewport });
   const page = await context.newPage();
   page.setDefaultTimeout(5000);
@@ -200,25 +187,19 @@ const ordinary = ['the', ' lion', ' says', ' "', 'roar', '"', '.', ' he', ' she'
 test('the template has the placeholder once, allows nothing but itself, and never writes HTML', () => {
   assert.equal(template.split('"@@report-data@@"').length, 2);
   assert.match(template, /default-src 'none'/);
-  assert.doesNotMatch(
-    template,
-    /innerHTML|outerHTML|insertAdjacentHTML|document\.write|\beval\(|new Function/,
-  );
+  assert.doesNotMatch(template, /innerHTML|outerHTML|insertAdjacentHTML|document\.write|\beval\(|new Function/);
   assert.doesNotMatch(template, /https?:(?!\/\/www\.w3\.org\/2000\/svg)/);
 });
 
 test('every view works by clicking', options, async () => {
   await using(write('clicks.html', makeRun(2, 6, ordinary)), async page => {
-    for (const text of ['1.25', '0.0456', '7.89', '20 of 24', "'it'\\''s'"])
-      await sees(page, '#overview', text);
+    for (const text of ['1.25', '0.0456', '7.89', '20 of 24', "'it'\\''s'"]) await sees(page, '#overview', text);
     await sees(page, '#overview table', 'exactly CI');
     const curves = page.getByRole('img', { name: /^loss\/total from 2 at step 10 to 1 at step 20/ });
     await showsTip(page, curves, /step \d+: /);
     await page.getByRole('button', { name: 'linear', exact: true }).click();
     assert.equal(await page.locator('button[aria-pressed=true]').innerText(), 'linear');
-    await page
-      .getByRole('img', { name: /^sorted mean CI .* h\.1\.mlp\.c_fc/ })
-      .click({ position: { x: 2, y: 9 } });
+    await page.getByRole('img', { name: /^sorted mean CI .* h\.1\.mlp\.c_fc/ }).click({ position: { x: 2, y: 9 } });
     await sees(page, '#detail h2', 'h.1.mlp.c_fc:4');
     await page.getByRole('link', { name: 'Overview' }).click();
     await page.getByRole('row', { name: 'a rule' }).getByRole('link').click();
@@ -349,10 +330,7 @@ test('hostile token texts stay text', options, async () => {
     assert.deepEqual([scripts, strays, await page.evaluate('window.hit ?? "no"')], [2, 0, 'no']);
     // not even as invisible characters that turn or hide what is beside them
     const rest: string = await page.evaluate('document.body.innerText');
-    assert.doesNotMatch(
-      rest,
-      /[\u200b\u200e\u200f\u061c\u202a-\u202e\u2066-\u2069\ufeff]|(?!\n|\t)\p{Cc}|\p{Cs}/u,
-    );
+    assert.doesNotMatch(rest, /[\u200b\u200e\u200f\u061c\u202a-\u202e\u2066-\u2069\ufeff]|(?!\n|\t)\p{Cc}|\p{Cs}/u);
     await page.goto(`${url}#prompt/1/0`);
     const tokens = await page.locator('#tokens button').allTextContents();
     assert.equal(tokens[0], HOSTILE[0]);
@@ -363,32 +341,28 @@ test('hostile token texts stay text', options, async () => {
   });
 });
 
-test(
-  '10,000 components: only the rows in sight exist, and going through them is quick',
-  options,
-  async () => {
-    const run = makeRun(5, 1001, ordinary);
-    assert.equal(run.harvest.components.length, 10_000);
-    await using(`${write('large.html', run)}#components`, async page => {
-      await sees(page, '#count', '10,000 components');
-      const rows = page.locator('#rows li');
-      assert.ok((await rows.count()) < 60);
-      const height = await page.evaluate('document.querySelector("#rows").offsetHeight');
-      await page.evaluate('document.querySelector("#list").scrollTop = 300000');
-      await page.locator('#rows li[aria-posinset="5003"]').waitFor();
-      assert.ok((await rows.count()) < 60);
-      assert.equal(await page.evaluate('document.querySelector("#rows").offsetHeight'), height);
-      const started = performance.now();
-      await page.locator('#search').fill('roar');
-      await page.locator('#sort').selectOption('density');
-      await page.keyboard.press('Tab');
-      for (let i = 0; i < 20; i++) await page.keyboard.press('j');
-      await page.goto(`${page.url().split('#')[0]}#h.4.mlp.c_fc:999`);
-      await sees(page, '#detail h2', 'h.4.mlp.c_fc:999');
-      assert.ok(performance.now() - started < 5000, 'search, sort and 20 steps');
-    });
-  },
-);
+test('10,000 components: only the rows in sight exist, and going through them is quick', options, async () => {
+  const run = makeRun(5, 1001, ordinary);
+  assert.equal(run.harvest.components.length, 10_000);
+  await using(`${write('large.html', run)}#components`, async page => {
+    await sees(page, '#count', '10,000 components');
+    const rows = page.locator('#rows li');
+    assert.ok((await rows.count()) < 60);
+    const height = await page.evaluate('document.querySelector("#rows").offsetHeight');
+    await page.evaluate('document.querySelector("#list").scrollTop = 300000');
+    await page.locator('#rows li[aria-posinset="5003"]').waitFor();
+    assert.ok((await rows.count()) < 60);
+    assert.equal(await page.evaluate('document.querySelector("#rows").offsetHeight'), height);
+    const started = performance.now();
+    await page.locator('#search').fill('roar');
+    await page.locator('#sort').selectOption('density');
+    await page.keyboard.press('Tab');
+    for (let i = 0; i < 20; i++) await page.keyboard.press('j');
+    await page.goto(`${page.url().split('#')[0]}#h.4.mlp.c_fc:999`);
+    await sees(page, '#detail h2', 'h.4.mlp.c_fc:999');
+    assert.ok(performance.now() - started < 5000, 'search, sort and 20 steps');
+  });
+});
 
 test('a phone: list and component one after the other, nothing sticks out', options, async () => {
   const phone = { width: 375, height: 700 };

@@ -15,11 +15,7 @@ after(() => fs.rmSync(folder, { recursive: true }));
 const scratch = path.join(folder, 'a.safetensors');
 
 /** A file with this header text (spaces fill nothing here) and data. */
-function pack(
-  header: string | Uint8Array,
-  data: Uint8Array | number = 0,
-  headerBytes?: number | bigint,
-): Buffer {
+function pack(header: string | Uint8Array, data: Uint8Array | number = 0, headerBytes?: number | bigint): Buffer {
   const text = Buffer.from(header as string);
   const prefix = Buffer.alloc(8);
   prefix.writeBigUInt64LE(BigInt(headerBytes ?? text.length));
@@ -33,11 +29,7 @@ function refusal(bytes: Uint8Array): string {
   } catch (error) {
     assert(error instanceof UsageError, `not a UsageError: ${(error as Error).stack}`);
     assert(error.message.startsWith(`${scratch}: `) && error.message.length <= 500);
-    assert.doesNotMatch(
-      error.message,
-      /[\p{C}\p{Zl}\p{Zp}]/u,
-      'the message is one line without control characters',
-    );
+    assert.doesNotMatch(error.message, /[\p{C}\p{Zl}\p{Zp}]/u, 'the message is one line without control characters');
     return error.message.slice(scratch.length + 2);
   }
   return 'accepted';
@@ -214,8 +206,7 @@ function agree(bytes: Buffer, what: string): 'accepted' | 'refused' {
     assert.deepEqual([dtype, shape], [entry.dtype, entry.shape.map(Number)], what);
     assert(bytes.subarray(begin, end).equals(entry.bytes), what);
     if (/^B?F(16|32|64)$/.test(dtype)) assertSameFloats(file.readFloat32(name), secondDecoder(entry), what);
-    else if (dtype === 'I32')
-      assert.equal(Buffer.compare(Buffer.from(file.readInt32(name).buffer), entry.bytes), 0);
+    else if (dtype === 'I32') assert.equal(Buffer.compare(Buffer.from(file.readInt32(name).buffer), entry.bytes), 0);
     else assert.throws(() => file.readFloat32(name), UsageError);
   }
   file.close();
@@ -255,18 +246,11 @@ test('decodes all 65,536 F16 and BF16 values as PyTorch does', () => {
     BF16: '62288939305d989d1206bf27693b93ad80577cc29108eafc7a345a9dd74329ac',
   };
   for (const [dtype, expected] of Object.entries(hashes)) {
-    fs.writeFileSync(
-      scratch,
-      pack(`{"x":{"dtype":"${dtype}","shape":[65536],"data_offsets":[0,131072]}}`, every),
-    );
+    fs.writeFileSync(scratch, pack(`{"x":{"dtype":"${dtype}","shape":[65536],"data_offsets":[0,131072]}}`, every));
     const file = openSafetensors(scratch);
     const values = file.readFloat32('x').map(x => (Number.isNaN(x) ? Number.NaN : x));
     file.close();
-    assert.equal(
-      crypto.createHash('sha256').update(new Uint8Array(values.buffer)).digest('hex'),
-      expected,
-      dtype,
-    );
+    assert.equal(crypto.createHash('sha256').update(new Uint8Array(values.buffer)).digest('hex'), expected, dtype);
   }
 });
 
@@ -371,8 +355,7 @@ const accepted: [string, Buffer][] = [
   ],
   ['an escaped name', pack(one.replace('"x"', '"\\u0078\\ud83d\\ude00"'), 4)],
 ];
-for (const [what, bytes] of accepted)
-  test(`accepts ${what}`, () => assert.equal(agree(bytes, what), 'accepted'));
+for (const [what, bytes] of accepted) test(`accepts ${what}`, () => assert.equal(agree(bytes, what), 'accepted'));
 
 const refused: [string, Buffer, RegExp][] = [
   ['an empty file', Buffer.alloc(0), /ends too early/],
@@ -383,11 +366,7 @@ const refused: [string, Buffer, RegExp][] = [
   ['a space before the header', pack(` ${one}`, 4), /must start with '\{'/],
   ['a byte-order mark', pack(`\ufeff${one}`, 4), /must start with '\{'/],
   ['a list as header', pack('[]'), /must start with '\{'/],
-  [
-    'UTF-8 that is cut',
-    pack(Buffer.concat([Buffer.from('{"'), Buffer.from([0xc3]), Buffer.from('":{}}')])),
-    /UTF-8/,
-  ],
+  ['UTF-8 that is cut', pack(Buffer.concat([Buffer.from('{"'), Buffer.from([0xc3]), Buffer.from('":{}}')])), /UTF-8/],
   ['a surrogate in UTF-8', pack(Buffer.from('7b22eda080223a7b7d7d', 'hex')), /UTF-8/],
   ['an overlong slash', pack(Buffer.from('7b22c0af223a7b7d7d', 'hex')), /UTF-8/],
   ['half a surrogate pair as escape', pack(one.replace('"x"', '"\\udc00"'), 4), /surrogate/],
@@ -397,11 +376,7 @@ const refused: [string, Buffer, RegExp][] = [
   ['a comment', pack(`{/**/${one.slice(1)}`, 4), /JSON/],
   ['NaN as number', pack(one.replace('[1]', '[NaN]'), 4), /JSON/],
   ['a name that comes twice', pack(`${one.slice(0, -1)},${one.slice(1)}`, 4), /key "x" comes twice/],
-  [
-    'a name that comes twice, once escaped',
-    pack(`${one.slice(0, -1)},"\\u0078":null}`, 4),
-    /key "x" comes twice/,
-  ],
+  ['a name that comes twice, once escaped', pack(`${one.slice(0, -1)},"\\u0078":null}`, 4), /key "x" comes twice/],
   [
     'a field that comes twice',
     pack(entry('"dtype":"F32","dtype":"F32","shape":[1],"data_offsets":[0,4]'), 4),
@@ -430,11 +405,7 @@ const refused: [string, Buffer, RegExp][] = [
   ['a fraction', pack(one.replace('[1]', '[1.0]'), 4), /1\.0 is not a plain whole number/],
   ['an exponent', pack(one.replace('[1]', '[1e0]'), 4), /1e0 is not a plain whole number/],
   ['a size above 2^53', pack(one.replace('[1]', '[9007199254740993]'), 4), /whole numbers/],
-  [
-    'a product above 2^53',
-    pack(one.replace('[1]', '[4294967296,4294967296]'), 4),
-    /are not what F32 of shape/,
-  ],
+  ['a product above 2^53', pack(one.replace('[1]', '[4294967296,4294967296]'), 4), /are not what F32 of shape/],
   [
     'a shape that does not fill the bytes',
     pack(one.replace('[1]', '[2]'), 4),
@@ -442,11 +413,7 @@ const refused: [string, Buffer, RegExp][] = [
   ],
   ['offsets the wrong way round', pack(one.replace('[0,4]', '[4,0]'), 4), /bytes 4 to 0/],
   ['a hole at the start', pack(one.replace('[0,4]', '[4,8]'), 8), /overlap or hole at byte 62/],
-  [
-    'a hole',
-    pack(`${one.slice(0, -1)},"y":{"dtype":"U8","shape":[1],"data_offsets":[5,6]}}`, 6),
-    /overlap or hole/,
-  ],
+  ['a hole', pack(`${one.slice(0, -1)},"y":{"dtype":"U8","shape":[1],"data_offsets":[5,6]}}`, 6), /overlap or hole/],
   [
     'an overlap',
     pack(`${one.slice(0, -1)},"y":{"dtype":"U8","shape":[4],"data_offsets":[3,7]}}`, 7),
@@ -471,18 +438,13 @@ const refused: [string, Buffer, RegExp][] = [
   ['a string of 5,000,000 escapes', pack(`{"${'\\n'.repeat(5e6)}":0}`), /./],
   ['a string of 20,000,000 letters', pack(`{"${'a'.repeat(2e7)}":0}`), /dtype is none of/],
 ];
-for (const [what, bytes, message] of refused)
-  test(`refuses ${what}`, () => assert.match(refusal(bytes), message));
+for (const [what, bytes, message] of refused) test(`refuses ${what}`, () => assert.match(refusal(bytes), message));
 
 test('refuses a header above 100 MB, a folder and a missing file', () => {
   fs.writeFileSync(scratch, pack('{', 0, 100_000_001));
   fs.truncateSync(scratch, 300e6); // sparse
   assert.throws(() => openSafetensors(scratch), /header of 100000001 bytes; at most 100 MB/);
-  for (const missing of [
-    folder,
-    path.join(folder, 'gone'),
-    ...(fs.existsSync('/dev/zero') ? ['/dev/zero'] : []),
-  ])
+  for (const missing of [folder, path.join(folder, 'gone'), ...(fs.existsSync('/dev/zero') ? ['/dev/zero'] : [])])
     assert.throws(() => openSafetensors(missing), /is not a file; a \.safetensors file is expected here/);
 });
 
@@ -517,9 +479,7 @@ test('no mutated file crashes the reader or gives another tensor than the second
     return Math.floor((state / 2 ** 32) * n);
   };
   const pick = <T>(list: readonly T[]) => list[random(list.length)]!;
-  const originals = ['mixed', 'tiny'].map(name =>
-    fs.readFileSync(path.join(fixtures, `${name}.safetensors`)),
-  );
+  const originals = ['mixed', 'tiny'].map(name => fs.readFileSync(path.join(fixtures, `${name}.safetensors`)));
   const numbers =
     '0 1 2 3 4 5 8 16 007 -0 -1 1.0 4e0 2147483648 4294967296 9007199254740991 9007199254740993 18446744073709551616 ""'.split(
       ' ',
@@ -528,18 +488,9 @@ test('no mutated file crashes the reader or gives another tensor than the second
   const onHeader: ((header: string) => string)[] = [
     h => replaceOne(h, /\d+/g, () => pick(numbers)), // a size or an offset
     h => replaceOne(h, /\d+/g, n => String(Math.max(0, Number(n) + random(9) - 4))),
-    h =>
-      replaceOne(h, /(?<=[[,])\d+/g, n => pick([`${n}.0`, `${n}e0`, `-${n}`, `0${n}`, `"${n}"`, ` ${n}\n`])),
-    h =>
-      replaceOne(
-        h,
-        /"(BOOL|[BUIF]+\d+)"/g,
-        () => `"${pick([...Object.keys(BITS), 'F4', 'f32', '', '__proto__'])}"`,
-      ),
-    h =>
-      replaceOne(h, /\[[\d,]*\]/g, () =>
-        pick(['[]', '[0]', '[1,1,1,1]', '[0,4]', '[[1]]', '{}', 'null', '["1"]']),
-      ),
+    h => replaceOne(h, /(?<=[[,])\d+/g, n => pick([`${n}.0`, `${n}e0`, `-${n}`, `0${n}`, `"${n}"`, ` ${n}\n`])),
+    h => replaceOne(h, /"(BOOL|[BUIF]+\d+)"/g, () => `"${pick([...Object.keys(BITS), 'F4', 'f32', '', '__proto__'])}"`),
+    h => replaceOne(h, /\[[\d,]*\]/g, () => pick(['[]', '[0]', '[1,1,1,1]', '[0,4]', '[[1]]', '{}', 'null', '["1"]'])),
     h => replaceOne(h, /(?<=\[)[\d,]+(?=\])/g, list => list.split(',').reverse().join()),
     h => replaceOne(h, /(?<=\[)[\d,]*(?=\])/g, list => [...list.split(',').filter(Boolean), '1'].join()),
     h => replaceOne(h, /[{}[\],:"]/g, () => pick([...'{}[],:" ', '\\', ''])),
@@ -547,17 +498,10 @@ test('no mutated file crashes the reader or gives another tensor than the second
     h => replaceOne(h, /"[a-z0-9_]+":\{"dtype".*?\]\}/g, e => `${e},${e}`), // the same entry twice
     h => replaceOne(h, /"[a-z0-9_]+":\{"dtype".*?\]\},/g, () => ''), // one fewer: a hole
     h =>
-      replaceOne(h, /"(dtype|shape|data_offsets)"/g, () =>
-        pick(['"dtype"', '"shape"', '"data_offsets"', '"extra"']),
-      ),
+      replaceOne(h, /"(dtype|shape|data_offsets)"/g, () => pick(['"dtype"', '"shape"', '"data_offsets"', '"extra"'])),
     h =>
-      replaceOne(h, /[a-z]/g, c =>
-        pick([c.toUpperCase(), `\\u00${c.charCodeAt(0).toString(16)}`, '\\ud800', '\\x']),
-      ),
-    h =>
-      replaceOne(h, /"[a-z0-9_]+"(?=:\{"dtype")/g, () =>
-        pick(['"__proto__"', '"__metadata__"', '"f32"', '"new"']),
-      ),
+      replaceOne(h, /[a-z]/g, c => pick([c.toUpperCase(), `\\u00${c.charCodeAt(0).toString(16)}`, '\\ud800', '\\x'])),
+    h => replaceOne(h, /"[a-z0-9_]+"(?=:\{"dtype")/g, () => pick(['"__proto__"', '"__metadata__"', '"f32"', '"new"'])),
     h => h + pick([' ', '   ', '\n', '\0', '{}', ',', ' }']),
     h => pick([' ', '\n', '\ufeff', '[', '']) + h,
   ];

@@ -42,10 +42,7 @@ test('the wheel for a platform, or one line that says why there is none', () => 
   assert.equal(wheelName(false, 'linux', 'x64', '2.36'), 'tensorflow-cpu');
   assert.equal(wheelName(true, 'linux', 'x64', '2.36'), 'tensorflow');
   assert.equal(wheelName(false, 'linux', 'arm64', '2.36'), 'tensorflow');
-  assert.throws(
-    () => wheelName(true, 'linux', 'arm64', '2.36'),
-    /with CUDA for linux arm64.*x86_64; other engines/,
-  );
+  assert.throws(() => wheelName(true, 'linux', 'arm64', '2.36'), /with CUDA for linux arm64.*x86_64; other engines/);
   assert.throws(() => wheelName(false, 'darwin', 'arm64', undefined), /for darwin arm64: it takes Linux/);
   assert.throws(() => wheelName(false, 'linux', 'x64', ''), /linux x64 without glibc/);
 });
@@ -84,10 +81,7 @@ test('missing programs are named in one line before anything is made', { skip: !
   const env = { PATH: folder, NANO_TENSORFLOW_CACHE: path.join(folder, 'cache') };
   const { status, stderr } = spawnSync(process.execPath, SCRIPT, { cwd: PROJECT, env });
   assert.equal(status, 1);
-  assert.match(
-    String(stderr),
-    /^setup-tensorflow: missing here: Python 3, pip, npm, g\+\+ \(.*apt install.*\)\n$/,
-  );
+  assert.match(String(stderr), /^setup-tensorflow: missing here: Python 3, pip, npm, g\+\+ \(.*apt install.*\)\n$/);
   assert.deepEqual(fs.readdirSync(folder), []);
 });
 
@@ -105,8 +99,7 @@ test('an interrupt ends the download and leaves nothing half-made', { skip: !run
     talk += text;
   });
   const exit = once(child, 'exit');
-  while (child.exitCode === null && !files().some(name => name.endsWith('part')))
-    await util.promisify(setTimeout)(50);
+  while (child.exitCode === null && !files().some(name => name.endsWith('part'))) await util.promisify(setTimeout)(50);
   child.kill('SIGINT');
   assert.deepEqual((await exit)[0], 130, talk);
   assert.match(talk, /^downloading tensorflow\S* .*\nsetup-tensorflow: interrupted;.*\n$/);
@@ -126,10 +119,7 @@ const absent = engine instanceof Error && engine.message;
 test('loading tells the version, or in one line what to do', () => {
   assert.deepEqual(process.argv.splice(-4), flags);
   if (absent)
-    return assert.match(
-      absent,
-      /^TensorFlow (is not installed|does not load \(.*\)): run `npm run tensorflow`$/,
-    );
+    return assert.match(absent, /^TensorFlow (is not installed|does not load \(.*\)): run `npm run tensorflow`$/);
   assert.match((engine as { version: string }).version, /^\d+\.\d+/);
   assert.equal(tf.getBackend(), 'tensorflow');
   assert.deepEqual(tf.topk([3, 1, 2], 2).values.arraySync(), [3, 2]); // calls util.isNullOrUndefined
@@ -138,8 +128,7 @@ test('loading tells the version, or in one line what to do', () => {
 test('bf16 products', { skip: absent }, async t => {
   useBf16Products();
   // the exact product, without a matrix product: [.., n, 1, k] · [.., 1, m, k] summed over k
-  const exact = (a: tf.Tensor, b: tf.Tensor) =>
-    tf.sum(tf.mul(tf.expandDims(a, -2), tf.expandDims(b, -3)), -1);
+  const exact = (a: tf.Tensor, b: tf.Tensor) => tf.sum(tf.mul(tf.expandDims(a, -2), tf.expandDims(b, -3)), -1);
   const relativeError = (got: tf.Tensor, expected: tf.Tensor) =>
     tf.div(tf.norm(tf.sub(got, expected)), tf.norm(expected)).dataSync()[0]!;
   const swap = (x: tf.Tensor) => tf.transpose(x, x.rank === 2 ? [1, 0] : [0, 2, 1]);
@@ -150,12 +139,7 @@ test('bf16 products', { skip: absent }, async t => {
         for (const transposeB of [false, true]) {
           const a = tf.randomNormal([...batch, 8, 64], 0, 1, 'float32', 1);
           const b = tf.randomNormal([...batch, 16, 64], 0, 1, 'float32', 2); // as [m, k]
-          const product = tf.matMul(
-            transposeA ? swap(a) : a,
-            transposeB ? b : swap(b),
-            transposeA,
-            transposeB,
-          );
+          const product = tf.matMul(transposeA ? swap(a) : a, transposeB ? b : swap(b), transposeA, transposeB);
           assert.deepEqual([product.shape, product.dtype], [[...batch, 8, 16], 'float32']);
           const error = relativeError(product, exact(a, b));
           assert.ok(error > 1e-4 && error < 1e-2, `relative error ${error}`); // float32 would have 1e-7
@@ -175,11 +159,7 @@ test('bf16 products', { skip: absent }, async t => {
       const gradient = tf.grad(x => tf.sum(tf.square(tf.matMul(x as tf.Tensor2D, w))))(a);
       const error = relativeError(gradient, exact(tf.mul(exact(a, swap(w)), 2), w));
       assert.ok(error > 1e-4 && error < 1e-2, `relative error ${error}`);
-      const fused = tf.fused.matMul({
-        a: tf.tensor2d([[1.001]]),
-        b: tf.tensor2d([[1]]),
-        bias: tf.tensor1d([2]),
-      });
+      const fused = tf.fused.matMul({ a: tf.tensor2d([[1.001]]), b: tf.tensor2d([[1]]), bias: tf.tensor1d([2]) });
       assert.deepEqual(fused.arraySync(), [[3]]);
     });
     assert.equal(tf.memory().numTensors, before);
@@ -192,10 +172,7 @@ test('bf16 products', { skip: absent }, async t => {
       ops.push(args[0]);
       return (real.executeOp as (...args: unknown[]) => unknown)(...args);
     };
-    backend.binding = new Proxy(
-      {},
-      { get: (_, name: string) => (name === 'executeOp' ? record : real[name]) },
-    );
+    backend.binding = new Proxy({}, { get: (_, name: string) => (name === 'executeOp' ? record : real[name]) });
     try {
       tf.matMul(tf.ones([2, 2]), tf.ones([2, 2])).dataSync();
     } finally {

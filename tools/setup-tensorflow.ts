@@ -290,9 +290,7 @@ if (process.argv[1] && realpathSync(process.argv[1]) === import.meta.filename) {
   for (const signal of ['SIGINT', 'SIGTERM']) process.on(signal, () => interrupt.abort());
   await main().catch(error => {
     const { aborted } = interrupt.signal;
-    say(
-      `setup-tensorflow: ${aborted ? 'interrupted; what is whole is kept for the next try' : error.message}`,
-    );
+    say(`setup-tensorflow: ${aborted ? 'interrupted; what is whole is kept for the next try' : error.message}`);
     process.exitCode = aborted ? 130 : (error.exitCode ?? 1);
   });
 }

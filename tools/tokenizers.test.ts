@@ -61,8 +61,7 @@ test('what the library would get wrong or does not know is refused by name', () 
     fs.writeFileSync(path.join(folder, 'tokenizer.json'), JSON.stringify(json));
     assert.throws(
       () => loadTokenizer(folder),
-      (error: Error) =>
-        error instanceof UsageError && message.test(error.message) && !error.message.includes('\n'),
+      (error: Error) => error instanceof UsageError && message.test(error.message) && !error.message.includes('\n'),
     );
   }
 });

@@ -7,16 +7,7 @@ import { fileURLToPath } from 'node:url';
 import { Tokenizer } from '@huggingface/tokenizers';
 import * as tf from '@tensorflow/tfjs';
 import { DEFAULTS, loadTarget, startEngine } from '../nano-param-decomp.ts';
-import {
-  nextWordLoss,
-  ownEntropy,
-  ROW,
-  RULES,
-  readStory,
-  sampleStory,
-  seeded,
-  VOCABULARY,
-} from './make-toy.ts';
+import { nextWordLoss, ownEntropy, ROW, RULES, readStory, sampleStory, seeded, VOCABULARY } from './make-toy.ts';
 
 const toy = fileURLToPath(new URL('../assets/toy/', import.meta.url));
 const text = (file: string) => readFileSync(join(toy, file), 'utf8');
@@ -24,10 +15,7 @@ const corpus = text('corpus.txt').trimEnd().split('\n');
 const rows: number[][] = JSON.parse(text('eval.json'));
 const { rules, labels } = JSON.parse(text('labels.json')) as { rules: typeof RULES; labels: number[][][] };
 const evaluation = rows.map(row => row.slice(1).map(id => VOCABULARY[id]!));
-const tokenizer = new Tokenizer(
-  JSON.parse(text('tokenizer.json')),
-  JSON.parse(text('tokenizer_config.json')),
-);
+const tokenizer = new Tokenizer(JSON.parse(text('tokenizer.json')), JSON.parse(text('tokenizer_config.json')));
 
 const sum = (numbers: Iterable<number>) => [...numbers].reduce((a, b) => a + b, 0);
 const near = (a: number, b: number, tolerance: number, what: string) =>

@@ -22,26 +22,13 @@ const toy = (file: string) => path.join(project, 'assets/toy', file);
 
 /** The toy's target with a very small decomposition. */
 const small = [
-  ...[
-    '--preset=toy',
-    `--data=${toy('eval.json')}`,
-    `--eval-data=${toy('eval.json')}`,
-    '--labels=',
-    '--no-harvest',
-  ],
+  ...['--preset=toy', `--data=${toy('eval.json')}`, `--eval-data=${toy('eval.json')}`, '--labels=', '--no-harvest'],
   ...['--components=*=8', '--ci-d-model=16', '--ci-mlp-hidden=32', '--batch-size=4'],
   ...['--eval-batch-size=2', '--pgd-eval-n-steps=2', '--log-every=1'],
 ];
 // a step of a traced graph takes 2 ms, so such a run has more of them
 const engines = {
-  wasm: [
-    ...small,
-    '--engine=wasm',
-    '--n-steps=14',
-    '--save-every=1',
-    '--eval-freq=4',
-    '--faithfulness-warmup-steps=3',
-  ],
+  wasm: [...small, '--engine=wasm', '--n-steps=14', '--save-every=1', '--eval-freq=4', '--faithfulness-warmup-steps=3'],
   tensorflow: [
     ...[...small, '--engine=tensorflow', '--threads=1', '--n-steps=150', '--save-every=4', '--eval-freq=40'],
     '--faithfulness-warmup-steps=0',
@@ -211,14 +198,8 @@ test('a resumed run refuses another config, model or data by name, and takes wha
   t.mock.method(console, 'log', () => {});
   const goOn = (...flags: string[]) => main(['--resume', `--out=${out}`, ...flags]);
   for (const [flag, message] of refused)
-    await assert.rejects(
-      goOn(flag),
-      (error: Error) => error instanceof UsageError && message.test(error.message),
-    );
-  assert.equal(
-    await goOn(`--model=${movedModel}`, '--log-every=7', '--eval-freq=0', '--rounding-threshold=0.1'),
-    0,
-  );
+    await assert.rejects(goOn(flag), (error: Error) => error instanceof UsageError && message.test(error.message));
+  assert.equal(await goOn(`--model=${movedModel}`, '--log-every=7', '--eval-freq=0', '--rounding-threshold=0.1'), 0);
   assert.deepEqual(result(out), before);
   await assert.rejects(main([...engines.wasm, `--out=${out}`]), /: holds a run; --resume goes on with it/);
   await assert.rejects(main(['--resume', `--out=${inRoot('nothing')}`]), UsageError);
@@ -259,8 +240,6 @@ test('killed at any moment, a run goes on to the same bytes', async t => {
     assertSame(out, engine, `killed at ${seen.at(-1)}`);
     fs.rmSync(out, { recursive: true });
   }
-  t.diagnostic(
-    `killed at steps (-1: before config.json; !: the previous checkpoint was loaded): ${seen.join(', ')}`,
-  );
+  t.diagnostic(`killed at steps (-1: before config.json; !: the previous checkpoint was loaded): ${seen.join(', ')}`);
   assert(seen.length > 2, 'most runs ended before they could be killed');
 });
