@@ -154,28 +154,23 @@ const FIELDS: Record<string, Field<Value>> = Object.assign({}, ...Object.values(
 export const DEFAULTS = Object.fromEntries(Object.entries(FIELDS).map(([k, f]) => [k, f.value])) as Config;
 
 const bundled = (file: string) => fileURLToPath(new URL(`assets/toy/${file}`, import.meta.url));
-/** Named settings: the difference to the defaults, with its source. */
+/** Named settings: their source, what differs from the defaults, and the target that they are meant for. */
 interface Preset {
   source: string;
   config: Partial<Config>;
-  /** the target that it is meant for */
   target?: Partial<Architecture>;
 }
+// biome-ignore format: a line for what belongs together
 export const PRESETS: Record<string, Preset> = {
   toy: {
     source: 'ours: the bundled one-layer target with known rules',
     config: {
-      ...{
-        model: bundled(''),
-        data: bundled('corpus.txt'),
-        evalData: bundled('eval.json'),
-        labels: bundled('labels.json'),
-      },
-      ...{ components: '*.attn.*=48,*.mlp.*=128', seqLen: 32, batchSize: 16, nSteps: 2000, mainLr: 7e-3 },
-      ...{ coeffFaith: 1e4, coeffImp: 5e-4, impBeta: 4, ppgdLr: 0.05, seed: 0 },
-      ...{ faithfulnessWarmupLr: 5e-3, faithfulnessWarmupLrFinalFrac: 0.05 },
-      ...{ ciDModel: 64, ciNBlocks: 1, ciNHeads: 4, ciMlpHidden: 256 },
-      ...{ evalFreq: 1000, slowEvalFreq: 0, evalBatchSize: 128, saveEvery: 1000 },
+      model: bundled(''), data: bundled('corpus.txt'), evalData: bundled('eval.json'), labels: bundled('labels.json'),
+      components: '*.attn.*=48,*.mlp.*=128', seqLen: 32, batchSize: 16, nSteps: 2000, mainLr: 7e-3,
+      coeffFaith: 1e4, coeffImp: 5e-4, impBeta: 4, ppgdLr: 0.05, seed: 0,
+      faithfulnessWarmupLr: 5e-3, faithfulnessWarmupLrFinalFrac: 0.05,
+      ciDModel: 64, ciNBlocks: 1, ciNHeads: 4, ciMlpHidden: 256,
+      evalFreq: 1000, slowEvalFreq: 0, evalBatchSize: 128, saveEvery: 1000,
     },
   },
   'simplestories-2L': {
@@ -183,7 +178,7 @@ export const PRESETS: Record<string, Preset> = {
     target: { nLayers: 2, dModel: 192, nHeads: 6, vocab: 4019 },
     config: {
       components: '*.q_proj=288,*.k_proj=288,*.v_proj=384,*.o_proj=480,*.c_fc=1152,*.down_proj=960',
-      ...{ ciDModel: 512, ciNBlocks: 4, ciNHeads: 8, ciMlpHidden: 2048, coeffImp: 1e-3, mainLr: 3e-4 },
+      ciDModel: 512, ciNBlocks: 4, ciNHeads: 8, ciMlpHidden: 2048, coeffImp: 1e-3, mainLr: 3e-4,
     },
   },
   'pile-4L': {
@@ -191,7 +186,7 @@ export const PRESETS: Record<string, Preset> = {
     target: { nLayers: 4, dModel: 768, nHeads: 6, dMlp: 3072, vocab: 50_277 },
     config: {
       components: '*.q_proj=512,*.k_proj=512,*.v_proj=1024,*.o_proj=1024,*.c_fc=3072,*.down_proj=3584',
-      ...{ batchSize: 64, seqLen: 512, ciDModel: 2048, ciNBlocks: 8, ciNHeads: 16, ciMlpHidden: 8192 },
+      batchSize: 64, seqLen: 512, ciDModel: 2048, ciNBlocks: 8, ciNHeads: 16, ciMlpHidden: 8192,
     },
   },
 };
@@ -228,6 +223,9 @@ export interface Engine {
    */
   compile<F extends Tensors, O extends Tensors>(name: string, fn: (feeds: F) => O): (feeds: F) => Promise<O>;
 }
+/** Right on every engine, and what a traced graph is compared with. */
+const opByOp: Pick<Engine, 'compile'> = { compile: (_name, fn) => async feeds => tf.tidy(() => fn(feeds)) };
+
 /** tf.tidy for an async function: disposes of the tensors made in it. (Jobs run one at a time.) */
 export async function tidyAsync<X>(job: () => Promise<X>): Promise<X> {
   tf.engine().startScope();
@@ -238,9 +236,6 @@ export async function tidyAsync<X>(job: () => Promise<X>): Promise<X> {
   }
 }
 const numbers = async (t: T): Promise<Float32Array> => (await t.data()) as Float32Array;
-
-/** Right on every engine, and what a traced graph is compared with. */
-const opByOp: Pick<Engine, 'compile'> = { compile: (_name, fn) => async feeds => tf.tidy(() => fn(feeds)) };
 
 /** import() of a part that may be missing. */
 async function optional<M>(part: Promise<M>): Promise<M | undefined> {
@@ -255,75 +250,34 @@ type EngineOptions = Pick<Config, 'engine' | 'precision' | 'graph' | 'xla' | 'th
 
 /** Starts the engine that the config asks for. @throws UsageError if it isn't there */
 export async function startEngine(options: EngineOptions): Promise<Engine> {
+  const { engine: wanted, precision } = options;
   let why = '';
-  if (options.engine === 'webgpu') return startWebGpu();
-  if (options.engine !== 'wasm') {
+  if (wanted !== 'wasm') {
     try {
-      return await startTensorFlow(options);
+      if (wanted === 'webgpu') return { ...opByOp, ...(await (await import('./engine/webgpu.ts')).startWebGpu()) };
+      const part = await optional(import('./engine/tensorflow.ts'));
+      if (part) return { ...opByOp, ...(await part.startTensorFlow(options)) };
+      await import('@tensorflow/tfjs-node-gpu' as string);
+      await tf.setBackend('tensorflow');
+      return { name: 'tensorflow', gpu: false, ...opByOp, description: 'TensorFlow, op by op (no engine/ folder)' };
     } catch (error) {
       why = `; ${(error as Error).message.split('\n')[0]}`;
-      if (options.engine === 'tensorflow') refuse(`--engine tensorflow${why}`);
+      if (wanted !== 'auto') refuse(`--engine ${wanted}${why}`);
     }
   }
-  if (/tf32|bf16/.test(options.precision)) refuse(`--precision ${options.precision}: only on TensorFlow${why}`);
-  const name = (await startWasm()) ? 'wasm' : 'cpu';
-  if (name === 'cpu') await tf.setBackend('cpu');
+  if (/tf32|bf16/.test(precision)) refuse(`--precision ${precision}: only on TensorFlow${why}`);
+  const part = await optional(import('./engine/wasm.ts'));
+  if (part) await part.startWasm();
+  else if (await optional(import('@tensorflow/tfjs-backend-wasm'))) await tf.setBackend('wasm');
+  const name = tf.getBackend();
   const what = name === 'wasm' ? 'WASM' : 'plain JavaScript, slow (no @tensorflow/tfjs-backend-wasm)';
   return { name, gpu: false, ...opByOp, description: `TFJS ${tf.version.tfjs} on ${what}${why}` };
 }
 
-async function startTensorFlow({ precision, graph, xla, threads, nSteps = 0 }: EngineOptions): Promise<Engine> {
-  const engine = await optional(import('./engine/tensorflow.ts'));
-  if (!engine) {
-    await import('@tensorflow/tfjs-node-gpu' as string);
-    await tf.setBackend('tensorflow');
-    return { name: 'tensorflow', gpu: false, ...opByOp, description: 'TensorFlow, op by op (no engine/ folder)' };
-  }
-  const { loadTensorFlow, useBf16Products } = engine;
-  const { Graph } = await import('./engine/graph.ts');
-  const products = precision === 'auto' ? {} : { precision: precision as 'float32' | 'tf32' | 'bf16' };
-  const { version, gpu } = await loadTensorFlow({ ...products, ...(threads > 0 ? { threads } : {}) });
-  if (precision === 'bf16') useBf16Products();
-  // on a CPU XLA saves a tenth to a third of a step, after compiling for a minute in all; on CUDA nobody measured it
-  const compiled = graph && (xla === 'on' || (xla === 'auto' && nSteps >= 10_000 && !gpu));
-  const session = graph ? new Graph({ xla: compiled }) : undefined;
-  const run: Pick<Engine, 'compile'> = session ? { compile: (name, fn) => session.compile(name, fn) } : opByOp;
-  const how = session ? `traced graph${compiled ? ', XLA' : ''}` : 'op by op';
-  return {
-    name: 'tensorflow',
-    gpu,
-    ...run,
-    description: `TensorFlow ${version} on ${gpu ? 'CUDA' : 'the CPU'}, ${how}`,
-  };
-}
-
-async function startWasm(): Promise<boolean> {
-  const engine = await optional(import('./engine/wasm.ts'));
-  if (!engine) return (await optional(import('@tensorflow/tfjs-backend-wasm'))) !== undefined && tf.setBackend('wasm');
-  await engine.loadWasm();
-  engine.fastWasmKernels();
-  return true;
-}
-
-/** Node has no GPU object of its own: the npm package `webgpu` (Dawn) brings one. */
-async function startWebGpu(): Promise<Engine> {
-  try {
-    const { create, globals } = (await import('webgpu' as string)) as { create(o: string[]): unknown; globals: object };
-    Object.assign(globalThis, globals);
-    Object.defineProperty(globalThis, 'navigator', { value: { gpu: create([]) }, configurable: true });
-    await import('@tensorflow/tfjs-backend-webgpu' as string);
-    if (!(await tf.setBackend('webgpu'))) throw new Error('no adapter');
-  } catch (error) {
-    const reason = (error as Error).message.split('\n')[0];
-    refuse(`--engine webgpu: ${reason} (npm install --no-save webgpu @tensorflow/tfjs-backend-webgpu)`);
-  }
-  return { name: 'webgpu', gpu: true, ...opByOp, description: `TFJS ${tf.version.tfjs} on WebGPU` };
-}
-
 /** What a random number is for. With the seed and the step it is its whole address, so a step can be replayed. */
+// biome-ignore format: a line each takes ten lines
 const PURPOSE = {
-  ...{ mask: 1, delta: 2, route: 3, routeCount: 4, randomMask: 5, pgd: 6, shuffle: 7, sources: 8, harvest: 9 },
-  init: 16,
+  mask: 1, delta: 2, route: 3, routeCount: 4, randomMask: 5, pgd: 6, shuffle: 7, sources: 8, harvest: 9, init: 16,
 };
 
 /** The part of the address that changes from step to step: a tensor, since it must enter a traced graph as a feed. */

@@ -32,6 +32,12 @@ export async function loadWasm(): Promise<{ version: string; simd: boolean }> {
   return { version: wasm.version_wasm, simd: Boolean(await tf.env().getAsync('WASM_HAS_SIMD_SUPPORT')) };
 }
 
+/** The backend with its fast kernels. */
+export async function startWasm(): Promise<void> {
+  await loadWasm();
+  fastWasmKernels();
+}
+
 /** What is used of the compiled module besides TFJS's part of it. */
 interface Emscripten {
   HEAPU8: Uint8Array;
