@@ -1550,7 +1550,7 @@ const LOSSES = ['faith', 'imp', 'stoch', 'ppgd'] as const;
 
 /**
  * Losses and gradients of one batch (or shard), and the adversary's moves: `ppgdInnerSteps` before, one after.
- * @returns losses [4] in the order of LOSSES, gradients by parameter name, the sources afterwards, L0 (mean number of
+ * @returns losses [4] in the order of LOSSES, gradients by parameter name, the sources `after` it, L0 (mean number of
  *   components with g > ciAliveThreshold)
  */
 export function lossesAndGradients(
@@ -1602,7 +1602,7 @@ export function lossesAndGradients(
     sources = ascend(sources, tf.div(dSources, config.coeffPpgd), config, lrPpgd, c1[k]!, c2[k]!);
   }
   const l0 = tf.div(tf.sum(indicator(tf.greater(g, config.ciAliveThreshold))), N);
-  return { losses: value, gradients, sources, l0 };
+  return { losses: value, gradients, after: sources, l0 };
 }
 
 /** The gradients of each group side by side in one vector. */
@@ -1641,14 +1641,8 @@ export function applyGradients({ config }: Problem, state: State, gradients: Rec
 /** What a compiled step returns, in order. */
 const STEP_METRICS = [
   ...LOSSES.map(l => `loss/${l}`),
-  ...['loss/total', 'train/l0', 'grad_norm/components', 'grad_norm/ci_fn'],
+  ...['train/l0', 'loss/total', 'grad_norm/components', 'grad_norm/ci_fn'],
 ];
-
-function stepMetrics(config: Config, losses: T, l0: T, norms: Record<Group, T>): T {
-  const coefficients = [config.coeffFaith, config.coeffImp, config.coeffStoch, config.coeffPpgd];
-  const total = tf.sum(tf.mul(losses, coefficients));
-  return tf.concat([losses, tf.stack([total, l0, norms.components, norms.ci_fn])]);
-}
 
 /** The feeds of a step that are the same for all of its shards. */
 function scheduleFeeds(config: Config, step: number): Omit<StepFeeds, 'tokens' | 'key'> {
@@ -1663,79 +1657,84 @@ function scheduleFeeds(config: Config, step: number): Omit<StepFeeds, 'tokens' |
  */
 export function compileStep(engine: Engine, problem: Problem, state: State) {
   const { config } = problem;
-  const { s, m, v } = state.sources;
+  const { sources, summed } = state;
   const R = config.microBatches;
-  const n = s.shape[0]! / R; // positions of a shard
+  const n = sources.s.shape[0]! / R; // positions of a shard
+
+  /** One forward and backward, which moves the shard's rows of the sources. */
+  const runShard = (feeds: StepFeeds, index?: T) => {
+    const rows = index && (tf.add(tf.range(0, n, 1, 'int32'), tf.mul(index, tf.scalar(n, 'int32'))) as tf.Tensor1D);
+    const mine = (all: tf.Variable): T => (rows ? tf.gather(all, rows) : all);
+    const before = { s: mine(sources.s), m: mine(sources.m), v: mine(sources.v) };
+    const { losses, l0, gradients, after } = lossesAndGradients(problem, state.params, before, feeds);
+    for (const name of ['s', 'm', 'v'] as const) {
+      const [all, moved] = [sources[name], after[name]];
+      all.assign(rows ? tf.tensorScatterUpdate(all, rows.reshape([n, 1]), moved) : moved);
+    }
+    return { values: tf.concat([losses, l0.reshape([1])]), gradients: flatten(gradients) };
+  };
+  const update = (values: T, gradients: Record<Group, T>, feeds: AdamFeeds) => {
+    const norms = applyGradients(problem, state, gradients, feeds);
+    const coefficients = [config.coeffFaith, config.coeffImp, config.coeffStoch, config.coeffPpgd, 0];
+    const total = tf.sum(tf.mul(values, coefficients));
+    return { metrics: tf.concat([values, tf.stack([total, norms.components, norms.ci_fn])]) };
+  };
 
   const whole = engine.compile('step', (feeds: StepFeeds) => {
-    const { losses, gradients, sources, l0 } = lossesAndGradients(problem, state.params, { s, m, v }, feeds);
-    s.assign(sources.s);
-    m.assign(sources.m);
-    v.assign(sources.v);
-    const norms = applyGradients(problem, state, flatten(gradients), feeds);
-    return { metrics: stepMetrics(config, losses, l0, norms) };
+    const { values, gradients } = runShard(feeds);
+    return update(values, gradients, feeds);
   });
   const shard = engine.compile('shard', ({ index, ...feeds }: StepFeeds & { index: T }) => {
-    const rows = tf.add(tf.range(0, n, 1, 'int32'), tf.mul(index, tf.scalar(n, 'int32'))) as tf.Tensor1D;
-    const mine = { s: tf.gather(s, rows), m: tf.gather(m, rows), v: tf.gather(v, rows) };
-    const { losses, gradients, sources, l0 } = lossesAndGradients(problem, state.params, mine, feeds);
-    const put = (all: tf.Variable, part: T) => all.assign(tf.tensorScatterUpdate(all, rows.reshape([n, 1]), part));
-    put(s, sources.s);
-    put(m, sources.m);
-    put(v, sources.v);
-    const flat = flatten(gradients);
+    const { values, gradients } = runShard(feeds, index);
     for (const group of GROUPS_OF_PARAMS) {
-      state.summed[group].assign(tf.add(state.summed[group], tf.div(flat[group], R)));
+      summed[group].assign(tf.add(summed[group], tf.div(gradients[group], R)));
     }
-    return { losses: tf.div(losses, R), l0: tf.div(l0, R) };
+    return { values: tf.div(values, R) };
   });
-  const update = engine.compile('update', ({ losses, l0, ...feeds }: AdamFeeds & Record<'losses' | 'l0', T>) => {
-    const norms = applyGradients(problem, state, state.summed, feeds);
-    for (const sum of Object.values(state.summed)) sum.assign(tf.zerosLike(sum));
-    return { metrics: stepMetrics(config, losses, l0, norms) };
+  const finish = engine.compile('update', ({ values, ...feeds }: AdamFeeds & { values: T }) => {
+    const done = update(values, summed, feeds);
+    for (const sum of Object.values(summed)) sum.assign(tf.zerosLike(sum));
+    return done;
   });
 
   return (step: number, data: Rows): Promise<Float32Array> =>
     tidyAsync(async () => {
       const rows = batchIndices(data.count, config.batchSize, step, config.seed);
       const shared = scheduleFeeds(config, step);
-      const feeds = (r: number) => ({
-        ...{ ...shared, key: randomKey(config.seed, step * R + r) },
+      const feeds = (r: number): StepFeeds => ({
+        ...shared,
+        key: randomKey(config.seed, step * R + r),
         tokens: tokenBatch(data, rows.slice((r * rows.length) / R, ((r + 1) * rows.length) / R)),
       });
       if (R === 1) return numbers((await whole(feeds(0))).metrics);
-      let [losses, l0]: [T, T] = [tf.zeros([LOSSES.length]), tf.scalar(0)];
+      let values: T = tf.zeros([LOSSES.length + 1]);
       for (let r = 0; r < R; r++) {
-        const part = await shard({ ...feeds(r), index: tf.scalar(r, 'int32') });
-        [losses, l0] = [tf.add(losses, part.losses), tf.add(l0, part.l0)];
+        values = tf.add(values, (await shard({ ...feeds(r), index: tf.scalar(r, 'int32') })).values);
       }
       const { lrMain, c1, c2 } = shared;
-      return numbers((await update({ losses, l0, lrMain, c1, c2 })).metrics);
+      return numbers((await finish({ values, lrMain, c1, c2 })).metrics);
     });
 }
 
 /** What a training step takes, before anything is allocated: parameters, bytes (about) and floating-point operations. */
 export function estimate({ target, modules, config }: Problem) {
   const { vocab, dModel } = target.arch;
-  const sum = (of: (m: Module) => number) => modules.reduce((n, m) => n + of(m), 0);
-  const [sumC, N, R] = [totalC(modules), config.batchSize * config.seqLen, config.microBatches];
-  const targetParams = [...target.weights.values()].reduce((n, w) => n + w.size, 0);
-  const components = sum(m => m.C * (m.dIn + m.dOut));
-  const ciFn = Object.values(ciShapes({ target, modules, config })).reduce((n, s) => n + tf.util.sizeFromShape(s), 0);
+  const { ciDModel, ciNBlocks, ciMlpHidden, ciNHeads, seqLen, batchSize, microBatches: R } = config;
+  const sum = (sizes: number[]) => sizes.reduce((a, b) => a + b, 0);
+  const [sumC, N] = [totalC(modules), batchSize * seqLen];
+  const targetParams = sum([...target.weights.values()].map(w => w.size));
+  const decomposed = sum(modules.map(m => m.dIn * m.dOut));
+  const components = sum(modules.map(m => m.C * (m.dIn + m.dOut)));
+  const ciFn = sum(Object.values(ciShapes({ target, modules, config })).map(tf.util.sizeFromShape));
   const params = components + ciFn;
   const state = targetParams + params * (R > 1 ? 4 : 3) + 3 * N * (sumC + modules.length);
-  const ciActs =
-    config.ciNBlocks * (16 * config.ciDModel + 5 * config.ciMlpHidden + 4 * config.ciNHeads * config.seqLen);
-  const working = (N / R) * (40 * sumC + 12 * vocab + 40 * sum(m => m.dIn + m.dOut) + ciActs) + 3 * params;
+  const ciActs = ciNBlocks * (16 * ciDModel + 5 * ciMlpHidden + 4 * ciNHeads * seqLen);
+  const acts = 40 * sumC + 12 * vocab + 40 * sum(modules.map(m => m.dIn + m.dOut)) + ciActs; // a position's
   // forward 1, backward to the masks 1, to V and U 1 more: each inner step takes 2, each of two losses 3
-  const passes = config.ppgdInnerSteps + 2;
-  const perPosition =
-    components * (2 * passes + 2) +
-    sum(m => m.dIn * m.dOut) * (2 * passes + 1) +
-    dModel * vocab * (2 * passes + 1) +
-    3 * ciFn;
-  const flops = 2 * N * perPosition + 6 * sum(m => m.dIn * m.dOut * m.C);
-  return { targetParams, components, ciFn, bytes: 4 * (state + working), flops };
+  const passes = 2 * (config.ppgdInnerSteps + 2) + 1;
+  const perPosition = components * (passes + 1) + (decomposed + dModel * vocab) * passes + 3 * ciFn;
+  const flops = 2 * N * perPosition + 6 * sum(modules.map(m => m.dIn * m.dOut * m.C));
+  return { targetParams, components, ciFn, bytes: 4 * (state + (N / R) * acts + 3 * params), flops };
 }
 
 /** V ~ N(0, 1/dIn), U ~ N(0, 1/C); the CI function as PyTorch's nn.Linear: uniform ±1/√fan_in, biases too. */
@@ -1743,12 +1742,12 @@ export function initialParams(problem: Problem): Params {
   const { modules, config } = problem;
   const params: Params = {};
   let purpose = PURPOSE.init;
-  const draws = (n: number) => uniformArray(n, config.seed, 0, purpose++);
+  const draws = (shape: number[]) => uniformArray(tf.util.sizeFromShape(shape), config.seed, 0, purpose++);
   const normal = (shape: number[], deviation: number) => {
-    const [u, w] = [draws(tf.util.sizeFromShape(shape)), draws(tf.util.sizeFromShape(shape))]; // Box-Muller
-    const value = (i: number) => deviation * Math.sqrt(-2 * Math.log(1 - u[i]!)) * Math.cos(2 * Math.PI * w[i]!);
+    const [u, w] = [draws(shape), draws(shape)]; // Box-Muller
+    const value = (x: number, i: number) => Math.sqrt(-2 * Math.log(1 - x)) * Math.cos(2 * Math.PI * w[i]!);
     return frozen(
-      u.map((_, i) => value(i)),
+      u.map((x, i) => deviation * value(x, i)),
       shape,
     );
   };
@@ -1759,8 +1758,10 @@ export function initialParams(problem: Problem): Params {
   const shapes = ciShapes(problem);
   for (const [name, shape] of Object.entries(shapes)) {
     const bound = 1 / Math.sqrt(shapes[name.replace(/bias$/, 'weight')]![1]!);
-    const values = draws(tf.util.sizeFromShape(shape)).map(u => bound * (2 * u - 1));
-    params[name] = frozen(values, shape);
+    params[name] = frozen(
+      draws(shape).map(u => bound * (2 * u - 1)),
+      shape,
+    );
   }
   return params;
 }
@@ -1770,10 +1771,14 @@ const zeros = (shape: number[]): tf.Variable => tf.tidy(() => tf.variable(tf.zer
 export function initialState({ modules, config }: Problem, params: Params): State {
   const shape = [config.batchSize * config.seqLen, totalC(modules) + modules.length];
   const s = frozen(uniformArray(shape[0]! * shape[1]!, config.seed, 0, PURPOSE.sources), shape);
-  const sources = { s, m: zeros(shape), v: zeros(shape) };
-  const sizes = ofGroups(group => namesOf(params, group).reduce((n, name) => n + params[name]!.size, 0));
-  const summed = ofGroups(group => zeros([config.microBatches > 1 ? sizes[group] : 0]));
-  return { params, m: ofGroups(g => zeros([sizes[g]])), v: ofGroups(g => zeros([sizes[g]])), sources, summed };
+  const size = (group: Group) => namesOf(params, group).reduce((n, name) => n + params[name]!.size, 0);
+  return {
+    params,
+    m: ofGroups(group => zeros([size(group)])),
+    v: ofGroups(group => zeros([size(group)])),
+    sources: { s, m: zeros(shape), v: zeros(shape) },
+    summed: ofGroups(group => zeros([config.microBatches > 1 ? size(group) : 0])),
+  };
 }
 
 /** Faithfulness warm-up: AdamW on V and U alone, from moments 0, which it leaves at 0. */
@@ -1783,17 +1788,15 @@ export async function warmUp(
   state: State,
   goOn: (done: number, loss: number) => Promise<boolean>,
 ) {
-  const { config } = problem;
-  const steps = config.faithfulnessWarmupSteps;
+  const { faithfulnessWarmupSteps: steps, faithfulnessWarmupLr, faithfulnessWarmupLrFinalFrac } = problem.config;
   const leaves = namesOf(state.params, 'components').map(name => state.params[name]!);
   const step = engine.compile('warm-up', (feeds: AdamFeeds) => {
-    const loss = () => faithfulnessLoss(problem, state.params);
-    const { value, grads } = tf.valueAndGrads(loss)(leaves);
+    const { value, grads } = tf.valueAndGrads(() => faithfulnessLoss(problem, state.params))(leaves);
     adamUpdate(state, 'components', tf.concat(grads.map(grad => grad.flatten())), feeds);
     return { loss: value };
   });
   for (let i = 0; i < steps; i++) {
-    const lr = config.faithfulnessWarmupLr * cosine(i, steps, config.faithfulnessWarmupLrFinalFrac);
+    const lr = faithfulnessWarmupLr * cosine(i, steps, faithfulnessWarmupLrFinalFrac);
     const [c1, c2] = [1 - MAIN_BETAS.beta1 ** (i + 1), 1 - MAIN_BETAS.beta2 ** (i + 1)];
     const feeds = () => ({ lrMain: tf.scalar(lr), c1: tf.scalar(c1), c2: tf.scalar(c2) });
     const [loss] = await tidyAsync(async () => numbers((await step(feeds())).loss));
@@ -1895,20 +1898,21 @@ export interface Evaluation {
 export function compileEvaluation(engine: Engine, problem: Problem, params: Params) {
   const { modules, config } = problem;
   const sumC = totalC(modules);
-  const masks = engine.compile('evaluate', ({ tokens, key, p }: Record<'tokens' | 'key' | 'p', T>) =>
+  type Batch = Record<'tokens' | 'key', T>;
+  const masks = engine.compile('evaluate', ({ tokens, key, p }: Batch & { p: T }) =>
     evaluateMasks(problem, params, tokens, p, evaluationDraws(problem, tokens.size, key)),
+  );
+  const pgd = engine.compile('pgd', ({ tokens, source }: Record<'tokens' | 'source', T>) =>
+    pgdStep(problem, params, tokens, source),
+  );
+  const hidden = engine.compile('hidden acts', ({ tokens, key }: Batch) =>
+    hiddenActsErrors(problem, params, tokens, evaluationDraws(problem, tokens.size, key).subset),
   );
   const alive = engine.compile('alive', ({ tokens, mask }: Record<'tokens' | 'mask', T>) => ({
     kl: klAlive(problem, params, tokens, mask),
   }));
-  const pgd = engine.compile('pgd', ({ tokens, source }: Record<'tokens' | 'source', T>) =>
-    pgdStep(problem, params, tokens, source),
-  );
-  const hidden = engine.compile('hidden acts', ({ tokens, key }: Record<'tokens' | 'key', T>) =>
-    hiddenActsErrors(problem, params, tokens, evaluationDraws(problem, tokens.size, key).subset),
-  );
 
-  const evaluate = async (rows: Rows, { step, slow }: { step: number; slow: boolean }): Promise<Evaluation> => {
+  const evaluate = async (rows: Rows, step: number, slow: boolean): Promise<Evaluation> => {
     const metrics: Metrics = {};
     const [meanCi, active] = [new Float32Array(sumC), new Float32Array(sumC)];
     const p = tf.scalar(schedule(config, Math.min(step, config.nSteps - 1)).p);
@@ -1922,40 +1926,34 @@ export function compileEvaluation(engine: Engine, problem: Problem, params: Para
       const add = (name: string, value: number) => {
         metrics[`eval/${name}`] = (metrics[`eval/${name}`] ?? 0) + share * value;
       };
-      const { active: on, meanCi: ci, ...scalars } = await masks({ tokens, key, p });
-      for (const [name, value] of Object.entries(scalars)) add(name, (await numbers(value as T))[0]!);
-      for (const [sum, part] of [
-        [meanCi, await numbers(ci)],
-        [active, await numbers(on)],
-      ] as const) {
+      const addColumns = (sum: Float32Array, part: Float32Array) => {
         for (let c = 0; c < sumC; c++) sum[c]! += share * part[c]!;
-      }
+      };
+      const { active: on, meanCi: ci, ...scalars } = await masks({ tokens, key, p });
+      for (const [name, value] of Object.entries<T>(scalars)) add(name, (await numbers(value))[0]!);
+      addColumns(meanCi, await numbers(ci));
+      addColumns(active, await numbers(on));
       let source = tf.tidy(() => uniform([1, sumC + modules.length], key, PURPOSE.pgd));
-      for (let i = 0; i <= config.pgdEvalNSteps; i++) {
-        const { kl, next } = await pgd({ tokens, source });
-        if (i === config.pgdEvalNSteps) add('loss/PGDReconLoss', (await numbers(kl))[0]!);
-        source = next;
-      }
+      for (let i = 0; i < config.pgdEvalNSteps; i++) source = (await pgd({ tokens, source })).next;
+      add('loss/PGDReconLoss', (await numbers((await pgd({ tokens, source })).kl))[0]!);
       for (const [kind, errors] of slow ? Object.entries(await hidden({ tokens, key })) : []) {
-        const values = await numbers(errors);
-        const total =
-          modules.reduce((sum, m, i) => sum + m.dOut * values[i]!, 0) / modules.reduce((n, m) => n + m.dOut, 0);
-        for (const [i, m] of modules.entries()) add(`loss/${kind}HiddenActsReconLoss/${m.path}`, values[i]!);
-        add(`loss/${kind}HiddenActsReconLoss/total`, total);
+        const dOut = modules.reduce((n, m) => n + m.dOut, 0);
+        for (const [i, error] of (await numbers(errors)).entries()) {
+          add(`loss/${kind}HiddenActsReconLoss/${modules[i]!.path}`, error);
+          add(`loss/${kind}HiddenActsReconLoss/total`, (error * modules[i]!.dOut) / dOut);
+        }
       }
     }
-    const mask = tf.tensor2d(
-      meanCi.map(ci => Number(ci >= DEAD_BELOW)),
-      [1, sumC],
-    );
+    const isAlive = meanCi.map(ci => Number(ci >= DEAD_BELOW));
+    metrics['eval/n_alive'] = isAlive.reduce((a, b) => a + b, 0);
     metrics['eval/ce_kl/kl_alive'] = 0;
     for (const { tokens, share } of batches) {
-      metrics['eval/ce_kl/kl_alive'] += share * (await numbers((await alive({ tokens, mask })).kl))[0]!;
+      const { kl } = await alive({ tokens, mask: tf.tensor2d(isAlive, [1, sumC]) });
+      metrics['eval/ce_kl/kl_alive'] += share * (await numbers(kl))[0]!;
     }
+    const ofZero = metrics['eval/ce_kl/ce_difference_zero_masked']!;
     for (const [name, difference] of Object.entries(metrics)) {
-      if (!name.includes('ce_difference')) continue;
-      metrics[name.replace('difference', 'unrecovered')] =
-        difference / metrics['eval/ce_kl/ce_difference_zero_masked']!;
+      if (name.includes('ce_difference')) metrics[name.replace('difference', 'unrecovered')] = difference / ofZero;
     }
     const threshold = config.ciAliveThreshold; // as Python writes a float
     const l0 = `eval/l0/${Number.isInteger(threshold) ? threshold.toFixed(1) : threshold}`;
@@ -1964,10 +1962,9 @@ export function compileEvaluation(engine: Engine, problem: Problem, params: Para
       metrics[`${l0}_${name}`] = active.subarray(offset, offset + C).reduce((a, b) => a + b, 0);
       metrics[`${l0}_total`]! += metrics[`${l0}_${name}`]!;
     }
-    metrics['eval/n_alive'] = meanCi.reduce((n, ci) => n + Number(ci >= DEAD_BELOW), 0);
     return { metrics, meanCi };
   };
-  return (rows: Rows, options: { step: number; slow: boolean }) => tidyAsync(() => evaluate(rows, options));
+  return (rows: Rows, { step, slow }: { step: number; slow: boolean }) => tidyAsync(() => evaluate(rows, step, slow));
 }
 
 // ---- K. Run folder --------------------------------------------------------------------------------------------------

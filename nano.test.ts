@@ -210,7 +210,7 @@ function trainStep(f: Fixture, state: nano.State, feeds: ReturnType<typeof toFee
   const names = Object.keys(state.params);
   const gradients = Object.fromEntries(names.map(name => [name, average(result => result.gradients[name]!)]));
   for (const part of PARTS) {
-    const shardsOfIt = results.map(({ sources }) => sources[part]);
+    const shardsOfIt = results.map(({ after }) => after[part]);
     state.sources[part].assign(tf.concat(shardsOfIt, 0));
   }
   const norms = nano.applyGradients(f.problem, state, nano.flatten(gradients), feeds);
@@ -822,7 +822,7 @@ for (const R of [1, 3])
       const coefficients = LOSSES.map(loss => f.config[COEFFICIENTS[loss] as 'coeffFaith']);
       const total = coefficients.reduce((sum, coefficient, i) => sum + coefficient * step.losses[i]!, 0);
       const norms = GROUPS.map(group => number(step.norms[group]));
-      const values = [...step.losses, total, step.l0, ...norms];
+      const values = [...step.losses, step.l0, total, ...norms];
       for (const [i, value] of values.entries()) close([metrics[i]!], [value], REORDERED, `metric ${i}`);
       assert.equal(metrics.length, values.length);
       for (const [name, param] of Object.entries(f.params)) close(param, byParts.params[name]!, REORDERED, name);

@@ -212,17 +212,3 @@ function openRows(
   };
   return { count, seqLen, row };
 }
-
-/**
- * A shuffle of 0 … n−1 that needs no memory: four Feistel rounds on the numbers below the next power of 4, walked until
- * one below n comes out. `key` stands for (seed, epoch).
- */
-export function shuffledIndex(i: number, n: number, key: number, mix: (a: number, b: number) => number): number {
-  const half = 2 ** Math.max(1, Math.ceil(Math.log2(n) / 2));
-  do {
-    let [left, right] = [Math.floor(i / half), i % half];
-    for (let round = 0; round < 4; round++) [left, right] = [right, (left ^ mix(right, mix(key, round))) & (half - 1)];
-    i = left * half + right;
-  } while (i >= n);
-  return i;
-}

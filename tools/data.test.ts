@@ -5,7 +5,7 @@ import fs from 'node:fs';
 import os from 'node:os';
 import path from 'node:path';
 import { after, test } from 'node:test';
-import { documents, shuffledIndex, writeCorpus } from '../engine/data.ts';
+import { documents, writeCorpus } from '../engine/data.ts';
 import { UsageError } from '../engine/usage-error.ts';
 
 const fixtures = path.join(import.meta.dirname, 'fixtures/data');
@@ -110,21 +110,4 @@ test('a corpus is written once; its rows and its held-out rows are read by posit
   const options = { seqLen: 10, heldOutShare: 0.1, enough: 1000 };
   const few = await writeCorpus(path.join(folder, 'few.bin'), endless(), 50, options);
   assert.deepEqual([few.train.count, few.heldOut.count, given], [90, 10, 1000]);
-});
-
-test('the shuffle visits every row once, another order each epoch', () => {
-  const mix = (a: number, b: number) => {
-    let h = Math.imul(a ^ 0x9e3779b9, 0x85ebca6b) ^ Math.imul(b + 0x7f4a7c15, 0xc2b2ae35);
-    h = Math.imul(h ^ (h >>> 16), 0x7feb352d);
-    h = Math.imul(h ^ (h >>> 15), 0x846ca68b);
-    return (h ^ (h >>> 16)) | 0;
-  };
-  const order = (n: number, key: number) => Array.from({ length: n }, (_, i) => shuffledIndex(i, n, key, mix));
-  for (const n of [1, 2, 3, 5, 16, 17, 255, 1000, 4096, 5001]) assert.equal(new Set(order(n, 7)).size, n);
-  const [a, b] = [order(5000, 1), order(5000, 2)];
-  assert.ok(a.filter((x, i) => x === b[i]).length < 10);
-  const stays = a.filter((x, i) => Math.abs(x - i) < 50).length; // about 2 % by chance
-  assert.ok(stays > 50 && stays < 160, String(stays));
-  const first = shuffledIndex(0, 2 ** 45, 3, mix);
-  assert.ok(Number.isInteger(first) && first >= 0 && first < 2 ** 45);
 });
