@@ -191,17 +191,16 @@ export const PRESETS: Record<string, Preset> = {
   },
 };
 
-const kebab = (name: string) => name.replace(/[A-Z]/g, c => `-${c.toLowerCase()}`);
+/** A field's flag in kebab-case; a boolean one can only be turned off. */
+const flagOf = (name: string) =>
+  `${typeof FIELDS[name]!.value === 'boolean' ? 'no-' : ''}${name.replace(/[A-Z]/g, c => `-${c.toLowerCase()}`)}`;
 
 /** A field's value from the text of its flag. @throws UsageError naming the flag, what it got and what it takes */
 function fieldValue(name: string, raw: Value): Value {
   const { value: standard, choices, min = 0, max = 0, integer } = FIELDS[name]!;
-  const takes = (what: string) => refuse(`--${kebab(name)}: got ${JSON.stringify(raw)}, takes ${what}`);
-  if (typeof standard === 'boolean') return typeof raw === 'boolean' ? raw : takes('no value');
-  if (typeof standard === 'string') {
-    const fits = typeof raw === 'string' && (!choices || choices.split(' ').includes(raw));
-    return fits ? raw : takes(`one of ${choices}`);
-  }
+  const takes = (what: string) => refuse(`--${flagOf(name)}: got ${JSON.stringify(raw)}, takes ${what}`);
+  if (typeof standard === 'string')
+    return !choices || choices.split(' ').includes(`${raw}`) ? raw : takes(`one of ${choices}`);
   const value = typeof raw === 'string' && raw.trim() === '' ? Number.NaN : Number(raw);
   const fits = value >= min && value <= max && (!integer || Number.isInteger(value));
   return fits ? value : takes(`${integer ? 'an integer' : 'a number'} from ${min} to ${max}`);
@@ -1968,102 +1967,110 @@ export function compileEvaluation(engine: Engine, problem: Problem, params: Para
 }
 
 // ---- K. Run folder --------------------------------------------------------------------------------------------------
-// A checkpoint is a pair: components.safetensors, and the state.safetensors whose metadata names the step and the
-// SHA-256 of the components that it belongs to. Files under these names are only ever replaced by renames, and before
-// the first of the two renames the old pair has got second names (*.previous). So whenever a save is cut off, a state
-// is there beside its own components: both old, or both new.
+// config.json, metrics.jsonl, and a checkpoint: components.safetensors, the deliverable, with the state.safetensors that
+// belongs to it. engine/long-runs.ts replaces the two so that a save cut off at any point leaves a whole pair.
 
-const PAIR = ['state', 'components'] as const; // in this order: where components are, a checkpoint is
-const pairFile = (dir: string, what: (typeof PAIR)[number], which: '' | '.next' | '.previous' = '') =>
-  path.join(dir, `${what}${which}.safetensors`);
+const inRun = (dir: string, what: 'components' | 'state') => path.join(dir, `${what}.safetensors`);
 
-export interface Checkpoint {
-  step: number;
-  metadata: ReadonlyMap<string, string>; // of the state
-  components: string; // paths
-  state: string;
+/** Writes beside and renames, so that nobody ever reads half a file. */
+function writeAtomic(file: string, content: string): void {
+  fs.writeFileSync(`${file}.tmp-${process.pid}`, content);
+  fs.renameSync(`${file}.tmp-${process.pid}`, file);
 }
 
-function sha256(file: string): string {
-  const hash = crypto.createHash('sha256');
-  const piece = Buffer.alloc(2 ** 22);
-  const fd = fs.openSync(file, 'r');
-  try {
-    for (let n = fs.readSync(fd, piece); n > 0; n = fs.readSync(fd, piece)) hash.update(piece.subarray(0, n));
-  } finally {
-    fs.closeSync(fd);
-  }
-  return hash.digest('hex');
-}
-
-/** The two files as a checkpoint, unless one is missing or broken or the state belongs to other components. */
-function fittingPair(components: string, state: string): Checkpoint | undefined {
-  try {
-    const { metadata, close } = openSafetensors(state);
-    close();
-    if (metadata.get('components') !== sha256(components)) return undefined;
-    return { step: Number(metadata.get('step')), metadata, components, state };
-  } catch (error) {
-    if (error instanceof UsageError || (error as NodeJS.ErrnoException).code === 'ENOENT') return undefined;
-    throw error;
-  }
-}
-
-/** Saves both files as one checkpoint. If this throws or is killed, the last checkpoint can still be loaded. */
+/** Saves both files as one checkpoint; the state names the step, and the components by their SHA-256. */
 export async function saveCheckpoint(
   dir: string,
   step: number,
   components: Iterable<TensorToWrite>,
   state: Iterable<TensorToWrite>,
-  metadata: Readonly<Record<string, string>> = {},
 ): Promise<void> {
-  const rename = (from: string, to: string) => {
-    fs.renameSync(from, to);
-    syncToDisk(dir);
-  };
-  const removeUnfinished = () => {
-    for (const name of fs.readdirSync(dir))
-      if (/^(components|state)\.(next|.*\.tmp-\d+$)/.test(name)) fs.rmSync(path.join(dir, name), { force: true });
-  };
-  removeUnfinished(); // of a process that was killed
-  try {
-    const hash = await writeSafetensors(pairFile(dir, 'components', '.next'), components, {
-      format: 'pt',
-      step: `${step}`,
-    });
-    await writeSafetensors(pairFile(dir, 'state', '.next'), state, { ...metadata, step: `${step}`, components: hash });
-  } catch (error) {
-    removeUnfinished();
-    throw error;
-  }
-  // Two files that don't fit were left by a save cut off between the renames below: the previous pair is then the good one.
-  if (fittingPair(pairFile(dir, 'components'), pairFile(dir, 'state')))
-    for (const what of PAIR) {
-      const secondName = `${pairFile(dir, what, '.previous')}.tmp-${process.pid}`;
-      try {
-        fs.linkSync(pairFile(dir, what), secondName);
-      } catch {
-        fs.copyFileSync(pairFile(dir, what), secondName); // a file system without hard links
-        syncToDisk(secondName);
-      }
-      rename(secondName, pairFile(dir, what, '.previous'));
-    }
-  for (const what of PAIR) rename(pairFile(dir, what, '.next'), pairFile(dir, what));
+  const writeComponents = (file: string) => writeSafetensors(file, components, { format: 'pt', step: `${step}` });
+  const writeState = (file: string, sha256: string) =>
+    writeSafetensors(file, state, { step: `${step}`, components: sha256 });
+  const pairs = await optional(import('./engine/long-runs.ts'));
+  if (pairs) await pairs.savePair(dir, writeComponents, writeState, readMetadata);
+  else await writeState(inRun(dir, 'state'), await writeComponents(inRun(dir, 'components')));
 }
 
-/** The last checkpoint that is whole; undefined before the first. A warning says so when it is not the one last written. */
-export function loadCheckpoint(dir: string): (Checkpoint & { warning?: string }) | undefined {
-  const some = (['', '.previous'] as const).some(which => fs.existsSync(pairFile(dir, 'components', which)));
-  if (!some) return;
-  for (const stateOf of ['', '.previous'] as const)
-    for (const componentsOf of ['', '.previous'] as const) {
-      const pair = fittingPair(pairFile(dir, 'components', componentsOf), pairFile(dir, 'state', stateOf));
-      if (pair && !stateOf && !componentsOf) return pair;
-      if (pair) return { ...pair, warning: `${dir}: the last save was cut off; going on from step ${pair.step}` };
-    }
-  throw new UsageError(
-    `${dir}: state.safetensors and components.safetensors are broken or not of the same save, the previous ones too`,
+/** The last whole checkpoint (paths, step, maybe a warning); undefined before the first. */
+export async function loadCheckpoint(dir: string) {
+  const pairs = await optional(import('./engine/long-runs.ts'));
+  if (pairs) return pairs.loadPair(dir, readMetadata);
+  const [components, state] = [inRun(dir, 'components'), inRun(dir, 'state')];
+  if (!fs.existsSync(components)) return;
+  return { components, state, step: Number((await readMetadata(state)).get('step')), warning: undefined };
+}
+async function readMetadata(file: string): Promise<ReadonlyMap<string, string>> {
+  const { metadata, close } = await openSafetensors(file);
+  close();
+  return metadata;
+}
+
+/** Variables as tensors to write, under `prefix` + name. */
+const toWrite = (variables: Params, prefix = ''): TensorToWrite[] =>
+  Object.entries(variables).map(([name, variable]) => {
+    return { name: prefix + name, shape: variable.shape, dtype: 'F32', data: () => numbers(variable) };
+  });
+/** What --resume needs besides the parameters: prefix in state.safetensors and variables. */
+const stateParts = ({ m, v, sources }: State) => Object.entries({ 'adam.m.': m, 'adam.v.': v, 'ppgd.': sources });
+
+/** Sets variables from a file of toWrite. */
+async function restore(file: string, variables: Params, prefix = ''): Promise<void> {
+  const stored = await openSafetensors(file);
+  for (const [name, variable] of Object.entries(variables)) {
+    const shape = stored.tensors.get(prefix + name)?.shape;
+    if (shape?.join() !== variable.shape.join())
+      refuse(`${file}: ${prefix + name} is [${shape}], not [${variable.shape}]`);
+    tf.tidy(() => variable.assign(tf.tensor(stored.readFloat32(prefix + name), variable.shape)));
+  }
+  stored.close();
+}
+
+/** The lines of metrics.jsonl. */
+const readMetrics = (dir: string): Metrics[] => {
+  const file = path.join(dir, 'metrics.jsonl');
+  const lines = fs.existsSync(file) ? readText(file).split('\n') : [];
+  return lines.filter(line => line.endsWith('}')).map(line => parseJson(line, file) as Metrics); // not one cut off
+};
+
+/** Losses or gradients are no longer numbers: exit code 1. */
+export class DivergenceError extends Error {}
+
+/** Throws when one of a step's losses or gradient norms is not finite; parameters are only read then. */
+export async function checkFinite(step: number, scalars: Metrics, parameters: Iterable<TensorToWrite>): Promise<void> {
+  const broken = Object.entries(scalars).filter(([, value]) => !Number.isFinite(value));
+  if (!broken.length) return;
+  let [largest, size] = ['none', -1];
+  for (const { name, data } of parameters) {
+    const values: TensorData = typeof data === 'function' ? await data() : data;
+    let most = 0;
+    for (const x of values) most = Math.max(most, Number.isFinite(x) ? Math.abs(x) : Infinity); // NaN is the largest
+    if (most > size) [largest, size] = [name, most];
+  }
+  throw new DivergenceError(
+    `diverged at step ${step}: ${broken.map(([name, value]) => `${name} is ${value}`).join(', ')}; the largest parameter ` +
+      `is in ${largest} (${Number.isFinite(size) ? size.toPrecision(3) : 'not finite'}); the last checkpoint is untouched`,
   );
+}
+
+/** What config.json holds. */
+export type RunRecord = ReturnType<typeof runRecord>;
+const VERSION = '0.1.0';
+
+function runRecord({ target, modules, config }: Problem, { train, heldOut }: Data, engine: Engine) {
+  const rows = crypto.createHash('sha256'); // of the training rows
+  for (const i of range(0, train.count)) rows.update(train.row(i));
+  return {
+    formatVersion: 1,
+    config,
+    model: { path: config.model, type: target.arch.type, sha256: target.sha256 },
+    data: { path: config.data, sha256: rows.digest('hex'), trainRows: train.count, heldOutRows: heldOut.count },
+    modules: Object.fromEntries(modules.map(({ path: name, dIn, dOut, C }) => [name, { dIn, dOut, C }])),
+    engine: { name: engine.name, description: engine.description },
+    versions: { 'nano-param-decomp': VERSION, node: process.versions.node, tfjs: tf.version.tfjs },
+    command: process.argv.slice(2),
+  };
 }
 
 // What a resumed run may change: nothing that the training's numbers depend on (model and data are compared by content) …
@@ -2075,126 +2082,27 @@ const MAY_CHANGE = [
 const CHANGES_BITS = Object.keys(GROUPS.Engine);
 
 /** Refuses, by name, fields that a resumed run must not change; returns a warning for each that costs exactness. */
-export function compareConfigs(
-  old: Readonly<Record<string, unknown>>,
-  now: Readonly<Record<string, unknown>>,
-): string[] {
+export function compareConfigs(old: Readonly<Record<string, unknown>>, now: Readonly<Record<string, unknown>>) {
   const changes = [...new Set([...Object.keys(old), ...Object.keys(now)])]
-    .map(field => ({ field, was: JSON.stringify(old[field]), is: JSON.stringify(now[field]) }))
-    .filter(({ field, was, is }) => was !== is && !MAY_CHANGE.includes(field));
-  const refused = changes.filter(({ field }) => !CHANGES_BITS.includes(field));
-  if (refused.length)
-    throw new UsageError(
-      `--resume: ${refused.map(({ field, was, is }) => `${field} was ${was} and is now ${is}`).join(', ')}; ` +
-        'start a new run for that',
-    );
-  return changes.map(({ field, was, is }) => `${field} was ${was} and is now ${is}: not bit for bit the same run`);
+    .map(field => ({
+      field,
+      change: `${field} was ${JSON.stringify(old[field])} and is now ${JSON.stringify(now[field])}`,
+    }))
+    .filter(({ field }) => JSON.stringify(old[field]) !== JSON.stringify(now[field]) && !MAY_CHANGE.includes(field));
+  const refused = changes.filter(({ field }) => !CHANGES_BITS.includes(field)).map(({ change }) => change);
+  if (refused.length) throw new UsageError(`--resume: ${refused.join(', ')}; start a new run for that`);
+  return changes.map(({ change }) => `${change}: not bit for bit the same run`);
 }
 
-// ---- Interruption and divergence ----
-
-/**
- * SIGINT and SIGTERM ask the loop to stop after its step. From then on the system handles them, so that a second one
- * ends the process at once, even inside a long native call.
- */
-export function watchSignals(say: (line: string) => void) {
-  let exitCode: number | undefined;
-  const onSignal = (signal: 'SIGINT' | 'SIGTERM') => {
-    if (exitCode) process.exit(exitCode); // two of them came during one native call
-    exitCode = 128 + os.constants.signals[signal];
-    say(`${signal}: saving after this step; once more stops at once`);
-  };
-  process.on('SIGINT', onSignal).on('SIGTERM', onSignal);
-  const stop = () => process.off('SIGINT', onSignal).off('SIGTERM', onSignal);
-  return {
-    /** To be awaited after each step: lets signals in, and gives the exit code (130 or 143) once one has come. */
-    async interrupted(): Promise<number | undefined> {
-      await new Promise(setImmediate);
-      if (exitCode) stop();
-      return exitCode;
-    },
-    stop,
-  };
-}
-
-/** Losses or gradients are no longer numbers: exit code 1. */
-export class DivergenceError extends Error {}
-
-/** Throws when one of a step's losses or gradient norms is not finite; parameters are only read then. */
-export async function checkFinite(
-  step: number,
-  scalars: Readonly<Record<string, number>>,
-  parameters: Iterable<TensorToWrite>,
-): Promise<void> {
-  const broken = Object.entries(scalars).filter(([, value]) => !Number.isFinite(value));
-  if (!broken.length) return;
-  let [largest, size] = ['none', -1];
-  for (const { name, data } of parameters)
-    for (const value of typeof data === 'function' ? await data() : data)
-      if (!(Math.abs(value) <= size) && size < Number.POSITIVE_INFINITY) {
-        // NaN counts as the largest
-        [largest, size] = [name, Number.isNaN(value) ? Number.POSITIVE_INFINITY : Math.abs(value)];
-      }
-  throw new DivergenceError(
-    `diverged at step ${step}: ${broken.map(([name, value]) => `${name} is ${value}`).join(', ')}; the largest ` +
-      `parameter is in ${largest} (${Number.isFinite(size) ? size.toPrecision(3) : 'not finite'}); the last checkpoint is untouched`,
-  );
-}
-
-/** What config.json holds. */
-export interface RunRecord {
-  formatVersion: 1;
-  config: Config;
-  model: { path: string; type: string; sha256: string };
-  data: { path: string; sha256: string; trainRows: number; heldOutRows: number };
-  modules: Record<string, { dIn: number; dOut: number; C: number }>;
-  engine: { name: string; description: string };
-  versions: Record<string, string>;
-  command: string[];
-}
-const VERSION = '0.1.0';
-
-function runRecord({ target, modules, config }: Problem, { train, heldOut }: Data, engine: Engine): RunRecord {
-  const rows = crypto.createHash('sha256'); // of the training rows
-  for (const i of range(0, train.count)) rows.update(train.row(i));
-  const model = { path: config.model, type: target.arch.type, sha256: target.sha256 };
-  const data = { path: config.data, sha256: rows.digest('hex'), trainRows: train.count, heldOutRows: heldOut.count };
-  return {
-    ...{ formatVersion: 1, config, model, data },
-    modules: Object.fromEntries(modules.map(({ path: name, dIn, dOut, C }) => [name, { dIn, dOut, C }])),
-    engine: { name: engine.name, description: engine.description },
-    versions: { 'nano-param-decomp': VERSION, node: process.versions.node, tfjs: tf.version.tfjs },
-    command: process.argv.slice(2),
-  };
-}
-
-/** Writes beside and renames, so that nobody ever reads half a file. */
-function writeAtomic(file: string, content: string): void {
-  fs.writeFileSync(`${file}.tmp-${process.pid}`, content);
-  fs.renameSync(`${file}.tmp-${process.pid}`, file);
-}
-
-/** Variables as tensors to write, under `prefix` + name. */
-const toWrite = (variables: Params, prefix = ''): TensorToWrite[] =>
-  Object.entries(variables).map(([name, variable]) => ({
-    ...{ name: prefix + name, shape: variable.shape, dtype: 'F32' as const },
-    data: () => numbers(variable),
-  }));
-
-/** What --resume needs besides the parameters. */
-const stateToWrite = ({ m, v, sources }: State): TensorToWrite[] =>
-  [toWrite(m, 'adam.m.'), toWrite(v, 'adam.v.'), toWrite(sources, 'ppgd.')].flat();
-
-/** Sets variables from a file of toWrite. */
-function restore(file: string, variables: Params, prefix = ''): void {
-  const stored = openSafetensors(file);
-  for (const [name, variable] of Object.entries(variables)) {
-    const shape = stored.tensors.get(prefix + name)?.shape;
-    if (shape?.join() !== variable.shape.join())
-      refuse(`${file}: ${prefix + name} is [${shape}], not [${variable.shape}]`);
-    tf.tidy(() => variable.assign(tf.tensor(stored.readFloat32(prefix + name), variable.shape)));
+/** Refuses to resume with another config, model or data; warnings for what costs exactness. */
+function compareRuns(old: RunRecord, now: RunRecord): string[] {
+  for (const part of ['model', 'data'] as const) {
+    if (old[part].sha256 !== now[part].sha256)
+      refuse(`--resume: ${part} is not the one of this run (${old[part].path}): its SHA-256 differs`);
   }
-  stored.close();
+  // "auto" may have been another engine then
+  const fields = ({ config, engine, modules }: RunRecord) => ({ ...config, engine: engine.name, modules });
+  return compareConfigs(fields(old), fields(now));
 }
 
 // ---- L. Harvest ----------------------------------------------------------------------------------------------------
@@ -2840,6 +2748,18 @@ export async function scoreRules(
   return { rules: scores, meanF1, nF1AtLeast80: count(s => s.f1 >= 0.8), nCausal: count(s => s.causal) };
 }
 
+/** --labels: the rules in force in the first rows of the held-out data. */
+function readLabels(file: string, rows: Rows): Labels {
+  const { rules, labels } = readJson(file) as unknown as Labels;
+  const row = (r: unknown) =>
+    Array.isArray(r) && r.length === rows.seqLen && r.flat().every(id => rules[id] !== undefined);
+  if (Array.isArray(rules) && Array.isArray(labels) && labels.length <= rows.count && labels.every(row))
+    return { rules, labels };
+  return refuse(
+    `${file}: takes {"rules": [{"name"}…], "labels": [row][position][rule ids]} for the rows of --eval-data`,
+  );
+}
+
 // ---- M. Report -----------------------------------------------------------------------------------------------------
 // One HTML file that opens from disk: assets/report.html with the run's data inlined. Token texts are data of
 // strangers: they travel as JSON with everything but plain ASCII escaped, and the page only ever sets textContent.
@@ -2904,6 +2824,45 @@ function packExample(
     bytes.writeInt8(Math.round((activation[k]! / scale) * 127), (tokenBytes + 1) * L + k);
   }
   return [row, start, at, bytes.toString('base64')];
+}
+
+/** The final numbers, for people. */
+function summary({ modules, config }: Problem, metrics: Metrics, board: Scoreboard | undefined): string {
+  const value = (name: string) => metrics[`eval/${name}`]!;
+  const number = (x: number) => (Math.abs(x) >= 1e-3 ? x.toFixed(4) : x.toExponential(2)).padStart(10);
+  const strategies = { unmasked: 'everything on', ci_masked: 'CI masks', rounded_masked: 'rounded CI masks' };
+  const all = {
+    ...strategies,
+    stoch_masked: 'stochastic masks',
+    random_masked: 'random masks',
+    zero_masked: 'nothing on',
+  };
+  const line = (name: string, label: string) => {
+    const ce = value('ce_kl/ce_target') + value(`ce_kl/ce_difference_${name}`);
+    return `  ${label.padEnd(18)}${number(ce)}${number(value(`ce_kl/kl_${name}`))}`;
+  };
+  const lines = [
+    `\n${''.padEnd(20)}        CE        KL   (nats per token, held-out rows)`,
+    `  ${'the target'.padEnd(18)}${number(value('ce_kl/ce_target'))}`,
+    ...Object.entries(all).map(([name, label]) => line(name, label)),
+    `  ${'dead ones deleted'.padEnd(28)}${number(value('ce_kl/kl_alive'))}`,
+    `  ${`fresh PGD, ${config.pgdEvalNSteps} steps`.padEnd(28)}${number(value('loss/PGDReconLoss'))}`,
+    `  faithfulness ${value('loss/FaithfulnessLoss').toExponential(2)}`,
+    `  L0 ${Object.entries(metrics)
+      .find(([n]) => /^eval\/l0\/[\d.]+_total$/.test(n))![1]
+      .toFixed(2)} of ` + `${value('n_alive')} alive of ${totalC(modules)} components`,
+  ];
+  if (!board) return lines.join('\n');
+  const best = board.rules.map(({ name, component: { module, index }, precision, recall, f1, causal }) => {
+    const [p, r, f] = [precision, recall, f1].map(x => x.toFixed(2).padStart(10));
+    return `  ${name.padEnd(18)}${p}${r}${f}   ${module}:${index}${causal ? '  causal' : ''}`;
+  });
+  return [
+    ...lines,
+    `\n  ${'rule'.padEnd(18)} precision    recall        F1   best component`,
+    ...best,
+    `  mean F1 ${board.meanF1.toFixed(3)}; ${board.nF1AtLeast80} of ${board.rules.length} rules with F1 of at least 0.8; ${board.nCausal} causal`,
+  ].join('\n');
 }
 
 /** Harvests a run and writes harvest.json and report.html into its folder. */
@@ -3016,63 +2975,57 @@ async function open(config: Config, given: ReadonlySet<string>, preset?: Preset)
   if (!config.data) refuse('--data: missing; takes a .txt, .jsonl or .json file');
   const engine = await startEngine(config);
   talk(`engine   ${engine.description}`);
-  const target = loadTarget(await resolveModel(config.model));
-  const { type, nLayers, dModel, vocab } = target.arch;
-  talk(`target   ${config.model}: ${type}, ${nLayers} layers, width ${dModel}, vocabulary ${vocab}`);
+  const target = await loadTarget(await resolveModel(config.model));
+  const { arch, linears } = target;
+  talk(
+    `target   ${config.model}: ${arch.type}, ${arch.nLayers} layers, width ${arch.dModel}, vocabulary ${arch.vocab}`,
+  );
   for (const [field, meant] of Object.entries(preset?.target ?? {})) {
-    const got = target.arch[field as keyof Architecture];
+    const got = arch[field as keyof Architecture];
     if (got !== meant) talk(`warning  this preset is meant for a target with ${field} ${meant}; this one has ${got}`);
   }
-  const c = resolveConfig(config, target.arch, given, engine.gpu);
+  const c = resolveConfig(config, arch, given, engine.gpu);
   const data = await loadData(target, c);
   c.seqLen = data.train.seqLen;
   talk(`data     ${data.train.count} training rows, ${data.heldOut.count} held-out rows of ${c.seqLen} tokens`);
-  const problem: Problem = { target, modules: chooseModules(target.linears, c.components), config: c };
-  talk(
-    `modules  ${problem.modules.length} of ${target.linears.length} linear layers, ${totalC(problem.modules)} components`,
-  );
-  const heldOut = firstRows(data.heldOut, c.evalBatchSize);
-  const tokens = tokenBatch(heldOut, range(0, heldOut.count));
-  const loss = tf.tidy(() => crossEntropy(targetPass(target, tokens).logProbs, tokens));
-  const targetLoss = (await loss.data())[0]!;
-  tf.dispose([loss, tokens]);
-  talk(`loss     ${targetLoss.toFixed(4)} nats per token, the target's own on ${heldOut.count} held-out rows`);
-  return { engine, problem, data, heldOut, targetLoss };
+  const problem: Problem = { target, modules: chooseModules(linears, c.components), config: c };
+  const { modules } = problem;
+  talk(`modules  ${modules.length} of ${linears.length} linear layers, ${totalC(modules)} components`);
+  const rows = firstRows(data.heldOut, Math.max(c.evalBatchSize, Math.ceil(LOSS_TOKENS / c.seqLen)));
+  let loss = 0;
+  for (let i = 0; i < rows.count; i++) {
+    const ofRow = tf.tidy(() => {
+      const tokens = tokenBatch(rows, [i]);
+      return crossEntropy(targetPass(target, tokens).logProbs, tokens);
+    });
+    loss += (await numbers(ofRow))[0]! / rows.count;
+    ofRow.dispose();
+  }
+  talk(`loss     ${loss.toFixed(4)} nats per token, the target's own on ${rows.count} held-out rows`);
+  return { engine, problem, data, heldOut: firstRows(data.heldOut, c.evalBatchSize) };
 }
+const LOSS_TOKENS = 8192; // over which it is averaged, where there are so many
 
 /** Says what a step will take, and refuses what can't fit. */
 function checkSize(problem: Problem, gpu: boolean): void {
   const { targetParams, components, ciFn, bytes, flops } = estimate(problem);
-  const [M, G] = [(x: number) => `${(x / 1e6).toFixed(2)}M`, (x: number) => `${(x / 2 ** 30).toFixed(2)} GiB`];
+  const M = (x: number) => `${(x / 1e6).toFixed(2)}M`;
+  const GiB = (x: number) => `${(x / 2 ** 30).toFixed(2)} GiB`;
   talk(`size     target ${M(targetParams)} parameters, V and U ${M(components)}, CI function ${M(ciFn)}`);
-  talk(`step     about ${G(bytes)} of memory, ${(flops / 1e9).toFixed(1)} GFLOP`);
-  const smi = gpu
-    ? spawnSync('nvidia-smi', ['--query-gpu=memory.total', '--format=csv,noheader,nounits']).stdout
-    : null;
-  const there = gpu ? Number.parseInt(smi?.toString() ?? '', 10) * 2 ** 20 : os.totalmem();
+  talk(`step     about ${GiB(bytes)} of memory, ${(flops / 1e9).toFixed(1)} GFLOP`);
+  const smi = () => spawnSync('nvidia-smi', ['--query-gpu=memory.total', '--format=csv,noheader,nounits']).stdout;
+  const there = gpu ? Number.parseInt(`${smi()}`, 10) * 2 ** 20 : os.totalmem();
   if (bytes <= there || Number.isNaN(there)) return;
   const { microBatches, batchSize } = problem.config;
-  const advice =
-    batchSize > microBatches
-      ? `a larger --micro-batches than ${microBatches}`
-      : 'a smaller --seq-len or fewer --components';
-  refuse(`a step takes about ${G(bytes)} and there are ${G(there)}: try ${advice}, or a smaller --batch-size`);
-}
-
-/** --labels: the rules in force in the first rows of the held-out data. */
-function readLabels(file: string, rows: Rows): Labels {
-  const { rules, labels } = readJson(file) as unknown as Labels;
-  const row = (r: unknown) =>
-    Array.isArray(r) && r.length === rows.seqLen && r.flat().every(id => rules[id] !== undefined);
-  if (Array.isArray(rules) && Array.isArray(labels) && labels.length <= rows.count && labels.every(row))
-    return { rules, labels };
-  return refuse(
-    `${file}: takes {"rules": [{"name"}…], "labels": [row][position][rule ids]} for the rows of --eval-data`,
-  );
+  const canSplit = batchSize > microBatches;
+  const advice = canSplit
+    ? `a larger --micro-batches than ${microBatches}`
+    : 'a smaller --seq-len or fewer --components';
+  refuse(`a step takes about ${GiB(bytes)} and there are ${GiB(there)}: try ${advice}, or a smaller --batch-size`);
 }
 
 /** --dry-run: lists the modules, times some steps, writes nothing. */
-async function measureSteps(engine: Engine, problem: Problem, data: Data): Promise<number> {
+async function measureSteps(engine: Engine, problem: Problem, data: Data): Promise<void> {
   for (const { path: name, dIn, dOut, C } of problem.modules) console.log(`${name}  [${dOut}, ${dIn}]  C ${C}`);
   const step = compileStep(engine, problem, initialState(problem, initialParams(problem)));
   const times: number[] = [];
@@ -3082,9 +3035,29 @@ async function measureSteps(engine: Engine, problem: Problem, data: Data): Promi
     times.push(performance.now() - started);
   }
   const typical = times.slice(2).sort((a, b) => a - b)[2]!; // the first two are traced and checked
-  const hours = (typical * problem.config.nSteps) / 3.6e6;
-  console.log(`${typical.toFixed(1)} ms per step: ${problem.config.nSteps} steps take ${hours.toFixed(2)} hours`);
-  return 0;
+  const { nSteps } = problem.config;
+  console.log(
+    `${typical.toFixed(1)} ms per step: ${nSteps} steps take ${((typical * nSteps) / 3.6e6).toFixed(2)} hours`,
+  );
+}
+
+/** The state to go on from: of the last checkpoint, or of step 0. @returns its step, -1 before the warm-up */
+async function resumeFrom(dir: string, state: State): Promise<number> {
+  const checkpoint = await loadCheckpoint(dir);
+  const metrics = path.join(dir, 'metrics.jsonl');
+  if (!checkpoint) {
+    talk('resume   from the start: this run was stopped before its first checkpoint');
+    fs.rmSync(metrics, { force: true });
+    return -1;
+  }
+  const { step, components, state: file, warning } = checkpoint;
+  if (warning) talk(`warning  ${warning}`);
+  await restore(components, state.params);
+  for (const [prefix, variables] of stateParts(state)) await restore(file, variables, prefix);
+  const kept = readMetrics(dir).filter(line => line.step! <= step);
+  writeAtomic(metrics, kept.map(line => `${JSON.stringify(line)}\n`).join(''));
+  talk(`resume   from step ${step}`);
+  return step;
 }
 
 interface JobOptions {
@@ -3095,90 +3068,23 @@ interface JobOptions {
 
 /** The main job: warm up, train, evaluate, save, score, harvest, report. */
 async function decompose(config: Config, given: ReadonlySet<string>, how: JobOptions): Promise<number> {
-  const { resume } = how;
   const { engine, problem, data, heldOut } = await open(config, given, how.preset);
   const { config: c } = problem;
   checkSize(problem, engine.gpu);
-  if (how.dryRun) return measureSteps(engine, problem, data);
+  if (how.dryRun) {
+    await measureSteps(engine, problem, data);
+    return 0;
+  }
   const labels = c.labels ? readLabels(c.labels, data.heldOut) : undefined;
   const record = runRecord(problem, data, engine);
-  if (resume) for (const warning of compareRuns(resume, record)) talk(`warning  ${warning}`);
+  if (how.resume) for (const warning of compareRuns(how.resume, record)) talk(`warning  ${warning}`);
   fs.mkdirSync(c.out, { recursive: true });
-  const inRun = (file: string) => path.join(c.out, file);
-  writeAtomic(inRun('config.json'), `${JSON.stringify(record, null, 1)}\n`);
-
+  writeAtomic(path.join(c.out, 'config.json'), `${JSON.stringify(record, null, 1)}\n`);
   const params = initialParams(problem);
-  const state = initialState(problem, params);
-  let start = 0;
-  const checkpoint = resume && loadCheckpoint(c.out);
-  if (resume && !checkpoint) {
-    talk('resume   from the start: this run was stopped before its first checkpoint');
-    fs.rmSync(inRun('metrics.jsonl'), { force: true });
-  }
-  if (checkpoint) {
-    if (checkpoint.warning) talk(`warning  ${checkpoint.warning}`);
-    start = checkpoint.step;
-    restore(checkpoint.components, params);
-    restore(checkpoint.state, state.m, 'adam.m.');
-    restore(checkpoint.state, state.v, 'adam.v.');
-    restore(checkpoint.state, state.sources, 'ppgd.');
-    const kept = readMetrics(c.out).filter(({ step }) => step! <= start);
-    writeAtomic(inRun('metrics.jsonl'), kept.map(line => `${JSON.stringify(line)}\n`).join(''));
-    talk(`resume   from step ${start}`);
-  }
-  const save = (step: number) => saveCheckpoint(c.out, step, toWrite(params), stateToWrite(state));
-  const log = (step: number, metrics: Metrics) => {
-    fs.appendFileSync(inRun('metrics.jsonl'), `${JSON.stringify({ step, ...metrics })}\n`);
-  };
-  const signals = watchSignals(talk);
-  let interrupted: number | undefined;
-  if (!checkpoint && c.faithfulnessWarmupSteps > 0) {
-    const show = startProgress(c.faithfulnessWarmupSteps);
-    await warmUp(engine, problem, state, async (done, loss) => {
-      show(done, () => `warm-up ${done}/${c.faithfulnessWarmupSteps}  faithfulness ${loss.toExponential(2)}`);
-      await checkFinite(done, { 'warm-up loss/faith': loss }, toWrite(params));
-      interrupted = await signals.interrupted();
-      return interrupted === undefined;
-    });
-    // there is nothing to save yet: --resume begins again
-    if (interrupted !== undefined) return interrupted;
-  }
-  const step = compileStep(engine, problem, state);
   const evaluate = compileEvaluation(engine, problem, params);
-  const show = startProgress(c.nSteps, start);
-  let evaluated: Metrics | undefined;
-  for (let n = start; n < c.nSteps && interrupted === undefined; n++) {
-    const started = performance.now();
-    const values = await step(n, data.train);
-    const metrics: Metrics = Object.fromEntries(STEP_METRICS.map((name, i) => [name, values[i]!]));
-    const done = n + 1;
-    await checkFinite(done, metrics, toWrite(params));
-    const due = (every: number) => done === c.nSteps || (every > 0 && done % every === 0);
-    const losses = () => LOSSES.map(l => `${l} ${metrics[`loss/${l}`]!.toPrecision(3)}`).join('  ');
-    show(done, () => `step ${done}/${c.nSteps}  ${losses()}  L0 ${metrics['train/l0']!.toFixed(1)}`);
-    if (done % c.logEvery === 0 || done === c.nSteps) {
-      const { lrMain, lrPpgd, p } = schedule(c, n);
-      const { numTensors, numBytes } = tf.memory();
-      const memory = { 'memory/tensors': numTensors, 'memory/bytes': numBytes };
-      log(done, {
-        ...metrics,
-        'lr/main': lrMain,
-        'lr/ppgd': lrPpgd,
-        p,
-        'time/ms_per_step': performance.now() - started,
-        ...memory,
-      });
-    }
-    if (due(c.evalFreq)) {
-      // before the save: what a resumed run finds in metrics.jsonl up to its step is then complete
-      const slow = done === c.nSteps || (c.slowEvalFreq > 0 && done % c.slowEvalFreq === 0);
-      evaluated = (await evaluate(heldOut, { step: done, slow })).metrics;
-      log(done, evaluated);
-    }
-    interrupted = await signals.interrupted();
-    if (due(c.saveEvery) || interrupted !== undefined) await save(done);
-  }
-  signals.stop();
+  const { interrupted, evaluated } = await train(engine, problem, params, data.train, how.resume !== undefined, step =>
+    evaluate(heldOut, step),
+  );
   if (interrupted !== undefined) {
     talk(`stopped; go on with --resume --out ${c.out}`);
     return interrupted;
@@ -3188,69 +3094,76 @@ async function decompose(config: Config, given: ReadonlySet<string>, how: JobOpt
   const board = labels && (await tidyAsync(() => scoreRules(engine, problem, params, data.heldOut, labels)));
   console.log(summary(problem, metrics, board));
   if (c.harvest) await harvestRun(engine, problem, params, data, board);
-  console.log(`\nRun folder: ${c.out}   peak memory: ${(process.resourceUsage().maxRSS / 2 ** 20).toFixed(2)} GiB`);
+  const peak = (process.resourceUsage().maxRSS / 2 ** 20).toFixed(2);
+  console.log(`\nRun folder: ${c.out}   peak memory: ${peak} GiB`);
   return 0;
 }
 
-/** The lines of metrics.jsonl. */
-const readMetrics = (dir: string): Metrics[] => {
-  const file = path.join(dir, 'metrics.jsonl');
-  const lines = fs.existsSync(file) ? readText(file).split('\n') : [];
-  return lines.filter(line => line.endsWith('}')).map(line => parseJson(line, file) as Metrics); // not one cut off
-};
+/** The training loop: warm up, step, log, evaluate, save, until the last step or a signal. */
+async function train(
+  engine: Engine,
+  problem: Problem,
+  params: Params,
+  rows: Rows,
+  resume: boolean,
+  evaluate: (when: { step: number; slow: boolean }) => Promise<Evaluation>,
+): Promise<{ interrupted: number | undefined; evaluated: Metrics | undefined }> {
+  const { config: c } = problem;
+  const state = initialState(problem, params);
+  const start = resume ? await resumeFrom(c.out, state) : -1;
+  const noSignals = { interrupted: async () => undefined, stop: () => {} };
+  const signals = (await optional(import('./engine/long-runs.ts')))?.watchSignals(talk) ?? noSignals;
+  let [interrupted, evaluated]: [number | undefined, Metrics | undefined] = [undefined, undefined];
 
-/** The final numbers, for people. */
-function summary({ modules, config }: Problem, metrics: Metrics, board: Scoreboard | undefined): string {
-  const value = (name: string) => metrics[`eval/${name}`]!;
-  const number = (x: number) => (Math.abs(x) >= 1e-3 ? x.toFixed(4) : x.toExponential(2)).padStart(10);
-  const strategies = { unmasked: 'everything on', ci_masked: 'CI masks', rounded_masked: 'rounded CI masks' };
-  const all = {
-    ...strategies,
-    stoch_masked: 'stochastic masks',
-    random_masked: 'random masks',
-    zero_masked: 'nothing on',
-  };
-  const line = (name: string, label: string) => {
-    const ce = value('ce_kl/ce_target') + value(`ce_kl/ce_difference_${name}`);
-    return `  ${label.padEnd(18)}${number(ce)}${number(value(`ce_kl/kl_${name}`))}`;
-  };
-  const lines = [
-    `\n${''.padEnd(20)}        CE        KL   (nats per token, held-out rows)`,
-    `  ${'the target'.padEnd(18)}${number(value('ce_kl/ce_target'))}`,
-    ...Object.entries(all).map(([name, label]) => line(name, label)),
-    `  ${'dead ones deleted'.padEnd(28)}${number(value('ce_kl/kl_alive'))}`,
-    `  ${`fresh PGD, ${config.pgdEvalNSteps} steps`.padEnd(28)}${number(value('loss/PGDReconLoss'))}`,
-    `  faithfulness ${value('loss/FaithfulnessLoss').toExponential(2)}`,
-    `  L0 ${Object.entries(metrics)
-      .find(([n]) => /^eval\/l0\/[\d.]+_total$/.test(n))![1]
-      .toFixed(2)} of ` + `${value('n_alive')} alive of ${totalC(modules)} components`,
-  ];
-  if (!board) return lines.join('\n');
-  const best = board.rules.map(({ name, component: { module, index }, precision, recall, f1, causal }) => {
-    const [p, r, f] = [precision, recall, f1].map(x => x.toFixed(2).padStart(10));
-    return `  ${name.padEnd(18)}${p}${r}${f}   ${module}:${index}${causal ? '  causal' : ''}`;
-  });
-  return [
-    ...lines,
-    `\n  ${'rule'.padEnd(18)} precision    recall        F1   best component`,
-    ...best,
-    `  mean F1 ${board.meanF1.toFixed(3)}; ${board.nF1AtLeast80} of ${board.rules.length} rules with F1 of at least 0.8; ${board.nCausal} causal`,
-  ].join('\n');
-}
-
-/** Refuses to resume with another config, model or data; warnings for what costs exactness. */
-function compareRuns(old: RunRecord, now: RunRecord): string[] {
-  for (const part of ['model', 'data'] as const) {
-    if (old[part].sha256 !== now[part].sha256)
-      refuse(`--resume: ${part} is not the one of this run (${old[part].path}): its SHA-256 differs`);
+  const warmUpSteps = start < 0 ? c.faithfulnessWarmupSteps : 0;
+  const showWarmUp = startProgress(warmUpSteps);
+  if (warmUpSteps > 0) {
+    await warmUp(engine, problem, state, async (done, loss) => {
+      showWarmUp(done, () => `warm-up ${done}/${warmUpSteps}  faithfulness ${loss.toExponential(2)}`);
+      await checkFinite(done, { 'warm-up loss/faith': loss }, toWrite(params));
+      interrupted = await signals.interrupted();
+      return interrupted === undefined;
+    });
+    // there is nothing to save yet: --resume begins again
+    if (interrupted !== undefined) return { interrupted, evaluated };
   }
-  // "auto" may have been another engine then
-  const fields = ({ config, engine, modules }: RunRecord) => ({ ...config, engine: engine.name, modules });
-  return compareConfigs(fields(old), fields(now));
+
+  const log = (step: number, metrics: Metrics) =>
+    fs.appendFileSync(path.join(c.out, 'metrics.jsonl'), `${JSON.stringify({ step, ...metrics })}\n`);
+  const step = compileStep(engine, problem, state);
+  const show = startProgress(c.nSteps, Math.max(0, start));
+  for (let n = Math.max(0, start); n < c.nSteps && interrupted === undefined; n++) {
+    const started = performance.now();
+    const values = await step(n, rows);
+    const metrics: Metrics = Object.fromEntries(STEP_METRICS.map((name, i) => [name, values[i]!]));
+    const done = n + 1;
+    const due = (every: number) => done === c.nSteps || (every > 0 && done % every === 0);
+    await checkFinite(done, metrics, toWrite(params));
+    const losses = () => LOSSES.map(l => `${l} ${metrics[`loss/${l}`]!.toPrecision(3)}`).join('  ');
+    show(done, () => `step ${done}/${c.nSteps}  ${losses()}  L0 ${metrics['train/l0']!.toFixed(1)}`);
+    if (due(c.logEvery)) {
+      const { lrMain, lrPpgd, p } = schedule(c, n);
+      const { numTensors, numBytes } = tf.memory();
+      const rates = { 'lr/main': lrMain, 'lr/ppgd': lrPpgd, p, 'time/ms_per_step': performance.now() - started };
+      log(done, { ...metrics, ...rates, 'memory/tensors': numTensors, 'memory/bytes': numBytes });
+    }
+    if (due(c.evalFreq)) {
+      // before the save: what a resumed run finds in metrics.jsonl up to its step is then complete
+      evaluated = (await evaluate({ step: done, slow: due(c.slowEvalFreq) })).metrics;
+      log(done, evaluated);
+    }
+    interrupted = await signals.interrupted();
+    if (due(c.saveEvery) || interrupted !== undefined) {
+      const toSave = stateParts(state).flatMap(([prefix, variables]) => toWrite(variables, prefix));
+      await saveCheckpoint(c.out, done, toWrite(params), toSave);
+    }
+  }
+  signals.stop();
+  return { interrupted, evaluated };
 }
 
-/** A finished run, opened again with its own config. */
-async function reopen(dir: string, changes: Partial<Config>) {
+/** eval and harvest: opens a finished run again with its own config. */
+async function revisit(command: string, dir: string, changes: Partial<Config>): Promise<number> {
   const record = readJson(path.join(dir, 'config.json')) as unknown as RunRecord;
   if (record.formatVersion !== 1) refuse(`${dir}/config.json: formatVersion is ${record.formatVersion}, takes 1`);
   const config = { ...DEFAULTS, ...record.config, out: dir, ...changes };
@@ -3258,40 +3171,30 @@ async function reopen(dir: string, changes: Partial<Config>) {
   if (problem.target.sha256 !== record.model.sha256)
     refuse(`${record.model.path}: not the model of this run (its SHA-256 differs)`);
   const params = initialParams(problem);
-  restore(pairFile(dir, 'components'), params);
-  return { engine, problem, data, heldOut, params };
-}
-
-async function evalCommand(dir: string, changes: Partial<Config>): Promise<number> {
-  const { engine, problem, data, heldOut, params } = await reopen(dir, changes);
+  await restore(inRun(dir, 'components'), params);
+  if (command === 'harvest') {
+    const labels = config.labels && !changes.evalData ? readLabels(config.labels, data.heldOut) : undefined;
+    const board = labels && (await scoreRules(engine, problem, params, data.heldOut, labels));
+    await harvestRun(engine, problem, params, data, board);
+    return 0;
+  }
   // given rows are one batch, since the importance loss is no mean over batches; --eval-batch-size splits them
   if (changes.evalData && !changes.evalBatchSize) problem.config.evalBatchSize = data.heldOut.count;
   const rows = changes.evalData ? data.heldOut : heldOut;
-  const evaluate = compileEvaluation(engine, problem, params);
-  console.log(JSON.stringify((await evaluate(rows, { step: problem.config.nSteps, slow: true })).metrics));
-  return 0;
-}
-
-async function harvestCommand(dir: string, changes: Partial<Config>): Promise<number> {
-  const { engine, problem, data, params } = await reopen(dir, changes);
-  const { labels } = problem.config;
-  const board =
-    labels && !changes.evalData
-      ? await scoreRules(engine, problem, params, data.heldOut, readLabels(labels, data.heldOut))
-      : undefined;
-  await harvestRun(engine, problem, params, data, board);
+  const evaluation = await compileEvaluation(engine, problem, params)(rows, { step: config.nSteps, slow: true });
+  console.log(JSON.stringify(evaluation.metrics));
   return 0;
 }
 
 function help(): string {
-  const lines = Object.entries(GROUPS).flatMap(([group, fields]) => [
+  const presets = Object.entries(PRESETS).map(([name, { source }]) => `  ${name.padEnd(17)} ${source}`);
+  const fields = Object.entries(GROUPS).flatMap(([group, fields]) => [
     `\n${group}:`,
-    ...Object.entries(fields as Record<string, Field<Value>>).map(([name, { value, help }]) => {
+    ...Object.entries<Field<Value>>(fields).map(([name, { value, help }]) => {
       const standard = value === '' || typeof value === 'boolean' ? '' : ` [${value}]`;
-      return `  --${`${typeof value === 'boolean' ? 'no-' : ''}${kebab(name)}`.padEnd(36)} ${help}${standard}`;
+      return `  --${flagOf(name).padEnd(36)} ${help}${standard}`;
     }),
   ]);
-  const presets = Object.entries(PRESETS).map(([name, { source }]) => `  ${name.padEnd(17)} ${source}`);
   return `nano-param-decomp ${VERSION}: takes a trained language model apart into rank-one subcomponents
 
   npx tsx nano-param-decomp.ts [decompose] --model M --data D [--preset P] [flags]
@@ -3302,44 +3205,47 @@ function help(): string {
 
 Presets (--preset):
 ${presets.join('\n')}
-${lines.join('\n')}
+${fields.join('\n')}
 `;
 }
 
-/** Parses and runs a command line. @returns the exit code */
-export async function main(argv: string[]): Promise<number> {
-  const [command = 'decompose', ...rest] = /^(decompose|eval|harvest)$/.test(argv[0] ?? '')
-    ? argv
-    : ['decompose', ...argv];
+/** The flags of the fields as a part of the config; those of the command itself as they are. */
+function parseFlags(args: string[]) {
   const options: Record<string, { type: 'string' | 'boolean' }> = {};
   for (const name of ['preset', 'run']) options[name] = { type: 'string' };
   for (const name of ['resume', 'dry-run', 'help', 'version']) options[name] = { type: 'boolean' };
-  for (const [name, { value }] of Object.entries(FIELDS)) {
-    options[typeof value === 'boolean' ? `no-${kebab(name)}` : kebab(name)] = {
-      type: typeof value === 'boolean' ? 'boolean' : 'string',
-    };
-  }
+  for (const [name, { value }] of Object.entries(FIELDS))
+    options[flagOf(name)] = { type: typeof value === 'boolean' ? 'boolean' : 'string' };
   let flags: Record<string, string | boolean | undefined>;
   try {
-    flags = parseArgs({ args: rest, options, strict: true }).values as typeof flags;
+    flags = parseArgs({ args, options, strict: true }).values as typeof flags;
   } catch (error) {
     return refuse(`${(error as Error).message.split('. To specify')[0]} (--help lists the flags)`);
   }
-  if (flags.help || flags.version) {
-    console.log(flags.help ? help() : VERSION);
-    return 0;
-  }
   const changes: Partial<Config> = {};
   for (const [name, { value }] of Object.entries(FIELDS)) {
-    const raw = typeof value === 'boolean' ? flags[`no-${kebab(name)}`] && false : flags[kebab(name)];
-    if (raw !== undefined) Object.assign(changes, { [name]: fieldValue(name, raw) });
+    const raw = flags[flagOf(name)];
+    if (raw !== undefined)
+      Object.assign(changes, { [name]: typeof value === 'boolean' ? !raw : fieldValue(name, raw) });
   }
   for (const name of ['model', 'data', 'evalData', 'labels', 'out'] as const) {
     if (changes[name] && fs.existsSync(changes[name])) changes[name] = path.resolve(changes[name]);
   }
+  return { flags, changes };
+}
+
+/** Parses and runs a command line. @returns the exit code */
+export async function main(argv: string[]): Promise<number> {
+  const hasCommand = /^(decompose|eval|harvest)$/.test(argv[0] ?? '');
+  const [command, args] = hasCommand ? [argv[0]!, argv.slice(1)] : ['decompose', argv];
+  const { flags, changes } = parseFlags(args);
+  if (flags.help || flags.version) {
+    console.log(flags.help ? help() : VERSION);
+    return 0;
+  }
   if (command !== 'decompose') {
     if (typeof flags.run !== 'string') return refuse(`${command}: takes --run DIR, the folder of a finished run`);
-    return command === 'eval' ? evalCommand(flags.run, changes) : harvestCommand(flags.run, changes);
+    return revisit(command, flags.run, changes);
   }
   const dryRun = flags['dry-run'] === true;
   if (flags.resume) {
@@ -3348,10 +3254,9 @@ export async function main(argv: string[]): Promise<number> {
     const config = { ...DEFAULTS, ...record.config, ...changes };
     return decompose(config, new Set(Object.keys(config)), { dryRun, resume: record });
   }
-  const presetName = flags.preset as string | undefined;
-  const preset = presetName === undefined ? undefined : PRESETS[presetName];
-  if (presetName !== undefined && !preset)
-    refuse(`--preset: got ${presetName}, takes one of ${Object.keys(PRESETS).join(', ')}`);
+  const preset = flags.preset === undefined ? undefined : PRESETS[String(flags.preset)];
+  if (flags.preset !== undefined && !preset)
+    refuse(`--preset: got ${flags.preset}, takes one of ${Object.keys(PRESETS).join(', ')}`);
   const config: Config = { ...DEFAULTS, ...preset?.config, ...changes };
   const stamp = new Date().toISOString().slice(0, 19).replace(/\D/g, '-');
   config.out ||= path.join('runs', `${path.basename(config.model) || 'run'}-${stamp}`);
@@ -3362,16 +3267,16 @@ export async function main(argv: string[]): Promise<number> {
 }
 
 if (process.argv[1] && fs.realpathSync(process.argv[1]) === fileURLToPath(import.meta.url)) {
-  main(process.argv.slice(2)).then(
-    code => {
+  const failed = (error: NodeJS.ErrnoException): number => {
+    const usage = error.name === 'UsageError';
+    // what the system says (a full disk …) is no bug of ours: its stack tells nothing
+    const known = usage || error instanceof DivergenceError || /^E[A-Z]+$/.test(error.code ?? '');
+    talk(known ? `nano-param-decomp: ${error.message}` : String(error.stack));
+    return usage ? 2 : 1;
+  };
+  main(process.argv.slice(2))
+    .catch(failed)
+    .then(code => {
       process.exitCode = code;
-    },
-    (error: NodeJS.ErrnoException) => {
-      const usage = error.name === 'UsageError';
-      // what the system says (a full disk …) is no bug of ours: its stack tells nothing
-      const known = usage || error instanceof DivergenceError || /^E[A-Z]+$/.test(error.code ?? '');
-      talk(known ? `nano-param-decomp: ${error.message}` : String(error.stack));
-      process.exitCode = usage ? 2 : 1;
-    },
-  );
+    });
 }

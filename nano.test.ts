@@ -1206,7 +1206,7 @@ async function shortRun(engine: string): Promise<void> {
     assert.ok(x.every(Number.isFinite) && largest(x) > 0, name);
   }
   components.close();
-  assert.equal(nano.loadCheckpoint(out)?.step, 6, 'state.safetensors belongs to it');
+  assert.equal((await nano.loadCheckpoint(out))?.step, 6, 'state.safetensors belongs to it');
   assert.ok(Object.keys(JSON.parse(read(out, 'harvest.json'))).length > 0);
   assert.match(read(out, 'report.html'), /<html[\s\S]*<\/html>/);
 

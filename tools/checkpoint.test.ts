@@ -55,8 +55,8 @@ function valuesIn(file: string): number[] {
 }
 
 /** The one value in the checkpoint that loads, or undefined. */
-function load(folder = dir): number | undefined {
-  const checkpoint = loadCheckpoint(folder);
+async function load(folder = dir): Promise<number | undefined> {
+  const checkpoint = await loadCheckpoint(folder);
   if (!checkpoint) return undefined;
   const values = new Set([...valuesIn(checkpoint.components), ...valuesIn(checkpoint.state)]);
   assert.equal(values.size, 1, `a mixed pair was loaded: ${[...values]}`);
@@ -145,10 +145,10 @@ test('a save is this sequence: whole files beside, second names for the old pair
     'state.previous.safetensors',
     'state.safetensors',
   ]);
-  assert.equal(load(), 2);
+  assert.equal(await load(), 2);
   for (const what of ['components', 'state'])
     assert(valuesIn(path.join(dir, `${what}.previous.safetensors`)).every(value => value === 1));
-  const checkpoint = loadCheckpoint(dir)!;
+  const checkpoint = (await loadCheckpoint(dir))!;
   assert.deepEqual([checkpoint.step, checkpoint.warning], [2, undefined]);
 });
 
@@ -175,18 +175,18 @@ test('any number of saves in a row, each cut off at any call: the last checkpoin
     for (let n = 1, ended = false; !ended; n++) {
       real.rmSync(dir, { recursive: true });
       fs.mkdirSync(dir);
-      for (const [i, death] of history.entries()) await saveAndDie((load() ?? 0) + 1, i + 1, death);
-      const before = load();
+      for (const [i, death] of history.entries()) await saveAndDie(((await load()) ?? 0) + 1, i + 1, death);
+      const before = await load();
       const value = history.length + 1;
       const calls = await saveAndDie((before ?? 0) + 1, value, n);
       ended = calls.length < n;
-      const now = load();
+      const now = await load();
       const where = `died at calls ${[...history, n]}, the last one ${calls.at(-1)}`;
       assert(now === value || (now === before && !ended), `loads save ${now}, not ${before} or ${value}: ${where}`);
       const components = path.join(dir, 'components.safetensors');
       assert.equal(fs.existsSync(components), now !== undefined, where);
       if (fs.existsSync(components)) assert.equal(new Set(valuesIn(components)).size, 1, where);
-      if (now !== undefined && loadCheckpoint(dir)!.warning) fallbacks++;
+      if (now !== undefined && (await loadCheckpoint(dir))!.warning) fallbacks++;
       if (!histories.has(pattern())) histories.set(pattern(), [...history, n]);
       tried++;
     }
@@ -208,21 +208,21 @@ test('the previous pair loads with a warning when a file of the last one is miss
     ]) {
       fs.rmSync(file(what), { force: true });
       if (content) fs.writeFileSync(file(what), content);
-      assert.equal(load(), 1);
-      assert.match(loadCheckpoint(dir)!.warning!, /: the last save was cut off; going on from step 1$/);
+      assert.equal(await load(), 1);
+      assert.match((await loadCheckpoint(dir))!.warning!, /: the last save was cut off; going on from step 1$/);
     }
     fs.writeFileSync(file(what), whole[what]);
   }
-  assert.equal(load(), 2);
+  assert.equal(await load(), 2);
   for (const what of ['state', 'state.previous']) fs.rmSync(file(what));
   // not "no checkpoint yet": a run that began again would overwrite these components
-  assert.throws(
-    () => loadCheckpoint(dir),
+  await assert.rejects(
+    loadCheckpoint(dir),
     /run: state.safetensors and components.safetensors are broken or not of the same/,
   );
   for (const what of ['components', 'components.previous']) fs.rmSync(file(what));
-  assert.equal(loadCheckpoint(dir), undefined);
-  assert.equal(loadCheckpoint(path.join(root, 'gone')), undefined);
+  assert.equal(await loadCheckpoint(dir), undefined);
+  assert.equal(await loadCheckpoint(path.join(root, 'gone')), undefined);
 });
 
 test('an error in a save leaves the last checkpoint and no litter', async () => {
@@ -240,14 +240,14 @@ test('an error in a save leaves the last checkpoint and no litter', async () => 
     await assert.rejects(save(3), /ENOSPC/);
     replaceFs(real);
     assert.deepEqual(fs.readdirSync(dir), files);
-    assert.equal(load(), 2);
+    assert.equal(await load(), 2);
   }
   fs.writeFileSync(path.join(dir, 'components.next.safetensors.tmp-999999'), 'left by a killed process');
   fs.writeFileSync(path.join(dir, 'state.next.safetensors'), 'left by a killed process');
   fs.writeFileSync(path.join(dir, 'my.components.tmp-1'), 'not ours');
   await save(3);
   assert.deepEqual(fs.readdirSync(dir).sort(), [...files, 'my.components.tmp-1'].sort());
-  assert.equal(load(), 3);
+  assert.equal(await load(), 3);
   fs.rmSync(dir, { recursive: true });
   await assert.rejects(save(4), /ENOENT/);
 });
@@ -260,7 +260,7 @@ test('where there are no hard links the old pair is copied', async () => {
   });
   for (const step of [1, 2, 3]) await save(step);
   fs.rmSync(path.join(dir, 'state.safetensors'));
-  assert.equal(load(), 2);
+  assert.equal(await load(), 2);
 });
 
 test('a full disk leaves the last checkpoint', async t => {
@@ -270,10 +270,10 @@ test('a full disk leaves the last checkpoint', async t => {
     await save(1, 1, dir, 4000); // two files of 16 kB
     await save(2, 2, dir, 4000);
     await assert.rejects(save(3, 3, dir, 40_000), /ENOSPC/);
-    assert.equal(load(), 2);
+    assert.equal(await load(), 2);
     assert.equal(fs.readdirSync(dir).length, 4);
     await save(4, 4, dir, 4000);
-    assert.equal(load(), 4);
+    assert.equal(await load(), 4);
   } finally {
     spawnSync('umount', [dir]);
   }
@@ -325,7 +325,7 @@ test('a value that is not finite stops the run with its name, the step and the l
 /** Runs steps of 300 ms that never wait, as a native call would, and reports each; it "saves" in 300 ms as well. */
 const loop = `
 import fs from 'node:fs';
-import { watchSignals } from ${JSON.stringify(new URL('../nano-param-decomp.ts', import.meta.url).href)};
+import { watchSignals } from ${JSON.stringify(new URL('../engine/long-runs.ts', import.meta.url).href)};
 const say = (line: string) => fs.writeSync(1, line + '\\n');
 const busy = () => Atomics.wait(new Int32Array(new SharedArrayBuffer(4)), 0, 0, 300);
 async function main() {
