@@ -327,6 +327,14 @@ test('memory stays flat', options, async () => {
   const fed = feeds(1);
   const once = async () => tf.dispose(await compiled(fed));
   for (let i = 0; i < 20; i++) await once();
+  const another = feeds(2, 16); // a new shape: recorded anew
+  tf.tidy(() => {
+    for (const feed of Object.values(another)) feed.add(0); // which uploads it
+  });
+  const uploaded = binding.getNumOfTensors();
+  for (let i = 0; i < 2; i++) tf.dispose(await compiled(another));
+  assert.equal(binding.getNumOfTensors(), uploaded, 'what recording and checking took is given back');
+  tf.dispose(another);
   const [tensors, handles, rss] = [tf.memory().numTensors, binding.getNumOfTensors(), process.memoryUsage().rss];
   assert.equal(tensors, start + Object.keys(fed).length);
   for (let i = 0; i < 300; i++) {

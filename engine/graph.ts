@@ -9,9 +9,10 @@
  *   const { loss } = await step({ x, lr });
  *
  * The trick: every kernel of this backend ends in `binding.executeOp(name, attrs, inputIds, n)`, every upload
- * in `binding.createTensor`, and a tensor's id is never used again. At its first call the function runs op by
- * op, with a stand-in for `binding` that lets the real call happen and writes down a node; a map from ids to
- * nodes is all the bookkeeping. What the function sees from outside becomes
+ * in `binding.createTensor`, and a tensor's id is never used again. At its first call the function runs with a
+ * stand-in for `binding` that writes down a node and gives back an id without data; a map from ids to nodes is
+ * all the bookkeeping. (The shapes of a result are those that the op gives for zeros, which are dropped at once:
+ * so recording takes no memory to speak of.) What the function sees from outside becomes
  *   a feed           Placeholder
  *   a tf.Variable    VarHandleOp and ReadVariableOp, and AssignVariableOp when the function assigned it
  *   another tensor   Const
@@ -20,9 +21,9 @@
  *
  * Rules for the function: what changes between calls is a feed, never a JavaScript number; no JavaScript
  * branch depends on a tensor's value; random ops are keyed by a fed seed; variables are made outside. The
- * first two calls check that (`verify`): both compare the graph's results with those of the run op by op, and
- * the second records again, with its new feeds, and compares the two recordings. Later calls do not run the
- * JavaScript.
+ * first two calls check that (`verify`): both compare the graph's results with those of its nodes run one by one
+ * outside of a session, each value freed after its last use, and the second records again, with its new feeds, and
+ * compares the two recordings. Later calls do not run the JavaScript.
  *
  * The state lives in the session. In TFJS a variable then has a stub for its data, which is fetched when
  * somebody looks at it; a variable that was assigned outside is sent before the next run. So variables work
@@ -49,7 +50,7 @@ export interface GraphOptions {
 }
 /**
  * What a function became: calls recorded, and nodes without duplicates and dead ones. `byOp` tells where the
- * time goes: the nodes of each op, and how long their calls took when recorded (on a CPU: a GPU lags behind).
+ * time goes: the nodes of each op, and how long they took when run one by one (on a CPU: a GPU lags behind).
  */
 export interface FunctionStats {
   name: string;
@@ -95,6 +96,9 @@ const dtypeOf = (tensor: tf.TensorInfo): number => {
 };
 const typeAttr = (name: string, value: number): Attr => ({ name, type: AttrType.type, value });
 const shapeAttr = (value: number[]): Attr => ({ name: 'shape', type: AttrType.shape, value });
+
+/** On a node: XLA may compile it. */
+const XLA: Attr = { name: '_XlaCompile', type: AttrType.bool, value: true };
 
 /** For a Const that is fetched only for what must happen before it. */
 const NOTHING = constAttrs([], DataType.int32!, Int32Array.of(0));
@@ -142,8 +146,9 @@ interface Value {
 }
 interface Recorded extends Node {
   key: string; // op, inputs and attributes: what has the same key has the same value
+  outputs: Omit<Meta, 'id'>[];
   constant?: Values | undefined; // of a Const
-  ms?: number; // what the call took
+  ms?: number; // what it took when it was run by itself
 }
 /** A recorded function, ready to be loaded and run. */
 interface Compiled {
@@ -154,6 +159,7 @@ interface Compiled {
   fetches: string; // names of the outputs, and of what waits for the assignments
   outputs: string[]; // the outputs' keys
   assigned: Slot[];
+  results: string[]; // the refs of the outputs, then of what is assigned
   recording?: Recorded[] | undefined; // until the second call has repeated it
 }
 
@@ -166,6 +172,8 @@ class Trace {
   private readonly feeds: string[] = [];
   private readonly outputs: [key: string, name: string][] = [];
   private readonly assigned: [slot: Slot, ref: string][] = [];
+  private readonly shapes = new Map<string, Omit<Meta, 'id'>[]>(); // of results, by op, attributes and inputs
+  private nextId = -2; // of tensors without data; the binding's count up from 0, and -1 is a stub's
   private ops = 0;
   private readonly prefix: string; // of all names
   private readonly xla: boolean;
@@ -187,7 +195,7 @@ class Trace {
     this.like = like;
   }
 
-  /** Stands in for the binding: the real calls happen, and are written down. */
+  /** Stands in for the binding: what depends on feeds or variables is only written down. */
   standIn(): Binding {
     const createTensor: Binding['createTensor'] = (shape, dtype, values) => {
       const id = this.binding.createTensor(shape, dtype, values);
@@ -196,28 +204,57 @@ class Trace {
     };
     const executeOp: Binding['executeOp'] = (op, attrs, ids, count) => {
       if (STATEFUL.test(op)) throw new Error(`${op} has hidden state: use a random op keyed by a fed seed`);
-      const start = performance.now();
-      const outputs = this.binding.executeOp(op, attrs, ids, count);
-      this.record(op, attrs, ids, outputs, performance.now() - start);
+      const inputs = ids.map(id => this.value(id, op));
+      const varies = inputs.some(input => input.varies);
+      const outputs = varies
+        ? this.shapesOf(op, attrs, inputs, ids, count).map(meta => ({ ...meta, id: this.nextId-- }))
+        : this.binding.executeOp(op, attrs, ids, count);
+      this.record(op, attrs, inputs, outputs);
       return outputs;
     };
-    return Object.create(this.binding, { createTensor: { value: createTensor }, executeOp: { value: executeOp } });
+    const deleteTensor = (id: number) => {
+      if (id >= 0) this.binding.deleteTensor(id);
+    };
+    const replaced = { createTensor, executeOp, deleteTensor };
+    return Object.create(this.binding, Object.getOwnPropertyDescriptors(replaced));
   }
 
-  private record(op: string, attrs: Attr[], ids: number[], outputs: Meta[], ms: number): void {
+  /** What the op gives for inputs of these shapes: it is run on zeros in place of what varies. */
+  private shapesOf(op: string, attrs: Attr[], inputs: Value[], ids: number[], count: number): Omit<Meta, 'id'>[] {
+    const kinds = inputs.map(({ varies, ref, shape, dtype }) => (varies ? [shape, dtype] : ref));
+    const key = JSON.stringify([op, attrs, kinds]);
+    const known = this.shapes.get(key);
+    if (known) return known;
+    const used = inputs.map(({ varies, shape, dtype }, k) => (varies ? this.zeros(shape, dtype) : ids[k]!));
+    const outputs = this.binding.executeOp(op, attrs, used, count);
+    for (const id of used.filter((_, k) => inputs[k]!.varies)) this.binding.deleteTensor(id);
+    for (const { id } of outputs) this.binding.deleteTensor(id);
+    const shapes = outputs.map(({ shape, dtype }) => ({ shape, dtype }));
+    this.shapes.set(key, shapes);
+    return shapes;
+  }
+
+  private zeros(shape: number[], dtype: number): number {
+    const dims = this.binding.createTensor([shape.length], DataType.int32!, Int32Array.from(shape));
+    const One = dtype === DataType.float32 ? Float32Array : dtype === DataType.int32 ? Int32Array : Uint8Array;
+    const zero = this.binding.createTensor([], dtype, new One(1));
+    const attrs = [typeAttr('T', dtype), typeAttr('index_type', DataType.int32!)];
+    const { id } = this.binding.executeOp('Fill', attrs, [dims, zero], 1)[0]!;
+    for (const used of [dims, zero]) this.binding.deleteTensor(used);
+    return id;
+  }
+
+  private record(op: string, attrs: Attr[], inputs: Value[], outputs: Meta[]): void {
     this.ops++;
-    const inputs = ids.map(id => this.value(id, op));
     const [x, y] = [inputs[0], outputs[0]];
     if (x && y && SHAPERS.has(op) && x.dtype === y.dtype && `${x.shape}` === `${y.shape}`) {
       this.values.set(y.id, x);
       return;
     }
     // XLA's generator would draw other bits for a seed, so stateless random ops stay TensorFlow's
-    const xla = { name: '_XlaCompile', type: AttrType.bool, value: !op.startsWith('Stateless') };
+    const xla = { ...XLA, value: !op.startsWith('Stateless') };
     const refs = inputs.map(({ ref }) => ref);
-    const node = this.add(op, refs, this.xla ? [...attrs, xla] : attrs);
-    const { name } = node;
-    node.ms ??= ms;
+    const { name } = this.add(op, refs, this.xla ? [...attrs, xla] : attrs, outputs);
     const varies = inputs.some(input => input.varies);
     outputs.forEach(({ id, shape, dtype }, k) => {
       this.values.set(id, { ref: k ? `${name}:${k}` : name, varies, shape, dtype });
@@ -225,11 +262,19 @@ class Trace {
   }
 
   /** A new node, or the same one that is there already: so computing something twice costs nothing. */
-  private add(op: string, inputs: string[], attrs: Attr[], user = op, constant?: Values): Recorded {
+  private add(
+    op: string,
+    inputs: string[],
+    attrs: Attr[],
+    outputs: Omit<Meta, 'id'>[],
+    user = op,
+    constant?: Values,
+  ): Recorded {
     const key = JSON.stringify([op, inputs, attrs]);
     const twin = this.byKey.get(key);
     if (twin) return twin;
-    const node: Recorded = { name: `${this.prefix}/${this.nodes.length}`, op, inputs, attrs, key, constant };
+    const name = `${this.prefix}/${this.nodes.length}`;
+    const node: Recorded = { name, op, inputs, attrs, key, outputs, constant };
     const first = this.like?.[this.nodes.length];
     if (this.like && first?.key !== key) throw new Error(difference(first, node, user));
     this.byKey.set(key, node);
@@ -241,8 +286,9 @@ class Trace {
   feed(key: string, tensor: tf.Tensor, id: number): void {
     const dtype = dtypeOf(tensor);
     const label: Attr = { name: '_feed', type: AttrType.string, value: key }; // keeps equal feeds apart
-    const { name } = this.add('Placeholder', [], [typeAttr('dtype', dtype), shapeAttr(tensor.shape), label]);
-    const copy = this.add('DeepCopy', [name], [typeAttr('T', dtype)]); // why: see slotNodes
+    const outputs = [{ shape: tensor.shape, dtype }];
+    const { name } = this.add('Placeholder', [], [typeAttr('dtype', dtype), shapeAttr(tensor.shape), label], outputs);
+    const copy = this.add('DeepCopy', [name], [typeAttr('T', dtype)], outputs); // why: see slotNodes
     this.feeds.push(name);
     this.values.set(id, { ref: copy.name, varies: true, shape: tensor.shape, dtype });
   }
@@ -270,7 +316,7 @@ class Trace {
         `${user} uses a tensor of shape [${shape}] that would be a constant of the graph: make it a tf.variable`,
       );
     }
-    const { name } = this.add('Const', [], attrs, user, values.slice());
+    const { name } = this.add('Const', [], attrs, [{ shape, dtype }], user, values.slice());
     const value = { ref: name, varies: false, shape, dtype };
     this.values.set(id, value);
     return value;
@@ -282,8 +328,9 @@ class Trace {
   }
 
   output(key: string, id: number): void {
-    const { ref, dtype } = this.value(id, 'an output');
-    this.outputs.push([key, this.add('Identity', [ref], [typeAttr('T', dtype)], 'an output').name]);
+    const { ref, shape, dtype } = this.value(id, 'an output');
+    const attrs = [typeAttr('T', dtype)];
+    this.outputs.push([key, this.add('Identity', [ref], attrs, [{ shape, dtype }], 'an output').name]);
   }
 
   assign(slot: Slot, id: number): void {
@@ -295,10 +342,10 @@ class Trace {
     const reads = [...this.reads].map(read => `^${read}`);
     const sets = this.assigned.map(([slot, ref]) => {
       const inputs = [`${slot.name}/handle`, ref, ...reads];
-      const { name } = this.add('AssignVariableOp', inputs, [typeAttr('dtype', dtypeOf(slot.variable))]);
+      const { name } = this.add('AssignVariableOp', inputs, [typeAttr('dtype', dtypeOf(slot.variable))], []);
       return `^${name}`;
     });
-    const done = this.add('Const', sets, NOTHING, 'the end');
+    const done = this.add('Const', sets, NOTHING, [], 'the end');
     const fetches = [...this.outputs.map(([, name]) => name), done.name];
     const live = new Set([...this.feeds, ...fetches]);
     for (const { name, inputs } of this.nodes.toReversed()) {
@@ -312,6 +359,7 @@ class Trace {
       fetches: fetches.join(),
       outputs: this.outputs.map(([key]) => key),
       assigned: this.assigned.map(([slot]) => slot),
+      results: [...this.outputs.map(([, name]) => name), ...this.assigned.map(([, ref]) => ref)],
       recording: this.nodes,
     };
   }
@@ -352,12 +400,14 @@ function hook(backend: Backend & { hooked?: boolean }): void {
   };
   backend.readSync = dataId => {
     fetchers.get(dataId)?.();
-    if (!checking && tracing?.varies(dataId, backend.tensorMap.get(dataId).id)) {
+    const { id, shape } = backend.tensorMap.get(dataId);
+    if (tracing?.varies(dataId, id)) {
+      if (checking) return new Int32Array(tf.util.sizeFromShape(shape));
       throw new Error('a tensor was read, but no JavaScript may depend on its value: use tf.where, or return it');
     }
     return readSync.call(backend, dataId);
   };
-  // tf.gather reads its indices to check them; when the graph runs, TensorFlow checks them
+  // tf.gather reads its indices to check them, here zeros; when the graph runs, TensorFlow checks them
   const gather = tf.getKernel('GatherV2', 'tensorflow');
   tf.unregisterKernel('GatherV2', 'tensorflow');
   const kernelFunc: tf.KernelFunc = args => {
@@ -373,13 +423,7 @@ function hook(backend: Backend & { hooked?: boolean }): void {
 
 // ---- The graph of all functions ---------------------------------------------------------------------------
 
-/** What the run op by op gave for an output or for `variable`, whose value was `before` until then. */
-interface Expected {
-  key: string;
-  eager: Values;
-  variable?: tf.Variable;
-  before?: Values;
-}
+type Tensors = Map<tf.Variable, tf.Tensor>;
 
 export class Graph {
   /** For reports: each function, the bytes of the whole graph and the time it last took to load. */
@@ -411,10 +455,20 @@ export class Graph {
       if (known && !known.recording) return this.run(known, tensors) as O;
       byShapes.delete(shapes); // until this call has succeeded
       try {
-        const { compiled, expected } = this.record(entries, fn as unknown as (feeds: Feeds) => Outputs, known);
-        if (!known) this.load(`${name}(${shapes})`, compiled);
-        const outputs = this.run(compiled, tensors);
-        this.check(expected, outputs);
+        this.pull();
+        const state = Object.values(tf.engine().registeredVariables);
+        const before: Tensors = new Map(state.map(variable => [variable, tf.keep(variable.clone())]));
+        let outputs: Outputs;
+        let compiled: Compiled;
+        try {
+          compiled = this.record(entries, fn as unknown as (feeds: Feeds) => Outputs, known, before);
+          if (!known) this.load(`${name}(${shapes})`, compiled);
+          outputs = this.run(compiled, tensors);
+          if (this.options.verify) this.check(compiled, tensors, before, outputs);
+        } finally {
+          for (const copy of before.values()) copy.dispose();
+        }
+        if (!known) this.count(`${name}(${shapes})`, compiled);
         for (const slot of this.loaded) this.expire(slot); // what the recording fetched need not stay
         if (known || !this.options.verify) compiled.recording = undefined;
         byShapes.set(shapes, compiled);
@@ -425,47 +479,37 @@ export class Graph {
     };
   }
 
-  /** Runs `fn` op by op and records it. The variables are put back: only the session moves the state on. */
-  private record(entries: [string, tf.Tensor][], fn: (feeds: Feeds) => Outputs, known: Compiled | undefined) {
-    this.pull();
+  /** Records `fn`. The variables are put back: only the session moves the state on. */
+  private record(
+    entries: [string, tf.Tensor][],
+    fn: (feeds: Feeds) => Outputs,
+    known: Compiled | undefined,
+    before: Tensors,
+  ): Compiled {
     const engine = tf.engine();
     engine.startScope();
-    const before = new Map(Object.values(engine.registeredVariables).map(variable => [variable, variable.clone()]));
     const byData = new Map<object, tf.Variable>([...before.keys()].map(variable => [variable.dataId, variable]));
     const slotOf = (dataId: object) => (byData.has(dataId) ? this.slot(byData.get(dataId)!) : undefined);
     const prefix = known?.prefix ?? `f${this.functions.length}`;
     const trace = new Trace(prefix, this.options.xla, this.binding, slotOf, known?.recording);
-    const idOf = (tensor: tf.Tensor) => this.backend.getInputTensorIds([tensor])[0]!;
-    const expected: Expected[] = [];
-    const expect = (key: string, tensor: tf.Tensor, old?: tf.Tensor) => {
-      if (!this.options.verify) return;
-      const eager = this.binding.tensorDataSync(idOf(tensor));
-      const variable = old && { variable: tensor as tf.Variable, before: this.binding.tensorDataSync(idOf(old)) };
-      expected.push({ key, eager, ...variable });
-    };
     try {
       const feeds: Feeds = {};
       for (const [key, tensor] of entries) {
         // an id of its own for each feed, even if one tensor is fed twice
-        const [fed] = this.binding.executeOp('Identity', [typeAttr('T', dtypeOf(tensor))], [idOf(tensor)], 1);
+        const [fed] = this.binding.executeOp('Identity', [typeAttr('T', dtypeOf(tensor))], [this.idOf(tensor)], 1);
         feeds[key] = this.backend.createOutputTensor(fed!);
         trace.feed(key, tensor, fed!.id);
       }
       this.backend.binding = trace.standIn();
       tracing = trace;
-      for (const [key, tensor] of Object.entries(fn(feeds))) {
-        trace.output(key, idOf(tensor));
-        expect(key, tensor);
-      }
+      for (const [key, tensor] of Object.entries(fn(feeds))) trace.output(key, this.idOf(tensor));
       for (const [variable, old] of before) {
-        if (variable.dataId === old.dataId) continue;
-        trace.assign(this.slot(variable), idOf(variable));
-        expect(variable.name, variable, old);
+        if (variable.dataId !== old.dataId) trace.assign(this.slot(variable), this.idOf(variable));
       }
       if (Object.values(engine.registeredVariables).some(variable => !before.has(variable))) {
         throw new Error('a tf.variable was made and left: make it outside, or dispose of it inside');
       }
-      return { compiled: trace.finish(), expected };
+      return trace.finish();
     } finally {
       tracing = undefined;
       this.backend.binding = this.binding;
@@ -474,28 +518,79 @@ export class Graph {
     }
   }
 
-  /** Compares a run with what the same call gave op by op. On a difference puts the state back and throws. */
-  private check(expected: Expected[], outputs: Outputs): void {
+  private idOf(tensor: tf.Tensor): number {
+    return this.backend.getInputTensorIds([tensor])[0]!;
+  }
+
+  /** Compares a run with what its nodes give one by one. On a difference puts the state back and throws. */
+  private check(compiled: Compiled, feeds: tf.Tensor[], before: Tensors, outputs: Outputs): void {
     const { tolerance } = this.options;
-    const wrong = expected.flatMap(({ key, eager, variable, before }) => {
-      if (!Number.isFinite(distance(eager))) return []; // nothing to compare: the caller sees that it diverged
-      const actual = this.backend.readSync((variable ?? outputs[key]!).dataId);
+    const wrong: string[] = []; // by result
+    const compare = (k: number, id: number) => {
+      const key = compiled.outputs[k];
+      const slot = compiled.assigned[k - compiled.outputs.length];
+      const eager = this.binding.tensorDataSync(id);
+      if (!Number.isFinite(distance(eager))) return; // nothing to compare: the caller sees that it diverged
+      const actual = this.backend.readSync(slot ? slot.variable.dataId : outputs[key!]!.dataId);
       // A variable is judged by its change, and mildly: Adam's first step is hardly more than the gradient's
       // sign, which rounding flips where the gradient is nearly 0. A lost assignment would be an error of 1.
       // An output may be the small difference of large numbers: below 0.01 it is held to an absolute error.
-      const scale = before
-        ? distance(eager, before) + 1e-5 * distance(eager)
+      const scale = slot
+        ? distance(eager, this.binding.tensorDataSync(this.idOf(before.get(slot.variable)!))) + 1e-5 * distance(eager)
         : distance(eager) + 0.01 * Math.sqrt(eager.length);
       const error = distance(actual, eager) / (scale + 1e-9);
-      const allowed = before ? 750 * tolerance : tolerance;
-      return error <= allowed ? [] : [`${key} by ${error.toPrecision(2)}`];
-    });
+      const allowed = slot ? 750 * tolerance : tolerance;
+      if (error > allowed) wrong[k] = `${slot ? slot.variable.name : key} by ${error.toPrecision(2)}`;
+      if (slot) this.expire(slot); // one at a time is in memory
+    };
+    this.runNodes(compiled, feeds, before, compare);
     if (wrong.length === 0) return;
-    for (const { variable, before } of expected) {
-      if (variable) tf.tidy(() => variable.assign(tf.tensor(before!, variable.shape, variable.dtype)));
-    }
+    for (const { variable } of compiled.assigned) variable.assign(before.get(variable)!);
     tf.dispose(outputs);
-    throw new Error(`the graph and the run op by op disagree (relative error): ${wrong.join(', ')}`);
+    throw new Error(`the graph and the run op by op disagree (relative error): ${Object.values(wrong).join(', ')}`);
+  }
+
+  /** Runs the nodes one by one outside of the session; `result` is told the k-th result's id as soon as it is there. */
+  private runNodes(compiled: Compiled, feeds: tf.Tensor[], before: Tensors, result: (k: number, id: number) => void) {
+    const { results } = compiled;
+    const nodes = compiled.nodes.filter(({ op, outputs }) => op !== 'Placeholder' && outputs.length > 0);
+    const ids = new Map<string, number>(); // by ref
+    const uses = new Map<string, number>(); // still to come
+    for (const { inputs } of nodes) for (const input of inputs) uses.set(input, (uses.get(input) ?? 0) + 1);
+    const wanted = new Map<string, number[]>();
+    for (const [k, ref] of results.entries()) wanted.set(ref, [...(wanted.get(ref) ?? []), k]);
+    const notOurs = new Set<number>(); // the feeds' and the variables'
+    const give = (ref: string, id: number, ours = true) => {
+      ids.set(ref, id);
+      if (!ours) notOurs.add(id);
+      for (const k of wanted.get(ref) ?? []) result(k, id);
+      if (ours && !uses.get(ref)) this.binding.deleteTensor(id);
+    };
+    for (const [variable, value] of before) {
+      const slot = this.slots.get(variable);
+      if (slot) give(`${slot.name}/read`, this.idOf(value), false);
+    }
+    for (const [k, name] of compiled.feeds.split(',').entries()) if (name) give(name, this.idOf(feeds[k]!), false);
+    for (const node of nodes) {
+      const { name, op, inputs, attrs, outputs, constant } = node;
+      const start = performance.now();
+      if (constant) give(name, this.binding.createTensor(outputs[0]!.shape, outputs[0]!.dtype, constant));
+      else {
+        const own = attrs.filter(attr => attr.name !== XLA.name);
+        const refs = inputs.map(ref => ids.get(ref)!);
+        const made = this.binding.executeOp(op, own, refs, outputs.length);
+        made.forEach(({ id }, k) => {
+          give(k ? `${name}:${k}` : name, id);
+        });
+      }
+      node.ms = performance.now() - start;
+      for (const ref of inputs) {
+        const left = uses.get(ref)! - 1;
+        uses.set(ref, left);
+        const id = ids.get(ref)!;
+        if (left === 0 && !notOurs.has(id)) this.binding.deleteTensor(id);
+      }
+    }
   }
 
   /** A new session with all functions. The state is in the variables until the next run sends it. */
@@ -514,19 +609,23 @@ export class Graph {
     }
     this.loaded = slots;
     this.functions.push(compiled);
-    const byOp: FunctionStats['byOp'] = {};
-    for (const { op, ms = 0 } of compiled.nodes) {
-      const sum = byOp[op] ?? { nodes: 0, ms: 0 };
-      byOp[op] = { nodes: sum.nodes + 1, ms: sum.ms + ms };
-    }
     const loadMs = performance.now() - start;
     const [ops, nodes] = [compiled.ops, compiled.nodes.length];
-    this.stats.functions.push({ name, ops, nodes, byOp });
     Object.assign(this.stats, { bytes: bytes.length, loadMs });
     this.options.log(
       `${name}: ${ops} operations became ${nodes} nodes of a graph of ${(bytes.length / 2 ** 20).toFixed(1)} MiB, ` +
         `loaded in ${loadMs.toFixed(0)} ms`,
     );
+  }
+
+  /** Into the reports. */
+  private count(name: string, { ops, nodes }: Compiled): void {
+    const byOp: FunctionStats['byOp'] = {};
+    for (const { op, ms = 0 } of nodes) {
+      const sum = byOp[op] ?? { nodes: 0, ms: 0 };
+      byOp[op] = { nodes: sum.nodes + 1, ms: sum.ms + ms };
+    }
+    this.stats.functions.push({ name, ops, nodes: nodes.length, byOp });
   }
 
   private run({ feeds, fetches, outputs, assigned }: Compiled, tensors: tf.Tensor[]): Outputs {
