@@ -21,7 +21,7 @@
  *   H. Persistent PGD    the adversary                                            method 4
  *   I. Optimisation      schedules, Adam, the training step                       method 5
  *   J. Evaluation        the original's metrics, and ours                         method 6
- *   K. Run folder        config, metrics, checkpoints
+ *   K. The run           its folder: config, metrics, checkpoints; the training loop
  *   L. Harvest           what every component does; the scoreboard of known rules
  *   M. Report            the page
  *   N. Command line      the jobs: decompose, eval, harvest
@@ -54,6 +54,9 @@ export class UsageError extends Error {
 function refuse(message: string): never {
   throw new UsageError(message.slice(0, 500).replace(/[\p{C}\p{Zl}\p{Zp}]/gu, '?'));
 }
+
+/** Standard output is the result, standard error the talk. */
+const talk = (line: string): void => void process.stderr.write(`${line}\n`);
 
 // ---- A. Config ------------------------------------------------------------------------------------------------------
 // One record gives each field its type, default, bounds, flag (kebab-case) and line in --help. Defaults are the paper's
@@ -1966,9 +1969,10 @@ export function compileEvaluation(engine: Engine, problem: Problem, params: Para
   return (rows: Rows, { step, slow }: { step: number; slow: boolean }) => tidyAsync(() => evaluate(rows, step, slow));
 }
 
-// ---- K. Run folder --------------------------------------------------------------------------------------------------
-// config.json, metrics.jsonl, and a checkpoint: components.safetensors, the deliverable, with the state.safetensors that
-// belongs to it. engine/long-runs.ts replaces the two so that a save cut off at any point leaves a whole pair.
+// ---- K. The run -----------------------------------------------------------------------------------------------------
+// The run folder holds config.json, metrics.jsonl, and a checkpoint: components.safetensors, the deliverable, with the
+// state.safetensors that belongs to it. engine/long-runs.ts replaces the two so that a save cut off anywhere leaves a
+// whole pair. The training loop is at the end of the section.
 
 const inRun = (dir: string, what: 'components' | 'state') => path.join(dir, `${what}.safetensors`);
 
@@ -2103,6 +2107,104 @@ function compareRuns(old: RunRecord, now: RunRecord): string[] {
   // "auto" may have been another engine then
   const fields = ({ config, engine, modules }: RunRecord) => ({ ...config, engine: engine.name, modules });
   return compareConfigs(fields(old), fields(now));
+}
+
+/** A long loop's progress: one line that is rewritten on a terminal, a plain line now and then elsewhere. */
+function startProgress(total: number, first = 0, unit = 'step') {
+  const started = performance.now();
+  const live = process.stderr.isTTY === true;
+  let shown = -Infinity;
+  return (done: number, text: () => string): void => {
+    const now = performance.now();
+    if (done !== total && now - shown < (live ? 100 : 10_000)) return;
+    shown = now;
+    const perStep = (now - started) / Math.max(1, done - first);
+    const left = Math.round((perStep * (total - done)) / 1000);
+    const line = `${text()}  ${perStep.toPrecision(3)} ms/${unit}  ${Math.floor(left / 60)}:${String(left % 60).padStart(2, '0')} left`;
+    process.stderr.write(live ? `\r\x1b[K${line}${done === total ? '\n' : ''}` : `${line}\n`);
+  };
+}
+
+/** The state to go on from: of the last checkpoint, or of step 0. @returns its step, -1 before the warm-up */
+async function resumeFrom(dir: string, state: State): Promise<number> {
+  const checkpoint = await loadCheckpoint(dir);
+  const metrics = path.join(dir, 'metrics.jsonl');
+  if (!checkpoint) {
+    talk('resume   from the start: this run was stopped before its first checkpoint');
+    fs.rmSync(metrics, { force: true });
+    return -1;
+  }
+  const { step, components, state: file, warning } = checkpoint;
+  if (warning) talk(`warning  ${warning}`);
+  await restore(components, state.params);
+  for (const [prefix, variables] of stateParts(state)) await restore(file, variables, prefix);
+  const kept = readMetrics(dir).filter(line => line.step! <= step);
+  writeAtomic(metrics, kept.map(line => `${JSON.stringify(line)}\n`).join(''));
+  talk(`resume   from step ${step}`);
+  return step;
+}
+
+/** The training loop: warm up, step, log, evaluate, save, until the last step or a signal. */
+async function train(
+  engine: Engine,
+  problem: Problem,
+  params: Params,
+  rows: Rows,
+  resume: boolean,
+  evaluate: (when: { step: number; slow: boolean }) => Promise<Evaluation>,
+): Promise<{ interrupted: number | undefined; evaluated: Metrics | undefined }> {
+  const { config: c } = problem;
+  const state = initialState(problem, params);
+  const start = resume ? await resumeFrom(c.out, state) : -1;
+  const noSignals = { interrupted: async () => undefined, stop: () => {} };
+  const signals = (await optional(import('./engine/long-runs.ts')))?.watchSignals(talk) ?? noSignals;
+  let [interrupted, evaluated]: [number | undefined, Metrics | undefined] = [undefined, undefined];
+
+  const warmUpSteps = start < 0 ? c.faithfulnessWarmupSteps : 0;
+  const showWarmUp = startProgress(warmUpSteps);
+  if (warmUpSteps > 0) {
+    await warmUp(engine, problem, state, async (done, loss) => {
+      showWarmUp(done, () => `warm-up ${done}/${warmUpSteps}  faithfulness ${loss.toExponential(2)}`);
+      await checkFinite(done, { 'warm-up loss/faith': loss }, toWrite(params));
+      interrupted = await signals.interrupted();
+      return interrupted === undefined;
+    });
+    // there is nothing to save yet: --resume begins again
+    if (interrupted !== undefined) return { interrupted, evaluated };
+  }
+
+  const log = (step: number, metrics: Metrics) =>
+    fs.appendFileSync(path.join(c.out, 'metrics.jsonl'), `${JSON.stringify({ step, ...metrics })}\n`);
+  const step = compileStep(engine, problem, state);
+  const show = startProgress(c.nSteps, Math.max(0, start));
+  for (let n = Math.max(0, start); n < c.nSteps && interrupted === undefined; n++) {
+    const started = performance.now();
+    const values = await step(n, rows);
+    const metrics: Metrics = Object.fromEntries(STEP_METRICS.map((name, i) => [name, values[i]!]));
+    const done = n + 1;
+    const due = (every: number) => done === c.nSteps || (every > 0 && done % every === 0);
+    await checkFinite(done, metrics, toWrite(params));
+    const losses = () => LOSSES.map(l => `${l} ${metrics[`loss/${l}`]!.toPrecision(3)}`).join('  ');
+    show(done, () => `step ${done}/${c.nSteps}  ${losses()}  L0 ${metrics['train/l0']!.toFixed(1)}`);
+    if (due(c.logEvery)) {
+      const { lrMain, lrPpgd, p } = schedule(c, n);
+      const { numTensors, numBytes } = tf.memory();
+      const rates = { 'lr/main': lrMain, 'lr/ppgd': lrPpgd, p, 'time/ms_per_step': performance.now() - started };
+      log(done, { ...metrics, ...rates, 'memory/tensors': numTensors, 'memory/bytes': numBytes });
+    }
+    if (due(c.evalFreq)) {
+      // before the save: what a resumed run finds in metrics.jsonl up to its step is then complete
+      evaluated = (await evaluate({ step: done, slow: due(c.slowEvalFreq) })).metrics;
+      log(done, evaluated);
+    }
+    interrupted = await signals.interrupted();
+    if (due(c.saveEvery) || interrupted !== undefined) {
+      const toSave = stateParts(state).flatMap(([prefix, variables]) => toWrite(variables, prefix));
+      await saveCheckpoint(c.out, done, toWrite(params), toSave);
+    }
+  }
+  signals.stop();
+  return { interrupted, evaluated };
 }
 
 // ---- L. Harvest ----------------------------------------------------------------------------------------------------
@@ -2922,25 +3024,7 @@ function tokenText(tokenizer: Tokenizer | undefined, id: number): string {
 }
 
 // ---- N. Command line ------------------------------------------------------------------------------------------------
-// Standard output is the result, standard error the talk. Exit codes: 0, 1 failed, 2 bad input, 130/143 interrupted.
-
-const talk = (line: string): void => void process.stderr.write(`${line}\n`);
-
-/** A long loop's progress: one line that is rewritten on a terminal, a plain line now and then elsewhere. */
-function startProgress(total: number, first = 0, unit = 'step') {
-  const started = performance.now();
-  const live = process.stderr.isTTY === true;
-  let shown = -Infinity;
-  return (done: number, text: () => string): void => {
-    const now = performance.now();
-    if (done !== total && now - shown < (live ? 100 : 10_000)) return;
-    shown = now;
-    const perStep = (now - started) / Math.max(1, done - first);
-    const left = Math.round((perStep * (total - done)) / 1000);
-    const line = `${text()}  ${perStep.toPrecision(3)} ms/${unit}  ${Math.floor(left / 60)}:${String(left % 60).padStart(2, '0')} left`;
-    process.stderr.write(live ? `\r\x1b[K${line}${done === total ? '\n' : ''}` : `${line}\n`);
-  };
-}
+// Exit codes: 0, 1 failed, 2 bad input, 130 or 143 interrupted.
 
 /** Fills in what is "auto" and checks what one field alone can't tell. `given`: fields set by the user or a preset. */
 export function resolveConfig(config: Config, arch: Architecture, given: ReadonlySet<string>, gpu: boolean): Config {
@@ -3041,25 +3125,6 @@ async function measureSteps(engine: Engine, problem: Problem, data: Data): Promi
   );
 }
 
-/** The state to go on from: of the last checkpoint, or of step 0. @returns its step, -1 before the warm-up */
-async function resumeFrom(dir: string, state: State): Promise<number> {
-  const checkpoint = await loadCheckpoint(dir);
-  const metrics = path.join(dir, 'metrics.jsonl');
-  if (!checkpoint) {
-    talk('resume   from the start: this run was stopped before its first checkpoint');
-    fs.rmSync(metrics, { force: true });
-    return -1;
-  }
-  const { step, components, state: file, warning } = checkpoint;
-  if (warning) talk(`warning  ${warning}`);
-  await restore(components, state.params);
-  for (const [prefix, variables] of stateParts(state)) await restore(file, variables, prefix);
-  const kept = readMetrics(dir).filter(line => line.step! <= step);
-  writeAtomic(metrics, kept.map(line => `${JSON.stringify(line)}\n`).join(''));
-  talk(`resume   from step ${step}`);
-  return step;
-}
-
 interface JobOptions {
   dryRun: boolean;
   resume?: RunRecord;
@@ -3097,69 +3162,6 @@ async function decompose(config: Config, given: ReadonlySet<string>, how: JobOpt
   const peak = (process.resourceUsage().maxRSS / 2 ** 20).toFixed(2);
   console.log(`\nRun folder: ${c.out}   peak memory: ${peak} GiB`);
   return 0;
-}
-
-/** The training loop: warm up, step, log, evaluate, save, until the last step or a signal. */
-async function train(
-  engine: Engine,
-  problem: Problem,
-  params: Params,
-  rows: Rows,
-  resume: boolean,
-  evaluate: (when: { step: number; slow: boolean }) => Promise<Evaluation>,
-): Promise<{ interrupted: number | undefined; evaluated: Metrics | undefined }> {
-  const { config: c } = problem;
-  const state = initialState(problem, params);
-  const start = resume ? await resumeFrom(c.out, state) : -1;
-  const noSignals = { interrupted: async () => undefined, stop: () => {} };
-  const signals = (await optional(import('./engine/long-runs.ts')))?.watchSignals(talk) ?? noSignals;
-  let [interrupted, evaluated]: [number | undefined, Metrics | undefined] = [undefined, undefined];
-
-  const warmUpSteps = start < 0 ? c.faithfulnessWarmupSteps : 0;
-  const showWarmUp = startProgress(warmUpSteps);
-  if (warmUpSteps > 0) {
-    await warmUp(engine, problem, state, async (done, loss) => {
-      showWarmUp(done, () => `warm-up ${done}/${warmUpSteps}  faithfulness ${loss.toExponential(2)}`);
-      await checkFinite(done, { 'warm-up loss/faith': loss }, toWrite(params));
-      interrupted = await signals.interrupted();
-      return interrupted === undefined;
-    });
-    // there is nothing to save yet: --resume begins again
-    if (interrupted !== undefined) return { interrupted, evaluated };
-  }
-
-  const log = (step: number, metrics: Metrics) =>
-    fs.appendFileSync(path.join(c.out, 'metrics.jsonl'), `${JSON.stringify({ step, ...metrics })}\n`);
-  const step = compileStep(engine, problem, state);
-  const show = startProgress(c.nSteps, Math.max(0, start));
-  for (let n = Math.max(0, start); n < c.nSteps && interrupted === undefined; n++) {
-    const started = performance.now();
-    const values = await step(n, rows);
-    const metrics: Metrics = Object.fromEntries(STEP_METRICS.map((name, i) => [name, values[i]!]));
-    const done = n + 1;
-    const due = (every: number) => done === c.nSteps || (every > 0 && done % every === 0);
-    await checkFinite(done, metrics, toWrite(params));
-    const losses = () => LOSSES.map(l => `${l} ${metrics[`loss/${l}`]!.toPrecision(3)}`).join('  ');
-    show(done, () => `step ${done}/${c.nSteps}  ${losses()}  L0 ${metrics['train/l0']!.toFixed(1)}`);
-    if (due(c.logEvery)) {
-      const { lrMain, lrPpgd, p } = schedule(c, n);
-      const { numTensors, numBytes } = tf.memory();
-      const rates = { 'lr/main': lrMain, 'lr/ppgd': lrPpgd, p, 'time/ms_per_step': performance.now() - started };
-      log(done, { ...metrics, ...rates, 'memory/tensors': numTensors, 'memory/bytes': numBytes });
-    }
-    if (due(c.evalFreq)) {
-      // before the save: what a resumed run finds in metrics.jsonl up to its step is then complete
-      evaluated = (await evaluate({ step: done, slow: due(c.slowEvalFreq) })).metrics;
-      log(done, evaluated);
-    }
-    interrupted = await signals.interrupted();
-    if (due(c.saveEvery) || interrupted !== undefined) {
-      const toSave = stateParts(state).flatMap(([prefix, variables]) => toWrite(variables, prefix));
-      await saveCheckpoint(c.out, done, toWrite(params), toSave);
-    }
-  }
-  signals.stop();
-  return { interrupted, evaluated };
 }
 
 /** eval and harvest: opens a finished run again with its own config. */
