@@ -47,18 +47,18 @@ const save = (step: number, value = step, folder = dir, size = 4) =>
     ],
   );
 
-function valuesIn(file: string): number[] {
-  const { tensors, readFloat32, readInt32, close } = openSafetensors(file);
+async function valuesIn(file: string): Promise<number[]> {
+  const { tensors, readFloat32, readInt32, close } = await openSafetensors(file);
   const values = [...tensors].flatMap(([name, t]) => [...(t.dtype === 'I32' ? readInt32(name) : readFloat32(name))]);
   close();
   return values;
 }
 
 /** The one value in the checkpoint that loads, or undefined. */
-function load(folder = dir): number | undefined {
-  const checkpoint = loadCheckpoint(folder);
+async function load(folder = dir): Promise<number | undefined> {
+  const checkpoint = await loadCheckpoint(folder);
   if (!checkpoint) return undefined;
-  const values = new Set([...valuesIn(checkpoint.components), ...valuesIn(checkpoint.state)]);
+  const values = new Set([...(await valuesIn(checkpoint.components)), ...(await valuesIn(checkpoint.state))]);
   assert.equal(values.size, 1, `a mixed pair was loaded: ${[...values]}`);
   return [...values][0];
 }
@@ -145,10 +145,10 @@ test('a save is this sequence: whole files beside, second names for the old pair
     'state.previous.safetensors',
     'state.safetensors',
   ]);
-  assert.equal(load(), 2);
+  assert.equal(await load(), 2);
   for (const what of ['components', 'state'])
-    assert(valuesIn(path.join(dir, `${what}.previous.safetensors`)).every(value => value === 1));
-  const checkpoint = loadCheckpoint(dir)!;
+    assert((await valuesIn(path.join(dir, `${what}.previous.safetensors`))).every(value => value === 1));
+  const checkpoint = (await loadCheckpoint(dir))!;
   assert.deepEqual([checkpoint.step, checkpoint.warning], [2, undefined]);
 });
 
@@ -156,16 +156,19 @@ test('any number of saves in a row, each cut off at any call: the last checkpoin
   // Which files are there, and which of them are of one save: folders of the same pattern go on in the same way, so one
   // of each is enough. The search ends when no new pattern appears. (Short form: leftovers, which a save removes before
   // anything else, are not told apart.)
-  const pattern = () => {
+  const pattern = async () => {
     const saves: number[] = [];
-    const files = fs.readdirSync(dir).map(name => {
+    const files: string[] = [];
+    for (const name of fs.readdirSync(dir)) {
       const leftover = /\.tmp-|\.next\./.test(name);
-      if (leftover && !long) return 'leftover';
-      if (name.includes('.tmp-')) return name.replace(/\d+$/, '');
-      const value = valuesIn(path.join(dir, name))[0]!;
-      if (!saves.includes(value)) saves.push(value);
-      return `${name} ${saves.indexOf(value)}`;
-    });
+      if (leftover && !long) files.push('leftover');
+      else if (name.includes('.tmp-')) files.push(name.replace(/\d+$/, ''));
+      else {
+        const value = (await valuesIn(path.join(dir, name)))[0]!;
+        if (!saves.includes(value)) saves.push(value);
+        files.push(`${name} ${saves.indexOf(value)}`);
+      }
+    }
     return [...new Set(files.sort())].join();
   };
   const histories = new Map<string, number[]>([['', []]]); // pattern -> the call at which each save died on the way to it
@@ -175,19 +178,20 @@ test('any number of saves in a row, each cut off at any call: the last checkpoin
     for (let n = 1, ended = false; !ended; n++) {
       real.rmSync(dir, { recursive: true });
       fs.mkdirSync(dir);
-      for (const [i, death] of history.entries()) await saveAndDie((load() ?? 0) + 1, i + 1, death);
-      const before = load();
+      for (const [i, death] of history.entries()) await saveAndDie(((await load()) ?? 0) + 1, i + 1, death);
+      const before = await load();
       const value = history.length + 1;
       const calls = await saveAndDie((before ?? 0) + 1, value, n);
       ended = calls.length < n;
-      const now = load();
+      const now = await load();
       const where = `died at calls ${[...history, n]}, the last one ${calls.at(-1)}`;
       assert(now === value || (now === before && !ended), `loads save ${now}, not ${before} or ${value}: ${where}`);
       const components = path.join(dir, 'components.safetensors');
       assert.equal(fs.existsSync(components), now !== undefined, where);
-      if (fs.existsSync(components)) assert.equal(new Set(valuesIn(components)).size, 1, where);
-      if (now !== undefined && loadCheckpoint(dir)!.warning) fallbacks++;
-      if (!histories.has(pattern())) histories.set(pattern(), [...history, n]);
+      if (fs.existsSync(components)) assert.equal(new Set(await valuesIn(components)).size, 1, where);
+      if (now !== undefined && (await loadCheckpoint(dir))!.warning) fallbacks++;
+      const found = await pattern();
+      if (!histories.has(found)) histories.set(found, [...history, n]);
       tried++;
     }
   t.diagnostic(`${tried} cuts, ${histories.size} patterns of folders, the previous pair was loaded ${fallbacks} times`);
@@ -208,21 +212,21 @@ test('the previous pair loads with a warning when a file of the last one is miss
     ]) {
       fs.rmSync(file(what), { force: true });
       if (content) fs.writeFileSync(file(what), content);
-      assert.equal(load(), 1);
-      assert.match(loadCheckpoint(dir)!.warning!, /: the last save was cut off; going on from step 1$/);
+      assert.equal(await load(), 1);
+      assert.match((await loadCheckpoint(dir))!.warning!, /: the last save was cut off; going on from step 1$/);
     }
     fs.writeFileSync(file(what), whole[what]);
   }
-  assert.equal(load(), 2);
+  assert.equal(await load(), 2);
   for (const what of ['state', 'state.previous']) fs.rmSync(file(what));
   // not "no checkpoint yet": a run that began again would overwrite these components
-  assert.throws(
-    () => loadCheckpoint(dir),
+  await assert.rejects(
+    loadCheckpoint(dir),
     /run: state.safetensors and components.safetensors are broken or not of the same/,
   );
   for (const what of ['components', 'components.previous']) fs.rmSync(file(what));
-  assert.equal(loadCheckpoint(dir), undefined);
-  assert.equal(loadCheckpoint(path.join(root, 'gone')), undefined);
+  assert.equal(await loadCheckpoint(dir), undefined);
+  assert.equal(await loadCheckpoint(path.join(root, 'gone')), undefined);
 });
 
 test('an error in a save leaves the last checkpoint and no litter', async () => {
@@ -240,14 +244,14 @@ test('an error in a save leaves the last checkpoint and no litter', async () => 
     await assert.rejects(save(3), /ENOSPC/);
     replaceFs(real);
     assert.deepEqual(fs.readdirSync(dir), files);
-    assert.equal(load(), 2);
+    assert.equal(await load(), 2);
   }
   fs.writeFileSync(path.join(dir, 'components.next.safetensors.tmp-999999'), 'left by a killed process');
   fs.writeFileSync(path.join(dir, 'state.next.safetensors'), 'left by a killed process');
   fs.writeFileSync(path.join(dir, 'my.components.tmp-1'), 'not ours');
   await save(3);
   assert.deepEqual(fs.readdirSync(dir).sort(), [...files, 'my.components.tmp-1'].sort());
-  assert.equal(load(), 3);
+  assert.equal(await load(), 3);
   fs.rmSync(dir, { recursive: true });
   await assert.rejects(save(4), /ENOENT/);
 });
@@ -260,7 +264,7 @@ test('where there are no hard links the old pair is copied', async () => {
   });
   for (const step of [1, 2, 3]) await save(step);
   fs.rmSync(path.join(dir, 'state.safetensors'));
-  assert.equal(load(), 2);
+  assert.equal(await load(), 2);
 });
 
 test('a full disk leaves the last checkpoint', async t => {
@@ -270,10 +274,10 @@ test('a full disk leaves the last checkpoint', async t => {
     await save(1, 1, dir, 4000); // two files of 16 kB
     await save(2, 2, dir, 4000);
     await assert.rejects(save(3, 3, dir, 40_000), /ENOSPC/);
-    assert.equal(load(), 2);
+    assert.equal(await load(), 2);
     assert.equal(fs.readdirSync(dir).length, 4);
     await save(4, 4, dir, 4000);
-    assert.equal(load(), 4);
+    assert.equal(await load(), 4);
   } finally {
     spawnSync('umount', [dir]);
   }

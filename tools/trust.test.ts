@@ -123,7 +123,7 @@ for (const engine of ['wasm', 'tensorflow'] as const) {
       const { code, talk } = await run.ended;
       assert.equal(code, expected, talk);
       assert.match(talk, new RegExp(`\n${signal}: saving after this step; once more stops at once\n`));
-      const checkpoint = loadCheckpoint(out)!;
+      const checkpoint = (await loadCheckpoint(out))!;
       assert.equal(checkpoint.step, metricsOf(out).at(-1)!.step, 'it was saved at the step it stopped at');
       assert(checkpoint.step < 150);
       assert.match(await finish(resume(out)), new RegExp(`\nresume {3}from step ${checkpoint.step}\n`));
@@ -149,9 +149,9 @@ for (const engine of ['wasm', 'tensorflow'] as const) {
         talk,
       ) ?? [];
     assert(step && largest, talk);
-    const checkpoint = loadCheckpoint(out)!;
+    const checkpoint = (await loadCheckpoint(out))!;
     assert.equal(checkpoint.step, Number(step) - 1);
-    const { tensors, readFloat32, close } = openSafetensors(checkpoint.components);
+    const { tensors, readFloat32, close } = await openSafetensors(checkpoint.components);
     assert(tensors.has(largest), largest);
     for (const name of tensors.keys()) assert(readFloat32(name).every(Number.isFinite), name);
     close();
@@ -233,7 +233,7 @@ test('killed at any moment, a run goes on to the same bytes', async t => {
     const { signal, talk } = await run.ended;
     if (signal) {
       const started = fs.existsSync(path.join(out, 'config.json'));
-      const { step, warning } = loadCheckpoint(out) ?? { step: started ? 0 : -1 };
+      const { step, warning } = (await loadCheckpoint(out)) ?? { step: started ? 0 : -1 };
       seen.push(`${engine} ${step}${warning ? '!' : ''}`);
       await finish(started ? resume(out) : begin(engine, out));
     } else assert.equal(run.child.exitCode, 0, talk);
