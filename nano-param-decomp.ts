@@ -379,15 +379,11 @@ function scramble(x: number): number {
 // ---- C. Target model ------------------------------------------------------------------------------------------------
 // A safetensors file: the length of its header in 8 bytes, the header (JSON), then the tensors' bytes side by side.
 
+type TensorData = Float32Array | Int32Array;
+type Texts = Readonly<Record<string, string>>;
 export type TensorInfo = { dtype: string; shape: readonly number[]; begin: number; end: number }; // bytes of the file
-export interface SafetensorsFile {
-  readonly tensors: ReadonlyMap<string, TensorInfo>;
-  readonly metadata: ReadonlyMap<string, string>;
-  readFloat32(name: string): Float32Array; // from F32, F16, BF16 or F64, in row-major order
-  readInt32(name: string): Int32Array;
-  close(): void;
-}
-export type SafetensorsHeader = Pick<SafetensorsFile, 'tensors' | 'metadata'>;
+export type SafetensorsHeader = { tensors: ReadonlyMap<string, TensorInfo>; metadata: ReadonlyMap<string, string> };
+export type SafetensorsFile = Awaited<ReturnType<typeof openSafetensors>>;
 type ReadBytes = (begin: number, end: number) => Uint8Array;
 const sizeOf = (shape: readonly number[]) => shape.reduce((n, d) => n * d, 1);
 
@@ -397,21 +393,14 @@ export function plainHeader(file: string, read: ReadBytes, fileBytes: number): S
   if (start > fileBytes) refuse(`${file}: ends too early, within its header`);
   type Entry = { dtype: string; shape: number[]; data_offsets: [number, number] };
   const header = parseJson(new TextDecoder().decode(read(8, start)), file) as Record<string, Entry>;
-  const { __metadata__ = {}, ...entries } = header;
-  const tensors = Object.entries(entries).map(
-    ([
-      name,
-      {
-        dtype,
-        shape,
-        data_offsets: [begin, end],
-      },
-    ]) => {
-      if (start + end > fileBytes) refuse(`${file}: ends too early, within the tensor ${name}`);
-      return [name, { dtype, shape, begin: start + begin, end: start + end }] as const;
-    },
-  );
-  return { tensors: new Map(tensors), metadata: new Map(Object.entries(__metadata__ as Record<string, string>)) };
+  const { __metadata__: metadata = {}, ...entries } = header;
+  const tensors = new Map<string, TensorInfo>();
+  for (const [name, { dtype, shape, data_offsets }] of Object.entries(entries)) {
+    const [begin, end] = [start + data_offsets[0], start + data_offsets[1]];
+    if (end > fileBytes) refuse(`${file}: ends too early, within the tensor ${name}`);
+    tensors.set(name, { dtype, shape, begin, end });
+  }
+  return { tensors, metadata: new Map(Object.entries(metadata as Texts)) };
 }
 
 /** The number behind 16 bits: a sign, 5 bits of exponent (0: subnormal, 31: infinity and NaN), 10 bits of mantissa. */
@@ -420,23 +409,26 @@ const HALF_FLOATS = Float32Array.from({ length: 65536 }, (_, bits) => {
   if (exponent === 31) return mantissa ? Number.NaN : sign * Number.POSITIVE_INFINITY;
   return sign * (exponent ? (1024 + mantissa) * 2 ** (exponent - 25) : mantissa * 2 ** -24);
 });
-const FLOATS: Record<string, (bytes: ArrayBufferLike) => ArrayLike<number>> = {
+type Decoders = Record<string, (bytes: ArrayBufferLike) => ArrayLike<number>>;
+const FLOATS: Decoders = {
   F32: bytes => new Float32Array(bytes),
-  F64: bytes => new Float64Array(bytes),
   F16: bytes => new Float32Array(new Uint16Array(bytes)).map(bits => HALF_FLOATS[bits]!),
-  BF16: bytes => new Float32Array(new Uint32Array(new Uint16Array(bytes)).map(bits => bits << 16).buffer), // F32's upper half
+  BF16: bytes => new Float32Array(new Uint32Array(new Uint16Array(bytes)).map(upperHalf => upperHalf << 16).buffer),
+  F64: bytes => new Float64Array(bytes),
 };
+const INTEGERS: Decoders = { I32: bytes => new Int32Array(bytes) };
 
-/** Opens a safetensors file, its header checked; tensors are read one at a time. Throws UsageError. */
-export async function openSafetensors(file: string): Promise<SafetensorsFile> {
+/** Opens a safetensors file, its header checked; tensors are read one at a time, in row-major order. Throws UsageError. */
+export async function openSafetensors(file: string) {
   const readHeader = (await optional(import('./engine/safetensors.ts')))?.readHeader ?? plainHeader;
   const stat = fs.statSync(file, { throwIfNoEntry: false });
   if (!stat?.isFile()) refuse(`${file}: is not a file; a .safetensors file is expected here`);
   const fd = fs.openSync(file, 'r');
+  const close = () => fs.closeSync(fd);
   const read: ReadBytes = (begin, end) => {
     const bytes = new Uint8Array(end - begin);
     for (let done = 0, n = 0; done < bytes.length; done += n) {
-      n = fs.readSync(fd, bytes, done, Math.min(bytes.length - done, 2 ** 30), begin + done);
+      n = fs.readSync(fd, bytes, done, bytes.length - done, begin + done);
       if (n === 0) refuse(`${file}: ends too early for a safetensors file`);
     }
     return bytes;
@@ -445,40 +437,23 @@ export async function openSafetensors(file: string): Promise<SafetensorsFile> {
   try {
     header = readHeader(file, read, stat.size);
   } catch (error) {
-    fs.closeSync(fd);
+    close();
     throw error;
   }
-  const find = (name: string, accepted: string[]) => {
-    const tensor = header.tensors.get(name) ?? refuse(`${file}: has no tensor "${name}"`);
-    if (!accepted.includes(tensor.dtype)) refuse(`${file}: "${name}" is ${tensor.dtype}; ${accepted} can be read here`);
-    return tensor;
+  const readInto = <V extends TensorData>(name: string, Values: new (n: number) => V, decoders: Decoders): V => {
+    const { dtype, shape, begin, end } = header.tensors.get(name) ?? refuse(`${file}: has no tensor "${name}"`);
+    const what = `${file}: "${name}" is ${dtype}; ${Object.keys(decoders)} can be read here`;
+    const [decode, out] = [decoders[dtype] ?? refuse(what), new Values(sizeOf(shape))];
+    for (let from = begin, at = 0; from < end; from += 2 ** 22) {
+      const values = decode(read(from, Math.min(from + 2 ** 22, end)).buffer); // pieces: never a second copy of it all
+      out.set(values, at);
+      at += values.length;
+    }
+    return out;
   };
-  return {
-    ...header,
-    readFloat32(name) {
-      const { dtype, shape, begin, end } = find(name, ['F32', 'F16', 'BF16', 'F64']);
-      const out = new Float32Array(sizeOf(shape));
-      for (let from = begin, at = 0; from < end; from += 2 ** 22) {
-        const floats = FLOATS[dtype]!(read(from, Math.min(from + 2 ** 22, end)).buffer); // no second copy of it all
-        out.set(floats, at);
-        at += floats.length;
-      }
-      return out;
-    },
-    readInt32(name) {
-      const { begin, end } = find(name, ['I32']);
-      return new Int32Array(read(begin, end).buffer);
-    },
-    close: () => fs.closeSync(fd),
-  };
-}
-
-type TensorData = Float32Array | Int32Array;
-export interface TensorToWrite {
-  name: string;
-  shape: readonly number[];
-  data: TensorData | (() => TensorData | Promise<TensorData>); // a function is called when the tensor's turn comes
-  dtype?: 'F32' | 'I32'; // to be given where data is a function that yields an Int32Array
+  const readFloat32 = (name: string) => readInto(name, Float32Array, FLOATS);
+  const readInt32 = (name: string) => readInto(name, Int32Array, INTEGERS);
+  return { ...header, readFloat32, readInt32, close };
 }
 
 /** For files, and for folders after a rename, which only then survives a power cut. (Windows has no such call.) */
@@ -489,27 +464,27 @@ export function syncToDisk(fileOrFolder: string): void {
   fs.closeSync(fd);
 }
 
-/**
- * Writes the tensors in their order and returns the file's SHA-256. Under its own name the file is always whole:
- * it is written beside, put on disk, then renamed.
- */
-export async function writeSafetensors(
-  file: string,
-  tensors: Iterable<TensorToWrite>,
-  metadata: Readonly<Record<string, string>> = {},
-): Promise<string> {
+export interface TensorToWrite {
+  name: string;
+  shape: readonly number[];
+  data: TensorData | (() => TensorData | Promise<TensorData>); // a function is called when the tensor's turn comes
+  dtype?: 'F32' | 'I32'; // to be given where data is a function that yields an Int32Array
+}
+
+/** Returns the file's SHA-256. Under its own name it is always whole: written beside, put on disk, then renamed. */
+export async function writeSafetensors(file: string, tensors: Iterable<TensorToWrite>, metadata: Texts = {}) {
   const list = Array.from(tensors, t => ({ dtype: t.data instanceof Int32Array ? 'I32' : 'F32', ...t }));
   const header: Record<string, unknown> = Object.assign(Object.create(null), { __metadata__: metadata });
   let end = 0;
   for (const { name, shape, dtype } of list) {
     if (name in header) throw new Error(`${file}: two tensors have the name ${name}`);
-    const begin = end;
+    header[name] = { dtype, shape, data_offsets: [end, end + 4 * sizeOf(shape)] };
     end += 4 * sizeOf(shape);
-    header[name] = { dtype, shape, data_offsets: [begin, end] };
   }
   const json = Buffer.from(JSON.stringify(header));
   const start = Buffer.concat([Buffer.alloc(8), json, Buffer.alloc(-json.length & 7, ' ')]); // so the data is aligned
   start.writeBigUInt64LE(BigInt(start.length - 8));
+
   const hash = crypto.createHash('sha256');
   const beside = `${file}.tmp-${process.pid}`;
   const fd = fs.openSync(beside, 'w');
@@ -548,9 +523,8 @@ function orRefuse<X>(where: string, job: () => X): X {
 const readText = (file: string): string => orRefuse(file, () => fs.readFileSync(file, 'utf8'));
 const parseJson = (content: string, where: string): unknown => orRefuse(where, () => JSON.parse(content));
 function readJson(file: string): Record<string, unknown> {
-  const value = parseJson(readText(file), file);
-  const isRecord = typeof value === 'object' && value && !Array.isArray(value);
-  return isRecord ? (value as Record<string, unknown>) : refuse(`${file}: not an object`);
+  const value = parseJson(readText(file), file) as Record<string, unknown>;
+  return typeof value === 'object' && value && !Array.isArray(value) ? value : refuse(`${file}: not an object`);
 }
 
 /** What a config.json says, in one vocabulary for all architectures: the options of the one decoder below. */
@@ -646,9 +620,6 @@ export function linearLayers(arch: Architecture): LinearLayer[] {
   );
 }
 
-/** Buffers in old checkpoints that no forward needs. */
-const IGNORED = /\.(rotary_emb\.inv_freq|attn\.bias|attn\.masked_bias|attention\.bias|attention\.masked_bias)$/;
-
 /** Loads a Hugging Face folder. @throws UsageError naming the file and what is wrong with it */
 export async function loadTarget(dir: string): Promise<Target> {
   const models = await optional(import('./engine/models.ts'));
@@ -697,7 +668,8 @@ export async function loadTarget(dir: string): Promise<Target> {
     const head = `${names.head}.weight`;
     if (stored(head)) load(head, [vocab, dModel]);
     else if (!arch.tied) refuse(`${dir}: ${head} is missing and tie_word_embeddings is false`);
-    const others = [...where.keys()].filter(name => !used.has(name) && !IGNORED.test(name));
+    const buffers = /\.(rotary_emb\.inv_freq|(attn|attention)\.(bias|masked_bias))$/; // in old checkpoints; no forward needs them
+    const others = [...where.keys()].filter(name => !used.has(name) && !buffers.test(name));
     if (others.length > 0) refuse(`${dir}: ${arch.type} has no use for the tensors ${others.slice(0, 5).join(', ')}`);
   } finally {
     for (const file of files) file.close();
@@ -706,10 +678,7 @@ export async function loadTarget(dir: string): Promise<Target> {
 }
 
 const frozen = (data: Float32Array, shape: number[], transposed = false): tf.Variable =>
-  tf.tidy(() => {
-    const value = tf.tensor(data, shape);
-    return tf.variable(transposed ? tf.transpose(value) : value, false);
-  });
+  tf.tidy(() => tf.variable(transposed ? tf.transpose(tf.tensor(data, shape)) : tf.tensor(data, shape), false));
 
 /** How a linear layer is computed: by the target itself, or in one of the masked forwards of section E. */
 export type Linear = (path: string, x: T<'N dIn'>) => T<'N dOut'>;
@@ -722,10 +691,9 @@ const addBias = ({ weights }: Target, name: string, y: T<'N dOut'>): T<'N dOut'>
   const bias = weights.get(`${name}.bias`);
   return bias ? tf.add(y, bias) : y;
 };
-export const ownLinear =
-  (target: Target): Linear =>
-  (name, x) =>
-    addBias(target, name, matmul(x, weight(target, name)));
+export function ownLinear(target: Target): Linear {
+  return (name, x) => addBias(target, name, matmul(x, weight(target, name)));
+}
 
 const gelu = (x: T): T => tf.mul(tf.mul(0.5, x), tf.add(1, tf.erf(tf.mul(x, Math.SQRT1_2))));
 const geluTanh = (x: T): T => {
@@ -789,13 +757,12 @@ function targetAttention(target: Target, i: number, h: T<'N d'>, B: number, S: n
   const { arch } = target;
   const { qkv, nHeads, nKvHeads, names, rotary, eps } = arch;
   const project = (part: keyof Names) => linear(nameOf(arch, part, i), h);
-  const split = (): T[] => {
-    if (qkv === 'separate') return [project('q'), project('k'), project('v')];
-    return qkv === 'concatenated'
-      ? tf.split(project('q'), 3, 1)
-      : tf.split(project('q').reshape([B * S, nHeads, -1]), 3, 2);
-  };
-  let [q, k, v] = split().map((x, part) => toHeads(x, B, S, part === 0 ? nHeads : nKvHeads)) as [T, T, T];
+  const first = project('q'); // [N,dQ], or the fused one's [N,3·dQ]: all of q, all of k, all of v, or q, k, v head by head
+  let parts = [first];
+  if (qkv === 'separate') parts = [first, project('k'), project('v')];
+  if (qkv === 'concatenated') parts = tf.split(first, 3, 1);
+  if (qkv === 'by head') parts = tf.split(first.reshape([B * S, nHeads, -1]), 3, 2);
+  let [q, k, v] = parts.map((x, part) => toHeads(x, B, S, part === 0 ? nHeads : nKvHeads)) as [T, T, T];
   const headNorm = (part: 'qNorm' | 'kNorm', x: T) =>
     names[part] ? tf.mul(rmsNormalize(x, eps), weight(target, `${nameOf(arch, part, i)}.weight`)) : x;
   [q, k] = [headNorm('qNorm', q), headNorm('kNorm', k)];
@@ -819,20 +786,16 @@ export function targetForward(target: Target, tokens: T<'B S'>, linear = ownLine
   }
   const act = ACTIVATIONS[arch.activation];
   for (const i of range(0, arch.nLayers)) {
-    const layer = (part: keyof Names, y: T) => linear(nameOf(arch, part, i), y);
-    const afterAttention = tf.add(
-      x,
-      targetAttention(target, i, norm(target, nameOf(arch, 'norm1', i), x), B, S, linear),
-    );
-    const h = norm(target, nameOf(arch, 'norm2', i), arch.parallelResidual ? x : afterAttention);
-    const up = layer('up', h);
-    x = tf.add(afterAttention, layer('down', names.gate ? tf.mul(act(layer('gate', h)), up) : act(up)));
+    const at = (part: keyof Names) => nameOf(arch, part, i);
+    const attention = targetAttention(target, i, norm(target, at('norm1'), x), B, S, linear);
+    const afterAttention = tf.add(x, attention);
+    const h = norm(target, at('norm2'), arch.parallelResidual ? x : afterAttention);
+    const up = linear(at('up'), h);
+    const hidden = names.gate ? tf.mul(act(linear(at('gate'), h)), up) : act(up);
+    x = tf.add(afterAttention, linear(at('down'), hidden));
   }
-  return matmul(
-    norm(target, names.last, x),
-    weights.get(`${names.head}.weight`) ?? weight(target, `${names.embed}.weight`),
-    true,
-  );
+  const unembed = weights.get(`${names.head}.weight`) ?? weight(target, `${names.embed}.weight`);
+  return matmul(norm(target, names.last, x), unembed, true);
 }
 
 // ---- D. Data --------------------------------------------------------------------------------------------------------

@@ -6,7 +6,8 @@ import os from 'node:os';
 import path from 'node:path';
 import { after, before, test } from 'node:test';
 import * as tf from '@tensorflow/tfjs';
-import { loadTarget, openSafetensors, targetForward } from '../nano-param-decomp.ts';
+import { readArchitecture } from '../engine/models.ts';
+import { loadTarget, openSafetensors, plainArchitecture, targetForward } from '../nano-param-decomp.ts';
 
 const fixtures = path.join(import.meta.dirname, 'fixtures/models');
 const names = fs.readdirSync(fixtures);
@@ -32,6 +33,25 @@ for (const name of names)
     const difference = await worstDifference(path.join(fixtures, name), name);
     assert.ok(difference <= 1e-4, `largest difference ${difference}`);
   });
+
+test("without engine/ a plain Llama and the paper's own model are read the same, and others refused", () => {
+  let same = 0;
+  const toy = path.join(import.meta.dirname, '../assets/toy');
+  for (const dir of [toy, ...names.map(name => path.join(fixtures, name))]) {
+    const file = path.join(dir, 'config.json');
+    if (!fs.existsSync(file)) continue;
+    const config = JSON.parse(fs.readFileSync(file, 'utf8'));
+    if (/^llama/.test(config.model_type) && !config.rope_scaling && !config.rope_parameters) {
+      const { biased: _, activation, ...expected } = readArchitecture(config, file);
+      const { biased: __, activation: plain, ...found } = plainArchitecture(config, file);
+      assert.deepEqual(found, expected);
+      assert.equal(plain.replace('pytorch_tanh', 'new'), activation);
+      same++;
+    } else assert.throws(() => plainArchitecture(config, file), /needs engine\/models\.ts/);
+    assert.throws(() => plainArchitecture({ ...config, hidden_size: 1e9 }, file), { name: 'UsageError' });
+  }
+  assert.ok(same >= 3, `${same} compared`);
+});
 
 // ---- Refusals -------------------------------------------------------------------------------------------------------
 

@@ -7,7 +7,7 @@ import fs from 'node:fs';
 import os from 'node:os';
 import path from 'node:path';
 import { after, test } from 'node:test';
-import { openSafetensors, writeSafetensors } from '../nano-param-decomp.ts';
+import { openSafetensors, plainHeader, writeSafetensors } from '../nano-param-decomp.ts';
 
 const fixtures = path.join(import.meta.dirname, 'fixtures/safetensors');
 const folder = fs.mkdtempSync(path.join(os.tmpdir(), 'safetensors-'));
@@ -472,6 +472,27 @@ test('refuses a tiny file cut at every length, and a file that shrinks while it 
   fs.truncateSync(scratch, tiny.length - 1);
   assert.throws(() => [...file.tensors.keys()].map(name => file.readFloat32(name)), /ends too early/);
   file.close();
+});
+
+test('without engine/ an honest file has the same header, and one cut at any length is refused', async () => {
+  for (const name of ['mixed', 'tiny']) {
+    const whole = fs.readFileSync(path.join(fixtures, `${name}.safetensors`));
+    const headerOf = (bytes: Buffer) => {
+      const read = (begin: number, end: number) => {
+        if (end > bytes.length) throw new Error('ends too early');
+        return Uint8Array.from(bytes.subarray(begin, end));
+      };
+      return plainHeader('a file', read, bytes.length);
+    };
+    fs.writeFileSync(scratch, whole);
+    const { tensors, metadata, close } = await openSafetensors(scratch);
+    close();
+    const byName = (map: ReadonlyMap<string, unknown>) => [...map].sort(([a], [b]) => (a < b ? -1 : 1));
+    assert.deepEqual(byName(headerOf(whole).tensors), byName(tensors));
+    assert.deepEqual(headerOf(whole).metadata, metadata);
+    for (let length = 0; length < whole.length; length++)
+      assert.throws(() => headerOf(whole.subarray(0, length)), /ends too early/, `${length} bytes`);
+  }
 });
 
 test('no mutated file crashes the reader or gives another tensor than the second reader finds', async t => {
