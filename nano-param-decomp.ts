@@ -656,7 +656,7 @@ export async function loadTarget(dir: string): Promise<Target> {
     load(`${names.embed}.weight`, [vocab, dModel]);
     if (names.positions) load(`${names.positions}.weight`, [arch.context, dModel]);
     for (const { path: name, dIn, dOut } of linears) {
-      load(`${name}.weight`, conv1d ? [dIn, dOut] : [dOut, dIn], name, !conv1d); // kept as Wᵀ: no transposed product later
+      load(`${name}.weight`, conv1d ? [dIn, dOut] : [dOut, dIn], name, !conv1d); // as Wᵀ: no transposed product later
       if (arch.biased?.test(name) || stored(`${name}.bias`)) load(`${name}.bias`, [dOut]);
     }
     for (const i of range(0, arch.nLayers)) {
@@ -668,7 +668,7 @@ export async function loadTarget(dir: string): Promise<Target> {
     const head = `${names.head}.weight`;
     if (stored(head)) load(head, [vocab, dModel]);
     else if (!arch.tied) refuse(`${dir}: ${head} is missing and tie_word_embeddings is false`);
-    const buffers = /\.(rotary_emb\.inv_freq|(attn|attention)\.(bias|masked_bias))$/; // in old checkpoints; no forward needs them
+    const buffers = /\.(rotary_emb\.inv_freq|(attn|attention)\.(bias|masked_bias))$/; // which no forward needs
     const others = [...where.keys()].filter(name => !used.has(name) && !buffers.test(name));
     if (others.length > 0) refuse(`${dir}: ${arch.type} has no use for the tensors ${others.slice(0, 5).join(', ')}`);
   } finally {
@@ -687,10 +687,10 @@ const weight = ({ weights }: Target, name: string): tf.Tensor => weights.get(nam
 /** All products are [N,k] x [k,m]: TFJS's own 3-D x 2-D matMul has no gradient. */
 const matmul = (a: T<'n k'>, b: T<'k m'>, transposeB = false): T<'n m'> =>
   tf.matMul(a as tf.Tensor2D, b as tf.Tensor2D, false, transposeB);
-const addBias = ({ weights }: Target, name: string, y: T<'N dOut'>): T<'N dOut'> => {
+function addBias({ weights }: Target, name: string, y: T<'N dOut'>): T<'N dOut'> {
   const bias = weights.get(`${name}.bias`);
   return bias ? tf.add(y, bias) : y;
-};
+}
 export function ownLinear(target: Target): Linear {
   return (name, x) => addBias(target, name, matmul(x, weight(target, name)));
 }
@@ -703,10 +703,7 @@ const geluTanh = (x: T): T => {
 const silu = (x: T): T => tf.mul(x, tf.sigmoid(x));
 const ACTIVATIONS = { silu, relu: (x: T): T => tf.relu(x), gelu, gelu_new: geluTanh, gelu_pytorch_tanh: geluTanh };
 
-/**
- * y = x r with r = 1 / √(mean x² + ε) over the last axis. By hand, since TFJS's own gradient takes three times the ops:
- * dx = r (dy − y mean(y dy)).
- */
+/** y = x r, r = 1 / √(mean x² + ε), by the last axis. TFJS's own gradient has 3 x the ops: dx = r (dy − y mean(y dy)). */
 export const rmsNormalize = (x: T, eps: number): T =>
   tf.customGrad((a, save) => {
     const r = tf.rsqrt(tf.add(tf.mean(tf.square(a as T), -1, true), eps));
@@ -757,7 +754,7 @@ function targetAttention(target: Target, i: number, h: T<'N d'>, B: number, S: n
   const { arch } = target;
   const { qkv, nHeads, nKvHeads, names, rotary, eps } = arch;
   const project = (part: keyof Names) => linear(nameOf(arch, part, i), h);
-  const first = project('q'); // [N,dQ], or the fused one's [N,3·dQ]: all of q, all of k, all of v, or q, k, v head by head
+  const first = project('q'); // [N,dQ], or fused [N,3·dQ]: all of q, all of k, all of v, or q, k, v head by head
   let parts = [first];
   if (qkv === 'separate') parts = [first, project('k'), project('v')];
   if (qkv === 'concatenated') parts = tf.split(first, 3, 1);
@@ -770,11 +767,7 @@ function targetAttention(target: Target, i: number, h: T<'N d'>, B: number, S: n
   return linear(nameOf(arch, 'o', i), attend(q, k, v, true));
 }
 
-/**
- * The target's logits, every linear layer of its blocks computed by `linear` (default: its own).
- * @param tokens int32 [B,S]
- * @returns logits [N, vocab], N = B·S
- */
+/** The target's logits for tokens (int32), every linear layer of its blocks computed by `linear` (default: its own). */
 export function targetForward(target: Target, tokens: T<'B S'>, linear = ownLinear(target)): T<'N vocab'> {
   const { arch, weights } = target;
   const { names, dModel } = arch;
