@@ -418,7 +418,7 @@ const FLOATS: Decoders = {
 };
 const INTEGERS: Decoders = { I32: bytes => new Int32Array(bytes) };
 
-/** Opens a safetensors file, its header checked; tensors are read one at a time, in row-major order. Throws UsageError. */
+/** Opens a safetensors file, its header checked; tensors are read one at a time, in row-major order. */
 export async function openSafetensors(file: string) {
   const readHeader = (await optional(import('./engine/safetensors.ts')))?.readHeader ?? plainHeader;
   const stat = fs.statSync(file, { throwIfNoEntry: false });
@@ -553,7 +553,8 @@ export interface Names {
 const NAMES: Record<string, Names> = {
   llama: {
     embed: 'model.embed_tokens', blocks: 'model.layers', last: 'model.norm', head: 'lm_head',
-    norm1: 'input_layernorm', q: 'self_attn.q_proj', k: 'self_attn.k_proj', v: 'self_attn.v_proj', o: 'self_attn.o_proj',
+    norm1: 'input_layernorm',
+    q: 'self_attn.q_proj', k: 'self_attn.k_proj', v: 'self_attn.v_proj', o: 'self_attn.o_proj',
     norm2: 'post_attention_layernorm', gate: 'mlp.gate_proj', up: 'mlp.up_proj', down: 'mlp.down_proj',
   },
   llama_simple_mlp: {
