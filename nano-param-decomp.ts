@@ -704,7 +704,7 @@ const geluTanh = (x: T): T => {
 const silu = (x: T): T => tf.mul(x, tf.sigmoid(x));
 const ACTIVATIONS = { silu, relu: (x: T): T => tf.relu(x), gelu, gelu_new: geluTanh, gelu_pytorch_tanh: geluTanh };
 
-/** y = x r, r = 1 / √(mean x² + ε), by the last axis. TFJS's own gradient has 3 x the ops: dx = r (dy − y mean(y dy)). */
+/** y = x r, r = 1 / √(mean x² + ε), last axis. TFJS's own gradient has 3 x the ops: dx = r (dy − y mean(y dy)). */
 export const rmsNormalize = (x: T, eps: number): T =>
   tf.customGrad((a, save) => {
     const r = tf.rsqrt(tf.add(tf.mean(tf.square(a as T), -1, true), eps));
@@ -735,7 +735,7 @@ export function rotate(x: T<'B H S hd'>, frequencies: Float32Array): T<'B H S hd
 const toHeads = (x: T<'N d'>, B: number, S: number, H: number): T<'B H S hd'> =>
   x.reshape([B, S, H, x.size / (B * S * H)]).transpose([0, 2, 1, 3]);
 
-/** softmax(q kᵀ / √hd) v; with fewer k, v heads (H') than q heads each serves a group. q [B,H,S,hd], k, v [B,H',S,hd] */
+/** softmax(q kᵀ / √hd) v; fewer k, v heads (H') than q heads each serve a group. q [B,H,S,hd], k, v [B,H',S,hd] */
 function attend(q: T<'B H S hd'>, k: T<'B H S hd'>, v: T<'B H S hd'>, causal: boolean): T<'N d'> {
   const [B = 0, H = 0, S = 0, headDim = 0] = q.shape;
   const kvHeads = k.shape[1]!;
