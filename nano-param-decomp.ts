@@ -333,193 +333,99 @@ function scramble(x: number): number {
 }
 
 // ---- C. Target model ------------------------------------------------------------------------------------------------
-// A safetensors file: 8 bytes of header length, a JSON header, then the tensors' bytes side by side.
+// A safetensors file: the length of its header in 8 bytes, the header (JSON), then the tensors' bytes side by side.
 
-const DTYPES = 'BOOL U8 I8 F8_E5M2 F8_E4M3 U16 I16 F16 BF16 U32 I32 F32 U64 I64 F64 C64'.split(' ');
-const dtypeBytes = (dtype: string) => Number(/\d+/.exec(dtype)?.[0] ?? 8) / 8; // BOOL takes a byte
+type Texts = Readonly<Record<string, string>>;
+export type TensorInfo = { dtype: string; shape: readonly number[]; begin: number; end: number }; // bytes of the file
+export type SafetensorsHeader = { tensors: ReadonlyMap<string, TensorInfo>; metadata: ReadonlyMap<string, string> };
+export type SafetensorsFile = Awaited<ReturnType<typeof openSafetensors>>;
+type ReadBytes = (begin: number, end: number) => Uint8Array;
 const sizeOf = (shape: readonly number[]) => shape.reduce((n, d) => n * d, 1);
-const isSizes = (x: unknown): x is number[] => Array.isArray(x) && x.every(n => Number.isSafeInteger(n) && n >= 0);
 
-interface TensorInfo {
-  dtype: string;
-  shape: readonly number[];
-  begin: number; // in bytes from the start of the file
-  end: number;
-}
-
-export interface SafetensorsFile {
-  readonly tensors: ReadonlyMap<string, TensorInfo>;
-  readonly metadata: ReadonlyMap<string, string>;
-  /** From F32, F16, BF16 or F64, in row-major order. */
-  readFloat32(name: string): Float32Array;
-  readInt32(name: string): Int32Array;
-  close(): void;
-}
-
-/** JSON.parse, stricter: keys that come twice (it would keep the last), lone surrogates and 1.0 or 1e3 throw. */
-function parseStrictJson(text: string): unknown {
-  const value = JSON.parse(text);
-  const openObjects: Set<string>[] = []; // the keys of each
-  for (const [token] of text.matchAll(/"[^"\\]*(?:\\.[^"\\]*)*"(?:\s*:)?|[{}]|-?\d[\d.eE+-]*/g)) {
-    if (token === '{') openObjects.push(new Set());
-    else if (token === '}') openObjects.pop();
-    else if (token.startsWith('"')) {
-      const string: string = JSON.parse(token.slice(0, token.lastIndexOf('"') + 1));
-      const keys = token.endsWith(':') ? openObjects.at(-1) : undefined;
-      if (/\p{Cs}/u.test(string)) throw new Error(`"${string}" has half a surrogate pair`);
-      if (keys?.has(string)) throw new Error(`the key "${string}" comes twice`);
-      keys?.add(string);
-    } else if (!/^\d+$/.test(token)) throw new Error(`${token} is not a plain whole number`);
-  }
-  return value;
-}
-
-function readFully(file: string, fd: number, into: Uint8Array, position: number): void {
-  for (let done = 0; done < into.length; ) {
-    const n = fs.readSync(fd, into, done, Math.min(into.length - done, 2 ** 30), position + done);
-    if (n === 0) refuse(`${file}: ends too early for a safetensors file`);
-    done += n;
-  }
-}
-
-/** Trusts nothing: lengths are checked before anything is allocated from them, and the tensors must cover the data. */
-function readHeader(file: string, fd: number, fileBytes: number) {
-  const prefix = Buffer.alloc(8);
-  readFully(file, fd, prefix, 0);
-  const headerBytes = Number(prefix.readBigUInt64LE());
-  const dataBegin = 8 + headerBytes;
-  if (headerBytes > 100e6 || dataBegin > fileBytes)
-    refuse(`${file}: header of ${headerBytes} bytes; at most 100 MB within the file's ${fileBytes} are read`);
-  const bytes = new Uint8Array(headerBytes);
-  readFully(file, fd, bytes, 8);
-  let header: Record<string, { dtype?: string; shape?: unknown; data_offsets?: unknown } | null>;
-  try {
-    if (bytes[0] !== 0x7b) throw new Error("it must start with '{'");
-    header = parseStrictJson(new TextDecoder('utf-8', { fatal: true }).decode(bytes)) as typeof header;
-  } catch (error) {
-    refuse(`${file}: the header is not strict JSON in UTF-8: ${(error as Error).message}`);
-  }
+/** The header of an honest file, whole or cut short; engine/safetensors.ts is for files from strangers. */
+export function plainHeader(file: string, read: ReadBytes, fileBytes: number): SafetensorsHeader {
+  const start = 8 + Number(new DataView(read(0, 8).buffer).getBigUint64(0, true));
+  if (start > fileBytes) refuse(`${file}: ends too early, within its header`);
+  type Entry = { dtype: string; shape: number[]; data_offsets: [number, number] };
+  const header = parseJson(new TextDecoder().decode(read(8, start)), file) as Record<string, Entry>;
   const { __metadata__: metadata = {}, ...entries } = header;
-  const texts: unknown[] = metadata && !Array.isArray(metadata) ? Object.values(metadata) : [metadata];
-  if (typeof metadata !== 'object' || texts.some(text => typeof text !== 'string'))
-    refuse(`${file}: __metadata__ is not an object of strings`);
-
-  const tensors = new Map<string, TensorInfo>(); // to a Map no name is special, not even __proto__
-  for (const [name, entry] of Object.entries(entries)) {
-    const { dtype, shape, data_offsets: offsets, ...others } = entry ?? {};
-    const tensor = `tensor "${name.slice(0, 80)}"`;
-    if (!dtype || !DTYPES.includes(dtype)) refuse(`${file}: ${tensor}: its dtype is none of ${DTYPES}`);
-    if (!isSizes(shape) || !isSizes(offsets) || offsets.length !== 2 || Object.keys(others).length)
-      refuse(`${file}: ${tensor} takes dtype, shape and two data_offsets, all whole numbers, and nothing else`);
-    const [begin, end] = offsets as [number, number];
-    if (sizeOf(shape) * dtypeBytes(dtype) !== end - begin)
-      refuse(`${file}: ${tensor}: bytes ${begin} to ${end} are not what ${dtype} of shape [${shape}] takes`);
-    tensors.set(name, { dtype, shape, begin: dataBegin + begin, end: dataBegin + end });
+  const tensors = new Map<string, TensorInfo>();
+  for (const [name, { dtype, shape, data_offsets }] of Object.entries(entries)) {
+    const [begin, end] = [start + data_offsets[0], start + data_offsets[1]];
+    if (end > fileBytes) refuse(`${file}: ends too early, within the tensor ${name}`);
+    tensors.set(name, { dtype, shape, begin, end });
   }
-  let covered = dataBegin;
-  for (const { begin, end } of [...tensors.values()].sort((a, b) => a.begin - b.begin || a.end - b.end)) {
-    if (begin !== covered) refuse(`${file}: overlap or hole at byte ${covered}; tensors must lie side by side`);
-    covered = end;
-  }
-  if (covered !== fileBytes) refuse(`${file}: tensors end at byte ${covered}, not with the file at ${fileBytes}`);
-  return { tensors, metadata: new Map(Object.entries(metadata as Record<string, string>)) };
+  return { tensors, metadata: new Map(Object.entries(metadata as Texts)) };
 }
 
-/** sign, 5 bits of exponent (0: subnormal, 31: infinity and NaN), 10 bits of mantissa */
-function halfToFloat(bits: number): number {
+/** The number behind 16 bits: a sign, 5 bits of exponent (0: subnormal, 31: infinity and NaN), 10 bits of mantissa. */
+const HALF_FLOATS = Float32Array.from({ length: 65536 }, (_, bits) => {
   const [sign, exponent, mantissa] = [bits >> 15 ? -1 : 1, (bits >> 10) & 31, bits & 1023];
   if (exponent === 31) return mantissa ? Number.NaN : sign * Number.POSITIVE_INFINITY;
   return sign * (exponent ? (1024 + mantissa) * 2 ** (exponent - 25) : mantissa * 2 ** -24);
-}
-let halfFloats: Float32Array | undefined;
+});
+const DECODERS: Record<string, (bytes: ArrayBufferLike) => ArrayLike<number>> = {
+  F32: bytes => new Float32Array(bytes),
+  F16: bytes => new Float32Array(new Uint16Array(bytes)).map(bits => HALF_FLOATS[bits]!),
+  BF16: bytes => new Float32Array(new Uint32Array(new Uint16Array(bytes)).map(upperHalf => upperHalf << 16).buffer),
+  F64: bytes => new Float64Array(bytes),
+};
 
-/** Opens a safetensors file, its header checked; tensors are read one at a time. Throws UsageError. */
-export function openSafetensors(file: string): SafetensorsFile {
+/** Opens a safetensors file, its header checked; tensors are read one at a time, in row-major order. */
+export async function openSafetensors(file: string) {
+  const readHeader = (await optional(import('./engine/safetensors.ts')))?.readHeader ?? plainHeader;
   const stat = fs.statSync(file, { throwIfNoEntry: false });
   if (!stat?.isFile()) refuse(`${file}: is not a file; a .safetensors file is expected here`);
   const fd = fs.openSync(file, 'r');
-  let header: ReturnType<typeof readHeader>;
+  const close = () => fs.closeSync(fd);
+  const read: ReadBytes = (begin, end) => {
+    const bytes = new Uint8Array(end - begin);
+    for (let done = 0, n = 0; done < bytes.length; done += n) {
+      n = fs.readSync(fd, bytes, done, bytes.length - done, begin + done);
+      if (n === 0) refuse(`${file}: ends too early for a safetensors file`);
+    }
+    return bytes;
+  };
+  let header: SafetensorsHeader;
   try {
-    header = readHeader(file, fd, stat.size);
+    header = readHeader(file, read, stat.size);
   } catch (error) {
-    fs.closeSync(fd);
+    close();
     throw error;
   }
-  const find = (name: string, accepted: string[]) => {
-    const tensor = header.tensors.get(name) ?? refuse(`${file}: has no tensor "${name}"`);
-    if (!accepted.includes(tensor.dtype)) refuse(`${file}: "${name}" is ${tensor.dtype}; ${accepted} can be read here`);
-    return tensor;
+  const readFloat32 = (name: string): Float32Array => {
+    const { dtype, shape, begin, end } = header.tensors.get(name) ?? refuse(`${file}: has no tensor "${name}"`);
+    const no = () => refuse(`${file}: "${name}" is ${dtype}; ${Object.keys(DECODERS)} can be read here`);
+    const [decode, out] = [DECODERS[dtype] ?? no(), new Float32Array(sizeOf(shape))];
+    for (let from = begin, at = 0; from < end; from += 2 ** 22) {
+      const values = decode(read(from, Math.min(from + 2 ** 22, end)).buffer); // pieces: never a second copy of it all
+      out.set(values, at);
+      at += values.length;
+    }
+    return out;
   };
-  return {
-    ...header,
-    readFloat32(name) {
-      const { dtype, begin, end } = find(name, ['F32', 'F16', 'BF16', 'F64']);
-      const out = new Float32Array((end - begin) / dtypeBytes(dtype));
-      const outBits = new Uint32Array(out.buffer);
-      if (dtype === 'F32') readFully(file, fd, new Uint8Array(out.buffer), begin);
-      if (dtype === 'F16') halfFloats ??= Float32Array.from({ length: 65536 }, (_, bits) => halfToFloat(bits));
-      for (let from = begin, at = 0; dtype !== 'F32' && from < end; from += 2 ** 22) {
-        const bytes = new Uint8Array(Math.min(2 ** 22, end - from)); // piecewise: no second copy of the tensor
-        readFully(file, fd, bytes, from);
-        const values = dtype === 'F64' ? new Float64Array(bytes.buffer) : new Uint16Array(bytes.buffer);
-        if (dtype === 'F64') out.set(values, at);
-        else if (dtype === 'F16') for (let i = 0; i < values.length; i++) out[at + i] = halfFloats![values[i]!]!;
-        else for (let i = 0; i < values.length; i++) outBits[at + i] = values[i]! << 16; // BF16: F32's upper half
-        at += values.length;
-      }
-      return out;
-    },
-    readInt32(name) {
-      const { begin, end } = find(name, ['I32']);
-      const out = new Int32Array((end - begin) / 4);
-      readFully(file, fd, new Uint8Array(out.buffer), begin);
-      return out;
-    },
-    close: () => fs.closeSync(fd),
-  };
+  return { ...header, readFloat32, close };
 }
 
-type TensorData = Float32Array | Int32Array;
 export interface TensorToWrite {
   name: string;
   shape: readonly number[];
-  /** A function is called when the tensor's turn comes, so that only one need be in memory. */
-  data: TensorData | (() => TensorData | Promise<TensorData>);
-  /** To be given where data is a function that yields an Int32Array. */
-  dtype?: 'F32' | 'I32';
+  data: Float32Array | (() => Float32Array | Promise<Float32Array>); // a function is called when the tensor's turn comes
 }
 
-/** For files, and for folders after a rename, which only then survives a power cut. (Windows has no such call.) */
-export function syncToDisk(fileOrFolder: string): void {
-  if (process.platform === 'win32') return;
-  const fd = fs.openSync(fileOrFolder, 'r');
-  fs.fsyncSync(fd);
-  fs.closeSync(fd);
-}
-
-/**
- * Writes the tensors in their order and returns the file's SHA-256. Under its own name the file is always whole:
- * it is written beside, put on disk, then renamed.
- */
-export async function writeSafetensors(
-  file: string,
-  tensors: Iterable<TensorToWrite>,
-  metadata: Readonly<Record<string, string>> = {},
-): Promise<string> {
-  const list = Array.from(tensors, t => ({ dtype: t.data instanceof Int32Array ? 'I32' : 'F32', ...t }));
-  const header: Record<string, unknown> = Object.create(null);
-  header.__metadata__ = metadata;
+/** Returns the file's SHA-256. Under its own name it is always whole: written beside, put on disk, then renamed. */
+export async function writeSafetensors(file: string, tensors: Iterable<TensorToWrite>, metadata: Texts = {}) {
+  const list = [...tensors];
+  const header: Record<string, unknown> = Object.assign(Object.create(null), { __metadata__: metadata });
   let end = 0;
-  for (const { name, shape, dtype } of list) {
+  for (const { name, shape } of list) {
     if (name in header) throw new Error(`${file}: two tensors have the name ${name}`);
-    const begin = end;
+    header[name] = { dtype: 'F32', shape, data_offsets: [end, end + 4 * sizeOf(shape)] };
     end += 4 * sizeOf(shape);
-    header[name] = { dtype, shape, data_offsets: [begin, end] };
   }
   const json = Buffer.from(JSON.stringify(header));
-  const start = Buffer.alloc(8 + Math.ceil(json.length / 8) * 8, ' '); // spaces, so that the data is aligned
+  const start = Buffer.concat([Buffer.alloc(8), json, Buffer.alloc(-json.length & 7, ' ')]); // so the data is aligned
   start.writeBigUInt64LE(BigInt(start.length - 8));
-  json.copy(start, 8);
 
   const hash = crypto.createHash('sha256');
   const beside = `${file}.tmp-${process.pid}`;
@@ -532,10 +438,9 @@ export async function writeSafetensors(
   };
   try {
     write(start);
-    for (const { name, shape, data, dtype } of list) {
+    for (const { name, shape, data } of list) {
       const values = typeof data === 'function' ? await data() : data;
-      if (values.length !== sizeOf(shape) || (values instanceof Int32Array ? 'I32' : 'F32') !== dtype)
-        throw new Error(`${file}: the data of ${name} is not ${dtype} of shape [${shape}]`);
+      if (values.length !== sizeOf(shape)) throw new Error(`${file}: the data of ${name} is not of shape [${shape}]`);
       write(new Uint8Array(values.buffer, values.byteOffset, values.byteLength));
     }
     fs.fsyncSync(fd);
@@ -544,287 +449,131 @@ export async function writeSafetensors(
     fs.closeSync(fd);
     fs.rmSync(beside, { force: true }); // after the rename there is nothing to remove
   }
-  syncToDisk(path.dirname(file));
   return hash.digest('hex');
 }
 
-/** What a config.json says, in one vocabulary for all architectures. */
+/** What the job gives; what it throws is a refusal of `where`: a file, or a line of one. */
+function orRefuse<X>(where: string, job: () => X): X {
+  try {
+    return job();
+  } catch (error) {
+    return refuse(`${where}: ${(error as Error).message}`);
+  }
+}
+const readText = (file: string): string => orRefuse(file, () => fs.readFileSync(file, 'utf8'));
+const parseJson = (content: string, where: string): unknown => orRefuse(where, () => JSON.parse(content));
+function readJson(file: string): Record<string, unknown> {
+  const value = parseJson(readText(file), file) as Record<string, unknown>;
+  return typeof value === 'object' && value && !Array.isArray(value) ? value : refuse(`${file}: not an object`);
+}
+
+/** What a config.json says, in one vocabulary for all architectures: the options of the one decoder below. */
+// biome-ignore format: what belongs together on one line
 export interface Architecture {
-  type: string;
-  vocab: number;
-  dModel: number;
-  dMlp: number;
-  nLayers: number;
-  nHeads: number;
-  nKvHeads: number;
-  headDim: number;
-  /** longest row: the positions that the model has, or its sliding window (up to which attention is plain) */
-  context: number;
-  contextField: string;
-  norm: 'rms' | 'layer';
-  eps: number;
-  /** inverse wavelength of each rotated pair of a head; undefined: learned positions */
-  rotary: Float32Array | undefined;
-  qkv: 'separate' | 'concatenated' | 'by head';
-  activation: string;
-  parallelResidual: boolean;
-  /** linear layers that must have a bias; others may */
-  biased: RegExp;
-  tied: boolean;
-  names: Record<Part, string>;
+  type: string; names: Names;
+  vocab: number; dModel: number; dMlp: number; nLayers: number; nHeads: number; nKvHeads: number; headDim: number;
+  context: number; contextField: string; // longest row: what positions there are, or the window of sliding attention
+  norm: 'rms' | 'layer'; eps: number;
+  rotary: Float32Array | undefined; // inverse wavelength of each rotated pair of a head; undefined: learned positions
+  qkv: 'separate' | 'concatenated' | 'by head'; // one layer each, or one for all (its name is that of q)
+  conv1d: boolean; // linear layers are stored as [dIn,dOut], not as nn.Linear's [dOut,dIn]
+  activation: keyof typeof ACTIVATIONS;
+  parallelResidual: boolean; // the MLP reads the attention's input, not its output
+  biased: RegExp | undefined; // paths of linear layers that must have a bias; others may
+  tied: boolean; // the head is the embedding, unless the file has one
 }
-
-/** State-dict names without `.weight`, layer {i}; '' where an architecture lacks the part. `q` is also the fused qkv. */
-const PARTS = [
-  'embed',
-  'positions',
-  'norm1',
-  'q',
-  'k',
-  'v',
-  'o',
-  'norm2',
-  'gate',
-  'up',
-  'down',
-  'last',
-  'head',
-] as const;
-type Part = (typeof PARTS)[number];
-const BLOCK: Record<string, [outside: string, prefix: string, inside: string]> = {
-  llama: [
-    'model.embed_tokens - model.norm lm_head',
-    'model.layers.{i}.',
-    'input_layernorm self_attn.q_proj self_attn.k_proj self_attn.v_proj self_attn.o_proj post_attention_layernorm mlp.gate_proj mlp.up_proj mlp.down_proj',
-  ],
-  llama_simple_mlp: [
-    'wte - ln_f lm_head',
-    'h.{i}.',
-    'rms_1 attn.q_proj attn.k_proj attn.v_proj attn.o_proj rms_2 - mlp.c_fc mlp.down_proj',
-  ],
-  gpt2: ['wte wpe ln_f lm_head', 'h.{i}.', 'ln_1 attn.c_attn - - attn.c_proj ln_2 - mlp.c_fc mlp.c_proj'],
-  gpt_neox: [
-    'gpt_neox.embed_in - gpt_neox.final_layer_norm embed_out',
-    'gpt_neox.layers.{i}.',
-    'input_layernorm attention.query_key_value - - attention.dense post_attention_layernorm - mlp.dense_h_to_4h mlp.dense_4h_to_h',
-  ],
-};
-for (const family of ['mistral', 'qwen2', 'qwen3']) BLOCK[family] = BLOCK.llama!;
-
-function partNames(type: string): Record<Part, string> {
-  const [outside, prefix, inside] = BLOCK[type]!;
-  const [embed, positions, last, head] = outside.split(' ');
-  const block = inside.split(' ').map(name => (name === '-' ? '' : prefix + name));
-  const names = [embed!, positions === '-' ? '' : positions!, ...block, last!, head!];
-  return Object.fromEntries(PARTS.map((part, i) => [part, names[i]!])) as Record<Part, string>;
+/** State-dict names without `.weight`, those of a block within it. What an architecture lacks is left out. */
+// biome-ignore format: in the network's order
+export interface Names {
+  embed: string; positions?: string; blocks: string; last: string; head: string;
+  norm1: string; q: string; k?: string; v?: string; qNorm?: string; kNorm?: string; o: string;
+  norm2: string; gate?: string; up: string; down: string;
 }
-
-const geluTanh = (x: T): T => {
-  const inner = tf.mul(Math.sqrt(2 / Math.PI), tf.add(x, tf.mul(0.044715, tf.mul(x, tf.mul(x, x)))));
-  return tf.mul(tf.mul(0.5, x), tf.add(1, tf.tanh(inner)));
+// biome-ignore format: in the network's order
+const NAMES: Record<string, Names> = {
+  llama: {
+    embed: 'model.embed_tokens', blocks: 'model.layers', last: 'model.norm', head: 'lm_head',
+    norm1: 'input_layernorm',
+    q: 'self_attn.q_proj', k: 'self_attn.k_proj', v: 'self_attn.v_proj', o: 'self_attn.o_proj',
+    norm2: 'post_attention_layernorm', gate: 'mlp.gate_proj', up: 'mlp.up_proj', down: 'mlp.down_proj',
+  },
+  llama_simple_mlp: {
+    embed: 'wte', blocks: 'h', last: 'ln_f', head: 'lm_head',
+    norm1: 'rms_1', q: 'attn.q_proj', k: 'attn.k_proj', v: 'attn.v_proj', o: 'attn.o_proj',
+    norm2: 'rms_2', up: 'mlp.c_fc', down: 'mlp.down_proj',
+  },
 };
-const gelu = (x: T): T => tf.mul(tf.mul(0.5, x), tf.add(1, tf.erf(tf.mul(x, Math.SQRT1_2))));
-const silu = (x: T): T => tf.mul(x, tf.sigmoid(x));
-const ACTIVATIONS: Record<string, (x: T) => T> = { silu, swish: silu, relu: tf.relu, gelu, gelu_python: gelu };
-for (const name of ['new', 'pytorch_tanh', 'python_tanh', 'fast', 'accurate']) ACTIVATIONS[`gelu_${name}`] = geluTanh;
+const nameOf = ({ names }: Architecture, part: keyof Names, i: number) => `${names.blocks}.${i}.${names[part]}`;
 
-/** Fields of a config that ask for something not done here, unless their value is one of these (or absent or null). */
-const NOT_DONE: [meaning: string, fields: string, harmless: unknown[]][] = [
-  ['quantised weights', 'quantization_config', []],
-  ['sliding-window attention', 'use_sliding_window', [false]],
-  ['ALiBi or other positions', 'alibi position_embedding_type', [false, 'rope', 'absolute']],
-  ['a mixture of experts', 'num_local_experts num_experts n_routed_experts moe_intermediate_size', [0]],
-  ['soft-capped logits', 'attn_logit_softcapping final_logit_softcapping logit_softcapping', []],
-  ['another rotary embedding', 'rope_interleaved rotary_adjacent_pairs', [false]],
-  ['attention other than grouped queries', 'use_grouped_query_attention', [true]],
-  ['attention sinks', 'attention_sinks', [false]],
-  ['cross-attention or an encoder', 'add_cross_attention is_encoder_decoder', [false]],
-  ['another attention scale', 'scale_attn_by_inverse_layer_idx attention_multiplier query_pre_attn_scalar', [false]],
-  ['unscaled attention', 'scale_attn_weights', [true]],
-  ['clipped q, k, v', 'clip_qkv', []],
-  ['scaled streams', 'logits_scaling embedding_multiplier residual_multiplier', [1]],
-];
-
-/** Reads a Hugging Face config.json. @throws UsageError naming the field that is wrong or not done here */
-export function readArchitecture(config: Record<string, unknown>, file: string): Architecture {
-  const wrong = (field: string, takes: string) =>
-    refuse(`${file}: ${field} is ${JSON.stringify(config[field]) ?? 'missing'}; ${takes}`);
+/** Of a plain Llama or the paper's own model; engine/models.ts reads seven families, and refuses what isn't done. */
+export function plainArchitecture(config: Record<string, unknown>, file: string): Architecture {
+  const wrong = (field: string, takes: string) => refuse(`${file}: ${field} is ${config[field]}; takes ${takes}`);
+  const more = 'what else there is needs engine/models.ts';
+  const size = (field: string, standard?: number, most = 1 << 17): number => {
+    const value = Number(config[field] ?? standard);
+    return Number.isInteger(value) && value > 0 && value <= most ? value : wrong(field, `1 to ${most}`);
+  };
   const type = String(config.model_type);
-  if (!Object.hasOwn(BLOCK, type)) wrong('model_type', `done here are ${Object.keys(BLOCK).join(', ')}`);
-  for (const [meaning, fields, harmless] of NOT_DONE) {
-    for (const field of fields.split(' ')) {
-      if (![undefined, null, ...harmless].includes(config[field] as null)) wrong(field, `${meaning}: not done here`);
-    }
-  }
-  for (const [field, done] of [
-    ['layer_types', 'full_attention'],
-    ['no_rope_layers', 1],
-  ] as const) {
-    if (![config[field] ?? []].flat().every(layer => layer === done)) wrong(field, `not done here other than ${done}`);
-  }
-  const number = (field: string, standard?: number, min = 0, max = 1): number => {
-    const value = config[field] ?? standard;
-    return typeof value === 'number' && value >= min && value <= max ? value : wrong(field, `takes ${min} to ${max}`);
-  };
-  const count = (field: string, standard?: number, max = 1 << 24): number => {
-    const value = number(field, standard, 1, max);
-    return Number.isInteger(value) ? value : wrong(field, 'takes an integer');
-  };
-  const [gpt2, neox, simple] = [type === 'gpt2', type === 'gpt_neox', type === 'llama_simple_mlp'];
-  const dModel = count(gpt2 ? 'n_embd' : 'hidden_size', undefined, 1 << 17);
-  const headField = gpt2 ? 'n_head' : 'num_attention_heads';
-  const nHeads = count(headField, undefined, 4096);
-  const nKvHeads = count('num_key_value_heads', nHeads, 4096);
-  if (nHeads % nKvHeads !== 0) wrong('num_key_value_heads', `takes a divisor of the ${nHeads} heads`);
-  const headDim = count('head_dim', type === 'qwen3' ? 128 : Math.floor(dModel / nHeads), 4096);
-  if (!config.head_dim && type !== 'qwen3' && dModel % nHeads !== 0) wrong(headField, `takes a divisor of ${dModel}`);
-  const activationField = gpt2 ? 'activation_function' : 'hidden_act';
-  const activation = String(config[activationField] ?? (gpt2 || simple ? 'gelu_new' : neox ? 'gelu' : 'silu'));
-  if (!Object.hasOwn(ACTIVATIONS, activation))
-    wrong(activationField, `done here: ${Object.keys(ACTIVATIONS).join(', ')}`);
-  const positionsField = gpt2 ? 'n_positions' : 'max_position_embeddings';
-  const positions = count(positionsField, gpt2 ? 1024 : 2048);
-  // absent means 4096 in mistral, null means none
-  const window = type === 'mistral' && config.sliding_window !== null ? count('sliding_window', 4096) : Infinity;
+  const names = NAMES[type] ?? wrong('model_type', `${Object.keys(NAMES)}; ${more}`);
+  const activation = (config.hidden_act ?? (names.gate ? 'silu' : 'gelu_new')) as Architecture['activation'];
+  if (!Object.keys(ACTIVATIONS).includes(activation)) wrong('hidden_act', `${Object.keys(ACTIVATIONS)}; ${more}`);
+  for (const field of ['rope_scaling', 'rope_parameters']) if (config[field]) wrong(field, `nothing; ${more}`);
+  const [dModel, nHeads] = [size('hidden_size'), size('num_attention_heads')];
+  const headDim = size('head_dim', dModel / nHeads);
+  const theta = Number(config.rope_theta ?? 10_000);
   return {
-    ...{ type, dModel, nHeads, nKvHeads, headDim, activation, names: partNames(type) },
-    vocab: count('vocab_size'),
-    dMlp: count(gpt2 ? 'n_inner' : 'intermediate_size', gpt2 ? 4 * dModel : undefined),
-    nLayers: count(gpt2 ? 'n_layer' : 'num_hidden_layers', undefined, 4096),
-    context: Math.min(positions, window),
-    contextField: window < positions ? 'sliding_window' : positionsField,
-    norm: gpt2 || neox ? 'layer' : 'rms',
-    eps: number(gpt2 ? 'layer_norm_epsilon' : neox ? 'layer_norm_eps' : 'rms_norm_eps', gpt2 || neox ? 1e-5 : 1e-6),
-    rotary: gpt2 ? undefined : rotaryFrequencies(config, headDim, positions, file),
-    qkv: gpt2 ? 'concatenated' : neox ? 'by head' : 'separate',
-    parallelResidual: neox && config.use_parallel_residual !== false,
-    biased: biasedLayers(config, type),
-    tied: Boolean(config.tie_word_embeddings ?? (gpt2 || simple)),
+    ...{ type, names, activation, dModel, nHeads, headDim, nKvHeads: size('num_key_value_heads', nHeads) },
+    ...{ vocab: size('vocab_size', undefined, 1 << 24), dMlp: size('intermediate_size') },
+    ...{ nLayers: size('num_hidden_layers', undefined, 4096), norm: 'rms', eps: Number(config.rms_norm_eps ?? 1e-6) },
+    ...{ context: size('max_position_embeddings', 2048, 1 << 24), contextField: 'max_position_embeddings' },
+    rotary: Float32Array.from({ length: headDim / 2 }, (_, i) => theta ** ((-2 * i) / headDim)),
+    ...{ qkv: 'separate', conv1d: false, parallelResidual: false, biased: undefined },
+    tied: Boolean(config.tie_word_embeddings ?? type === 'llama_simple_mlp'),
   };
-}
-
-/** gpt2 has biases everywhere, gpt_neox in its MLPs, qwen2 on q, k, v; the rest is as the config says. */
-function biasedLayers({ attention_bias, mlp_bias }: Record<string, unknown>, type: string): RegExp {
-  if (type === 'gpt2') return /./;
-  const neox = type === 'gpt_neox';
-  const attention = type === 'qwen2' ? '[qkv]_proj$' : (attention_bias ?? neox) ? '[qkvo]_proj$|\\.attention\\.' : '^$';
-  return new RegExp(`${attention}|${mlp_bias || neox ? '\\.mlp\\.' : '^$'}`);
-}
-
-/** Inverse wavelengths θ^(−2i/dims), with the `linear` and `llama3` scalings; under the old and the new config keys. */
-function rotaryFrequencies(config: Record<string, unknown>, headDim: number, positions: number, file: string) {
-  const neox = config.model_type === 'gpt_neox';
-  for (const field of ['rope_scaling', 'rope_parameters']) {
-    const values = Object.values(config[field] ?? {});
-    if (typeof (config[field] ?? {}) !== 'object' || values.some(v => v && typeof v === 'object'))
-      refuse(`${file}: ${field} is ${JSON.stringify(config[field])}; takes one record for all layers`);
-  }
-  const rope: Record<string, unknown> = {
-    rope_theta: config.rope_theta ?? config.rotary_emb_base ?? 10_000,
-    partial_rotary_factor: config.rotary_pct ?? config.partial_rotary_factor ?? (neox ? 0.25 : 1),
-    ...(config.rope_scaling as object | null | undefined),
-    ...(config.rope_parameters as object | null | undefined),
-  };
-  const wrong = (field: string, takes: string) =>
-    refuse(`${file}: the rotary ${field} is ${JSON.stringify(rope[field]) ?? 'missing'}; ${takes}`);
-  const number = (field: string, min: number): number => {
-    const value = rope[field];
-    return typeof value === 'number' && value >= min && value < 1e12 ? value : wrong(field, `takes at least ${min}`);
-  };
-  const kind = rope.rope_type ?? rope.type ?? 'default';
-  const kindField = rope.rope_type === undefined ? 'type' : 'rope_type';
-  if (!['default', 'linear', 'llama3'].includes(String(kind))) wrong(kindField, 'done here: default, linear, llama3');
-  const share = number('partial_rotary_factor', 0);
-  if (share > 1 || (!neox && share !== 1)) wrong('partial_rotary_factor', 'partial is done in gpt_neox only');
-  const dims = Math.floor(headDim * share);
-  if (dims % 2 !== 0) wrong('partial_rotary_factor', `of head_dim ${headDim} it leaves ${dims} dims, an odd number`);
-  const theta = number('rope_theta', 1);
-  return Float32Array.from({ length: dims / 2 }, (_, i) => {
-    const frequency = theta ** ((-2 * i) / dims);
-    if (kind === 'default') return frequency;
-    const factor = number('factor', 1);
-    if (kind === 'linear') return frequency / factor;
-    // llama3: long wavelengths are divided by the factor, short ones kept, a linear blend in between
-    const [low, high] = [number('low_freq_factor', 0), number('high_freq_factor', 0)];
-    rope.original_max_position_embeddings ??= positions;
-    const turns = (number('original_max_position_embeddings', 1) * frequency) / (2 * Math.PI);
-    const keep = Math.min(1, Math.max(0, (turns - low) / (high - low)));
-    return frequency * (keep + (1 - keep) / factor);
-  });
 }
 
 /** A linear layer of the target's blocks: y = x Wᵀ + b. */
-export interface LinearLayer {
-  path: string;
-  dIn: number;
-  dOut: number;
-}
+export type LinearLayer = { path: string; dIn: number; dOut: number };
 
 /** The frozen network. */
 export interface Target {
   readonly arch: Architecture;
-  /** every linear layer of the blocks, in network order */
-  readonly linears: readonly LinearLayer[];
+  readonly linears: readonly LinearLayer[]; // all of the blocks, in network order
   /** by state-dict name; a linear layer's Wᵀ [dIn,dOut] under its path. Variables: state of a traced graph */
   readonly weights: ReadonlyMap<string, tf.Variable>;
   readonly dir: string;
+  readonly config: Readonly<Record<string, unknown>>; // of Hugging Face, as it is
   readonly sha256: string;
 }
-const nameOf = ({ names }: Architecture, part: Part, i = 0) => names[part].replace('{i}', String(i));
-const headNorm = (arch: Architecture, part: 'q' | 'k', i: number) =>
-  `${nameOf(arch, 'q', i).replace(/[^.]*$/, `${part}_norm`)}.weight`;
 
 /** The linear layers of an architecture's blocks, in network order. */
 export function linearLayers(arch: Architecture): LinearLayer[] {
-  const { dModel, dMlp, nLayers, nHeads, nKvHeads, headDim } = arch;
+  const { dModel, dMlp, nLayers, nHeads, nKvHeads, headDim, qkv } = arch;
   const [dQ, dKv] = [nHeads * headDim, nKvHeads * headDim];
-  const sizes: [Part, number, number][] = [
-    ['q', dModel, arch.qkv === 'separate' ? dQ : 3 * dQ],
-    ...([
-      ['k', dModel, dKv],
-      ['v', dModel, dKv],
-      ['o', dQ, dModel],
-    ] as [Part, number, number][]),
-    ...([
-      ['gate', dModel, dMlp],
-      ['up', dModel, dMlp],
-      ['down', dMlp, dModel],
-    ] as [Part, number, number][]),
+  // biome-ignore format: [dIn, dOut] in the network's order
+  const sizes: [keyof Names, number, number][] = [
+    ['q', dModel, qkv === 'separate' ? dQ : 3 * dQ], ['k', dModel, dKv], ['v', dModel, dKv], ['o', dQ, dModel],
+    ['gate', dModel, dMlp], ['up', dModel, dMlp], ['down', dMlp, dModel],
   ];
-  const has = sizes.filter(([part]) => arch.names[part]);
-  const layer = (i: number) => has.map(([part, dIn, dOut]) => ({ path: nameOf(arch, part, i), dIn, dOut }));
-  return Array.from({ length: nLayers }, (_, i) => layer(i)).flat();
+  const present = sizes.filter(([part]) => arch.names[part]);
+  return range(0, nLayers).flatMap(i =>
+    present.map(([part, dIn, dOut]) => ({ path: nameOf(arch, part, i), dIn, dOut })),
+  );
 }
-
-/** Buffers in old checkpoints that no forward needs. */
-const IGNORED = /\.(rotary_emb\.inv_freq|attn\.bias|attn\.masked_bias|attention\.bias|attention\.masked_bias)$/;
-
-/** config.json, or what the original's trainer leaves beside its weights: model_config.yaml, lines of `key: scalar`. */
-function readConfig(dir: string): [file: string, config: Record<string, unknown>] {
-  const [json, yaml] = [path.join(dir, 'config.json'), path.join(dir, 'model_config.yaml')];
-  if (fs.existsSync(json) || !fs.existsSync(yaml)) return [json, readJson(json)];
-  const config: Record<string, unknown> = {};
-  for (const [, key = '', value = ''] of readText(yaml).matchAll(/^(\w+): *(.*?) *\r?$/gm)) {
-    config[YAML_KEYS[key] ?? key] = /^(-?[\d.]+(e-?\d+)?|true|false|null)$/.test(value) ? JSON.parse(value) : value;
-  }
-  if (config.model_type === 'LlamaSimpleMLP') config.model_type = 'llama_simple_mlp';
-  return [yaml, config];
-}
-const YAML_KEYS: Record<string, string> = {
-  ...{ n_embd: 'hidden_size', n_intermediate: 'intermediate_size', n_layer: 'num_hidden_layers' },
-  ...{ n_head: 'num_attention_heads', n_key_value_heads: 'num_key_value_heads', n_ctx: 'max_position_embeddings' },
-  ...{ rotary_base: 'rope_theta', attn_bias: 'attention_bias' },
-};
 
 /** Loads a Hugging Face folder. @throws UsageError naming the file and what is wrong with it */
-export function loadTarget(dir: string): Target {
-  const [configFile, config] = readConfig(dir);
-  const arch = readArchitecture(config, configFile);
+export async function loadTarget(dir: string): Promise<Target> {
+  const models = await optional(import('./engine/models.ts'));
+  const json = path.join(dir, 'config.json');
+  const [configFile, config] = models?.readYaml(dir) ?? [json, readJson(json)];
+  const arch = (models?.readArchitecture ?? plainArchitecture)(config, configFile);
   const linears = linearLayers(arch);
   const weights = new Map<string, tf.Variable>();
   const sha256 = crypto.createHash('sha256').update(fs.readFileSync(configFile));
-  const files = weightFiles(dir);
+  const files: SafetensorsFile[] = [];
   try {
+    const fileNames = models?.weightFiles(dir) ?? ['model.safetensors'];
+    for (const name of fileNames) files.push(await openSafetensors(path.join(dir, name)));
     const where = new Map(files.flatMap(file => [...file.tensors.keys()].map(name => [name, file] as const)));
     const used = new Set<string>();
     // gpt2 is published with and without a prefix, gpt_neox with two names of its head
@@ -840,78 +589,37 @@ export function loadTarget(dir: string): Target {
       sha256.update(source).update(data);
       weights.set(key, frozen(data, shape, transposed));
     };
+    const { names, conv1d, vocab, dModel, headDim } = arch;
     const loadNorm = (name: string) => {
-      load(`${name}.weight`, [arch.dModel]);
-      if (arch.norm === 'layer') load(`${name}.bias`, [arch.dModel]);
+      load(`${name}.weight`, [dModel]);
+      if (arch.norm === 'layer') load(`${name}.bias`, [dModel]);
     };
-    load(`${arch.names.embed}.weight`, [arch.vocab, arch.dModel]);
-    if (arch.names.positions) load(`${arch.names.positions}.weight`, [arch.context, arch.dModel]);
+    load(`${names.embed}.weight`, [vocab, dModel]);
+    if (names.positions) load(`${names.positions}.weight`, [arch.context, dModel]);
     for (const { path: name, dIn, dOut } of linears) {
-      // nn.Linear stores [dOut,dIn], gpt2's Conv1D [dIn,dOut]; kept as Wᵀ [dIn,dOut]: no transposed product later
-      const conv1d = arch.type === 'gpt2';
-      load(`${name}.weight`, conv1d ? [dIn, dOut] : [dOut, dIn], name, !conv1d);
-      if (arch.biased.test(name) || stored(`${name}.bias`)) load(`${name}.bias`, [dOut]);
+      load(`${name}.weight`, conv1d ? [dIn, dOut] : [dOut, dIn], name, !conv1d); // as Wᵀ: no transposed product later
+      if (arch.biased?.test(name) || stored(`${name}.bias`)) load(`${name}.bias`, [dOut]);
     }
-    for (let i = 0; i < arch.nLayers; i++) {
+    for (const i of range(0, arch.nLayers)) {
       for (const part of ['norm1', 'norm2'] as const) loadNorm(nameOf(arch, part, i));
-      if (arch.type === 'qwen3') for (const part of ['q', 'k'] as const) load(headNorm(arch, part, i), [arch.headDim]);
+      for (const part of ['qNorm', 'kNorm'] as const)
+        if (names[part]) load(`${nameOf(arch, part, i)}.weight`, [headDim]);
     }
-    loadNorm(arch.names.last);
-    const head = `${arch.names.head}.weight`;
-    if (stored(head)) load(head, [arch.vocab, arch.dModel]);
+    loadNorm(names.last);
+    const head = `${names.head}.weight`;
+    if (stored(head)) load(head, [vocab, dModel]);
     else if (!arch.tied) refuse(`${dir}: ${head} is missing and tie_word_embeddings is false`);
-    const others = [...where.keys()].filter(name => !used.has(name) && !IGNORED.test(name));
+    const buffers = /\.(rotary_emb\.inv_freq|(attn|attention)\.(bias|masked_bias))$/; // which no forward needs
+    const others = [...where.keys()].filter(name => !used.has(name) && !buffers.test(name));
     if (others.length > 0) refuse(`${dir}: ${arch.type} has no use for the tensors ${others.slice(0, 5).join(', ')}`);
   } finally {
     for (const file of files) file.close();
   }
-  return { arch, linears, weights, dir, sha256: sha256.digest('hex') };
+  return { arch, linears, weights, dir, config, sha256: sha256.digest('hex') };
 }
 
-function frozen(data: Float32Array, shape: number[], transposed = false): tf.Variable {
-  return tf.tidy(() => {
-    const value = tf.tensor(data, shape);
-    return tf.variable(transposed ? tf.transpose(value) : value, false);
-  });
-}
-
-/** model.safetensors, or the shards that its index names, or the paper's own model_step_<n>.safetensors. */
-function weightFiles(dir: string): SafetensorsFile[] {
-  const all = fs.readdirSync(dir);
-  let names: string[] = all.filter(f => f === 'model.safetensors');
-  const index = path.join(dir, 'model.safetensors.index.json');
-  if (names.length === 0 && fs.existsSync(index)) {
-    names = [...new Set(Object.values(readJson(index).weight_map ?? {}).map(String))];
-    const odd = names.find(name => !/^[\w-][\w.-]*\.safetensors$/.test(name));
-    if (odd !== undefined) refuse(`${index}: ${JSON.stringify(odd)} is not the name of a shard in this folder`);
-  }
-  if (names.length === 0) names = all.filter(f => /^model_step_\d+\.safetensors$/.test(f));
-  if (names.length > 1 && all.includes(names[0]!) && !fs.existsSync(index))
-    refuse(`${dir}: several checkpoints, ${names}`);
-  if (names.length === 0) refuse(`${dir}: no model.safetensors, and no model.safetensors.index.json`);
-  return names.map(name => openSafetensors(path.join(dir, name)));
-}
-
-function readText(file: string): string {
-  try {
-    return fs.readFileSync(file, 'utf8');
-  } catch (error) {
-    return refuse(`${file}: ${(error as Error).message}`);
-  }
-}
-function parseJson(content: string, where: string): unknown {
-  try {
-    return JSON.parse(content);
-  } catch (error) {
-    return refuse(`${where}: ${(error as Error).message}`);
-  }
-}
-function readJson(file: string): Record<string, unknown> {
-  const value = parseJson(readText(file), file);
-  return typeof value === 'object' && value && !Array.isArray(value)
-    ? (value as never)
-    : refuse(`${file}: not an object`);
-}
+const frozen = (data: Float32Array, shape: number[], transposed = false): tf.Variable =>
+  tf.tidy(() => tf.variable(transposed ? tf.transpose(tf.tensor(data, shape)) : tf.tensor(data, shape), false));
 
 /** How a linear layer is computed: by the target itself, or in one of the masked forwards of section E. */
 export type Linear = (path: string, x: T<'N dIn'>) => T<'N dOut'>;
@@ -920,19 +628,23 @@ const weight = ({ weights }: Target, name: string): tf.Tensor => weights.get(nam
 /** All products are [N,k] x [k,m]: TFJS's own 3-D x 2-D matMul has no gradient. */
 const matmul = (a: T<'n k'>, b: T<'k m'>, transposeB = false): T<'n m'> =>
   tf.matMul(a as tf.Tensor2D, b as tf.Tensor2D, false, transposeB);
-const addBias = ({ weights }: Target, name: string, y: T<'N dOut'>): T<'N dOut'> => {
+function addBias({ weights }: Target, name: string, y: T<'N dOut'>): T<'N dOut'> {
   const bias = weights.get(`${name}.bias`);
   return bias ? tf.add(y, bias) : y;
-};
-export const ownLinear =
-  (target: Target): Linear =>
-  (name, x) =>
-    addBias(target, name, matmul(x, weight(target, name)));
+}
+export function ownLinear(target: Target): Linear {
+  return (name, x) => addBias(target, name, matmul(x, weight(target, name)));
+}
 
-/**
- * y = x r with r = 1 / √(mean x² + ε) over the last axis. By hand, since TFJS's own gradient takes three times the ops:
- * dx = r (dy − y mean(y dy)).
- */
+const gelu = (x: T): T => tf.mul(tf.mul(0.5, x), tf.add(1, tf.erf(tf.mul(x, Math.SQRT1_2))));
+const geluTanh = (x: T): T => {
+  const inner = tf.mul(Math.sqrt(2 / Math.PI), tf.add(x, tf.mul(0.044715, tf.mul(x, tf.mul(x, x)))));
+  return tf.mul(tf.mul(0.5, x), tf.add(1, tf.tanh(inner)));
+};
+const silu = (x: T): T => tf.mul(x, tf.sigmoid(x));
+const ACTIVATIONS = { silu, relu: (x: T): T => tf.relu(x), gelu, gelu_new: geluTanh, gelu_pytorch_tanh: geluTanh };
+
+/** y = x r, r = 1 / √(mean x² + ε), last axis. TFJS's own gradient has 3 x the ops: dx = r (dy − y mean(y dy)). */
 export const rmsNormalize = (x: T, eps: number): T =>
   tf.customGrad((a, save) => {
     const r = tf.rsqrt(tf.add(tf.mean(tf.square(a as T), -1, true), eps));
@@ -943,9 +655,8 @@ export const rmsNormalize = (x: T, eps: number): T =>
   })(x);
 
 function norm(target: Target, name: string, x: T<'N d'>): T<'N d'> {
-  const { eps } = target.arch;
-  if (target.arch.norm === 'rms') return tf.mul(rmsNormalize(x, eps), weight(target, `${name}.weight`));
-  const centred = tf.sub(x, tf.mean(x, -1, true));
+  const { norm, eps } = target.arch;
+  const centred = norm === 'layer' ? tf.sub(x, tf.mean(x, -1, true)) : x;
   return addBias(target, name, tf.mul(rmsNormalize(centred, eps), weight(target, `${name}.weight`)));
 }
 
@@ -960,7 +671,11 @@ export function rotate(x: T<'B H S hd'>, frequencies: Float32Array): T<'B H S hd
   return tf.concat([tf.sub(tf.mul(a, cos), tf.mul(b, sin)), tf.add(tf.mul(b, cos), tf.mul(a, sin)), ...others], 3);
 }
 
-/** softmax(q kᵀ / √hd) v; with fewer k, v heads (H') than q heads each serves a group. q [B,H,S,hd], k, v [B,H',S,hd] */
+/** [N, H·hd] -> [B,H,S,hd] */
+const toHeads = (x: T<'N d'>, B: number, S: number, H: number): T<'B H S hd'> =>
+  x.reshape([B, S, H, x.size / (B * S * H)]).transpose([0, 2, 1, 3]);
+
+/** softmax(q kᵀ / √hd) v; fewer k, v heads (H') than q heads each serve a group. q [B,H,S,hd], k, v [B,H',S,hd] */
 function attend(q: T<'B H S hd'>, k: T<'B H S hd'>, v: T<'B H S hd'>, causal: boolean): T<'N d'> {
   const [B = 0, H = 0, S = 0, headDim = 0] = q.shape;
   const kvHeads = k.shape[1]!;
@@ -972,68 +687,49 @@ function attend(q: T<'B H S hd'>, k: T<'B H S hd'>, v: T<'B H S hd'>, causal: bo
     const later = tf.cast(tf.greater(position.reshape([1, S]), position.reshape([S, 1])), 'float32');
     scores = tf.add(scores, tf.mul(-1e9, later));
   }
-  const mixed = tf.matMul(tf.softmax(scores).reshape([B, kvHeads, rows, S]), v);
-  return mixed
-    .reshape([B, H, S, headDim])
-    .transpose([0, 2, 1, 3])
-    .reshape([B * S, H * headDim]);
+  const mixed: T = tf.matMul(tf.softmax(scores).reshape([B, kvHeads, rows, S]), v).reshape([B, H, S, headDim]);
+  return mixed.transpose([0, 2, 1, 3]).reshape([B * S, H * headDim]);
 }
-
-/** [N, H·hd] -> [B,H,S,hd] */
-const toHeads = (x: T<'N d'>, B: number, S: number, H: number): T<'B H S hd'> =>
-  x.reshape([B, S, H, x.size / (B * S * H)]).transpose([0, 2, 1, 3]);
 
 function targetAttention(target: Target, i: number, h: T<'N d'>, B: number, S: number, linear: Linear): T<'N d'> {
-  const { arch, weights } = target;
-  const project = (part: Part) => linear(nameOf(arch, part, i), h);
-  const { nHeads, nKvHeads } = arch;
-  let [q, k, v]: T[] = [];
-  if (arch.qkv === 'separate') {
-    [q, k, v] = [
-      toHeads(project('q'), B, S, nHeads),
-      toHeads(project('k'), B, S, nKvHeads),
-      toHeads(project('v'), B, S, nKvHeads),
-    ];
-  } else {
-    const qkv = project('q'); // columns: all of q, all of k, all of v; or q, k, v head by head
-    const parts = arch.qkv === 'concatenated' ? tf.split(qkv, 3, 1) : tf.split(qkv.reshape([B * S, nHeads, -1]), 3, 2);
-    [q, k, v] = parts.map(part => toHeads(part, B, S, nHeads));
-  }
-  const qNorm = weights.get(headNorm(arch, 'q', i));
-  const kNorm = weights.get(headNorm(arch, 'k', i));
-  if (qNorm && kNorm) [q, k] = [tf.mul(rmsNormalize(q!, arch.eps), qNorm), tf.mul(rmsNormalize(k!, arch.eps), kNorm)];
-  if (arch.rotary) [q, k] = [rotate(q!, arch.rotary), rotate(k!, arch.rotary)];
-  return linear(nameOf(arch, 'o', i), attend(q!, k!, v!, true));
+  const { arch } = target;
+  const { qkv, nHeads, nKvHeads, names, rotary, eps } = arch;
+  const project = (part: keyof Names) => linear(nameOf(arch, part, i), h);
+  const first = project('q'); // [N,dQ], or fused [N,3·dQ]: all of q, all of k, all of v, or q, k, v head by head
+  let parts = [first];
+  if (qkv === 'separate') parts = [first, project('k'), project('v')];
+  if (qkv === 'concatenated') parts = tf.split(first, 3, 1);
+  if (qkv === 'by head') parts = tf.split(first.reshape([B * S, nHeads, -1]), 3, 2);
+  let [q, k, v] = parts.map((x, part) => toHeads(x, B, S, part === 0 ? nHeads : nKvHeads)) as [T, T, T];
+  const headNorm = (part: 'qNorm' | 'kNorm', x: T) =>
+    names[part] ? tf.mul(rmsNormalize(x, eps), weight(target, `${nameOf(arch, part, i)}.weight`)) : x;
+  [q, k] = [headNorm('qNorm', q), headNorm('kNorm', k)];
+  if (rotary) [q, k] = [rotate(q, rotary), rotate(k, rotary)];
+  return linear(nameOf(arch, 'o', i), attend(q, k, v, true));
 }
 
-function targetMlp({ arch }: Target, i: number, h: T<'N d'>, linear: Linear): T<'N d'> {
-  const act = ACTIVATIONS[arch.activation]!;
-  const up = linear(nameOf(arch, 'up', i), h);
-  const hidden = arch.names.gate ? tf.mul(act(linear(nameOf(arch, 'gate', i), h)), up) : act(up);
-  return linear(nameOf(arch, 'down', i), hidden);
-}
-
-/**
- * The target's logits, every linear layer of its blocks computed by `linear` (default: its own).
- * @param tokens int32 [B,S]
- * @returns logits [N, vocab], N = B·S
- */
+/** The target's logits for tokens (int32), every linear layer of its blocks computed by `linear` (default: its own). */
 export function targetForward(target: Target, tokens: T<'B S'>, linear = ownLinear(target)): T<'N vocab'> {
   const { arch, weights } = target;
-  const { embed, positions, last, head } = arch.names;
+  const { names, dModel } = arch;
   const [B = 0, S = 0] = tokens.shape;
-  let x: T<'N d'> = tf.gather(weight(target, `${embed}.weight`), tokens.flatten());
-  if (positions) {
-    const first = tf.slice(weight(target, `${positions}.weight`), [0, 0], [S, arch.dModel]);
-    x = tf.add(x.reshape([B, S, arch.dModel]), first).reshape([B * S, arch.dModel]);
+  let x: T<'N d'> = tf.gather(weight(target, `${names.embed}.weight`), tokens.flatten());
+  if (names.positions) {
+    const first = tf.slice(weight(target, `${names.positions}.weight`), [0, 0], [S, dModel]);
+    x = tf.add(x.reshape([B, S, dModel]), first).reshape([B * S, dModel]);
   }
-  for (let i = 0; i < arch.nLayers; i++) {
-    const normed = (part: Part, y: T) => norm(target, nameOf(arch, part, i), y);
-    const afterAttention = tf.add(x, targetAttention(target, i, normed('norm1', x), B, S, linear));
-    const mlpInput = normed('norm2', arch.parallelResidual ? x : afterAttention);
-    x = tf.add(afterAttention, targetMlp(target, i, mlpInput, linear));
+  const act = ACTIVATIONS[arch.activation];
+  for (const i of range(0, arch.nLayers)) {
+    const at = (part: keyof Names) => nameOf(arch, part, i);
+    const attention = targetAttention(target, i, norm(target, at('norm1'), x), B, S, linear);
+    const afterAttention = tf.add(x, attention);
+    const h = norm(target, at('norm2'), arch.parallelResidual ? x : afterAttention);
+    const up = linear(at('up'), h);
+    const hidden = names.gate ? tf.mul(act(linear(at('gate'), h)), up) : act(up);
+    x = tf.add(afterAttention, linear(at('down'), hidden));
   }
-  return matmul(norm(target, last, x), weights.get(`${head}.weight`) ?? weight(target, `${embed}.weight`), true);
+  const unembed = weights.get(`${names.head}.weight`) ?? weight(target, `${names.embed}.weight`);
+  return matmul(norm(target, names.last, x), unembed, true);
 }
 
 // ---- D. Data --------------------------------------------------------------------------------------------------------
@@ -1091,7 +787,7 @@ async function openData(source: string, target: Target, tokenizer: Tokenizer | u
     break;
   }
   // a list of end-of-text ids in some Llamas: the first
-  const endOfText = [readConfig(target.dir)[1].eos_token_id].flat()[0];
+  const endOfText = [target.config.eos_token_id].flat()[0];
   const mark = Number.isInteger(endOfText) ? (endOfText as number) : undefined;
   async function* ids(): AsyncGenerator<number[]> {
     for await (const document of reader(source)) {
@@ -2014,7 +1710,7 @@ async function readMetadata(file: string): Promise<ReadonlyMap<string, string>> 
 /** Variables as tensors to write, under `prefix` + name. */
 const toWrite = (variables: Params, prefix = ''): TensorToWrite[] =>
   Object.entries(variables).map(([name, variable]) => {
-    return { name: prefix + name, shape: variable.shape, dtype: 'F32', data: () => numbers(variable) };
+    return { name: prefix + name, shape: variable.shape, data: () => numbers(variable) };
   });
 /** What --resume needs besides the parameters: prefix in state.safetensors and variables. */
 const stateParts = ({ m, v, sources }: State) => Object.entries({ 'adam.m.': m, 'adam.v.': v, 'ppgd.': sources });
@@ -2047,7 +1743,7 @@ export async function checkFinite(step: number, scalars: Metrics, parameters: It
   if (!broken.length) return;
   let [largest, size] = ['none', -1];
   for (const { name, data } of parameters) {
-    const values: TensorData = typeof data === 'function' ? await data() : data;
+    const values = typeof data === 'function' ? await data() : data;
     let most = 0;
     for (const x of values) most = Math.max(most, Number.isFinite(x) ? Math.abs(x) : Infinity); // NaN is the largest
     if (most > size) [largest, size] = [name, most];

@@ -134,17 +134,17 @@ const fixtureFolder = (name: TargetName) => path.join(project, 'tools/fixtures/m
 const readAnswers = (name: TargetName): Answers => JSON.parse(read(fixtureFolder(name), 'fixture.json'));
 
 /** A target with its decomposition, and PyTorch's answers. 3 rows of 7 tokens: N = 21 positions. */
-function fixture(name: TargetName, changes: Partial<nano.Config> = {}) {
+async function fixture(name: TargetName, changes: Partial<nano.Config> = {}) {
   const dir = fixtureFolder(name);
   const { tokens: rows, tokens2: rows2, ...answers } = readAnswers(name);
-  const file = nano.openSafetensors(path.join(dir, 'fixture.safetensors'));
+  const file = await nano.openSafetensors(path.join(dir, 'fixture.safetensors'));
   const stored = new Map([...file.tensors].map(([key, { shape }]) => [key, { shape, data: file.readFloat32(key) }]));
   file.close();
   const get = (key: string): T => {
     const { data, shape } = stored.get(key) ?? assert.fail(`no ${key} in the fixture of ${name}`);
     return tf.tensor(data, [...shape]);
   };
-  const target = nano.loadTarget(dir);
+  const target = await nano.loadTarget(dir);
   const components = Object.entries(answers.modules).map(([module, { C }]) => `${module}=${C}`);
   const modules = nano.chooseModules(target.linears, components.join());
   const config = { ...nano.DEFAULTS, ...answers.config, batchSize: 3, seqLen: 7, ...changes };
@@ -158,10 +158,11 @@ function fixture(name: TargetName, changes: Partial<nano.Config> = {}) {
   const [tokens, tokens2] = [rows, rows2].map(x => tf.tensor2d(x, [3, 7], 'int32')) as [T, T];
   return { ...answers, name, config, problem, modules, params, get, draws, data, tokens, tokens2, N: 21 };
 }
-type Fixture = ReturnType<typeof fixture>;
+type Fixture = Awaited<ReturnType<typeof fixture>>;
 
 const onEveryTarget = (name: string, body: (f: Fixture, engine: nano.Engine) => void | Promise<void>) => {
-  for (const target of TARGETS) onEveryEngine(`${name} (${target})`, engine => body(fixture(target), engine));
+  for (const target of TARGETS)
+    onEveryEngine(`${name} (${target})`, async engine => body(await fixture(target), engine));
 };
 
 /** The state in the middle of a run, before the fixture's step1. */
@@ -282,8 +283,8 @@ onEveryTarget('the target gives the logits and pre-weight inputs of PyTorch', f 
   close(tf.sum(probs, 1), tf.ones([f.N]), FORWARD, 'sums of the probabilities');
 });
 
-onWasm('F32, F16 and BF16 files of the same weights give the same model', () => {
-  const file = nano.openSafetensors(path.join(fixtureFolder('llama'), 'model.safetensors'));
+onWasm('F32, F16 and BF16 files of the same weights give the same model', async () => {
+  const file = await nano.openSafetensors(path.join(fixtureFolder('llama'), 'model.safetensors'));
   // odd multiples of 1/16 up to 4 have 7 bits: all three types hold them
   const weights = [...file.tensors].map(([name, { shape }]) => {
     const data = file.readFloat32(name).map(x => (Math.floor(Math.max(-4, Math.min(3.9, x)) * 8) + 0.5) / 8);
@@ -297,7 +298,8 @@ onWasm('F32, F16 and BF16 files of the same weights give the same model', () => 
     F16: bits => Uint16Array.from(bits, half),
     BF16: bits => Uint16Array.from(bits, b => b >>> 16),
   };
-  const logits = Object.entries(encodings).map(([dtype, encode]) => {
+  const logits: number[][] = [];
+  for (const [dtype, encode] of Object.entries(encodings)) {
     const header: Record<string, object> = {};
     const pieces: Buffer[] = [];
     let end = 0;
@@ -313,11 +315,11 @@ onWasm('F32, F16 and BF16 files of the same weights give the same model', () => 
     const dir = path.join(temporary, dtype);
     fs.cpSync(fixtureFolder('llama'), dir, { recursive: true });
     fs.writeFileSync(path.join(dir, 'model.safetensors'), Buffer.concat([length, json, ...pieces]));
-    const target = nano.loadTarget(dir);
+    const target = await nano.loadTarget(dir);
     for (const name of ['model.embed_tokens.weight', 'model.layers.1.mlp.up_proj.bias'])
       assert.deepEqual(numbers(target.weights.get(name)!), numbers(weights.find(w => w.name === name)!.data));
-    return numbers(nano.targetForward(target, tf.tensor2d([[1, 2, 3]], [1, 3], 'int32')));
-  });
+    logits.push(numbers(nano.targetForward(target, tf.tensor2d([[1, 2, 3]], [1, 3], 'int32'))));
+  }
   assert.ok(largest(logits[0]!) > 0.1);
   assert.deepEqual(logits[1], logits[0]);
   assert.deepEqual(logits[2], logits[0]);
@@ -327,7 +329,7 @@ const stories = path.join(project, '../shared/models/stories260K');
 const noStories = fs.existsSync(stories) ? false : 'needs ../shared/models/stories260K, a trained Llama of 5 layers';
 test('a trained Llama has the loss on its corpus that transformers finds', { skip: noStories }, async () => {
   await tf.setBackend('wasm');
-  const target = nano.loadTarget(stories);
+  const target = await nano.loadTarget(stories);
   assert.equal(nano.chooseModules(target.linears, 'auto').length, 35);
   const { train } = await nano.loadData(target, { ...nano.DEFAULTS, data: path.join(stories, 'corpus.txt') });
   const loss = tf.tidy(() => {
@@ -356,9 +358,9 @@ function toyFolder(name: string, files: Record<string, string>): string {
   for (const [file, content] of Object.entries(files)) fs.writeFileSync(path.join(dir, file), content);
   return dir;
 }
-const load = (dir: string, file: string, changes: Partial<nano.Config> = {}) => {
+const load = async (dir: string, file: string, changes: Partial<nano.Config> = {}) => {
   const config = { ...nano.DEFAULTS, seqLen: 4, data: path.join(dir, file), out: dir, ...changes };
-  return nano.loadData(nano.loadTarget(dir), config);
+  return nano.loadData(await nano.loadTarget(dir), config);
 };
 const rowsOf = (rows: nano.Rows) => Array.from({ length: rows.count }, (_, i) => [...rows.row(i)]);
 const cut = (ids: number[], length: number) =>
@@ -550,8 +552,8 @@ onEveryTarget('the CI function gives the logits and importances of PyTorch', f =
   assert.ok(between > g.size / 5 && between < g.size, 'the importances spread over [0, 1]');
 });
 
-onEveryEngine('both leaky sigmoids have the values and gradients of PyTorch at hand-picked points', () => {
-  const f = fixture('simple_mlp');
+onEveryEngine('both leaky sigmoids have the values and gradients of PyTorch at hand-picked points', async () => {
+  const f = await fixture('simple_mlp');
   const [z, upstream] = [f.get('sigmoid/z'), f.get('sigmoid/upstream')];
   for (const [name, sigmoid] of Object.entries({ lower: nano.lowerLeaky, upper: nano.upperLeaky })) {
     const { value, grad } = tf.valueAndGrad((x: T) => sigmoid(x, f.config.leakyAlpha))(z, upstream);
@@ -753,7 +755,7 @@ onEveryTarget('three steps of the faithfulness warm-up end where PyTorch ends', 
 
 onEveryEngine('the warm-up follows its cosine, and stops when told to', async engine => {
   const afterSteps = async (steps: number, changes: Partial<nano.Config>) => {
-    const f = fixture('simple_mlp', changes);
+    const f = await fixture('simple_mlp', changes);
     await nano.warmUp(engine, f.problem, nano.initialState(f.problem, f.params), async done => done < steps);
     return numbers(f.params['components.h.0.mlp.c_fc.V']!);
   };
@@ -784,8 +786,8 @@ onEveryTarget('a training step is that of PyTorch: losses, gradients, parameters
   }
 });
 
-onEveryEngine('and so is the step after it', () => {
-  const f = fixture('simple_mlp');
+onEveryEngine('and so is the step after it', async () => {
+  const f = await fixture('simple_mlp');
   const state = midRun(f);
   trainStep(f, state, fixtureFeeds(f, 0), givenShards(f.tokens, f.draws('draws'), 1));
   const step = trainStep(f, state, fixtureFeeds(f, 1), givenShards(f.tokens2, f.draws('draws2'), 1));
@@ -795,8 +797,8 @@ onEveryEngine('and so is the step after it', () => {
   close(state.sources.s, f.get('step2/sources/s'), SOURCE, 'sources', 1);
 });
 
-onEveryEngine('a batch in three shards has the averaged gradients and the sources of PyTorch', () => {
-  const f = fixture('simple_mlp', { microBatches: 3 });
+onEveryEngine('a batch in three shards has the averaged gradients and the sources of PyTorch', async () => {
+  const f = await fixture('simple_mlp', { microBatches: 3 });
   const state = midRun(f);
   const step = trainStep(f, state, fixtureFeeds(f, 0), givenShards(f.tokens, f.draws('draws'), 3));
   for (const [i, loss] of LOSSES.entries()) close([step.losses[i]!], [f.accum[loss]], LOSS, loss);
@@ -808,7 +810,7 @@ onEveryEngine('a batch in three shards has the averaged gradients and the source
 for (const R of [1, 3])
   onEveryEngine(`the compiled step is its parts one after another, micro-batches: ${R}`, async engine => {
     const settings = { microBatches: R, gradClipCi: 0.05, mainLr: 0.01, seed: 9 };
-    const [f, byParts] = [fixture('simple_mlp', settings), fixture('simple_mlp', settings)];
+    const [f, byParts] = [await fixture('simple_mlp', settings), await fixture('simple_mlp', settings)];
     const [state, expected] = [midRun(f), midRun(byParts)];
     const compiled = nano.compileStep(engine, f.problem, state);
     for (const n of [4, 5]) {
@@ -836,9 +838,9 @@ const allGradients = (f: Fixture, make: (n: number) => T) =>
 /** AdamW's first step. */
 const firstStep = () => ({ lrMain: tf.scalar(0.1), c1: tf.scalar(1 - 0.9), c2: tf.scalar(1 - 0.999) });
 
-onEveryEngine('gradients are clipped by the joint norm of their group, and only above the limit', () => {
-  const clip = (gradClipComponents: number, gradClipCi: number) => {
-    const f = fixture('simple_mlp', { gradClipComponents, gradClipCi });
+onEveryEngine('gradients are clipped by the joint norm of their group, and only above the limit', async () => {
+  const clip = async (gradClipComponents: number, gradClipCi: number) => {
+    const f = await fixture('simple_mlp', { gradClipComponents, gradClipCi });
     const state = nano.initialState(f.problem, f.params);
     const gradients = allGradients(f, n => tf.sin(tf.range(1, n + 1, 1, 'float32')));
     const norms = nano.applyGradients(f.problem, state, gradients, firstStep());
@@ -851,13 +853,13 @@ onEveryEngine('gradients are clipped by the joint norm of their group, and only 
       close(state.m[group], tf.mul(gradients[group], 0.1 * factor), GRADIENT, `clipped ${group}`);
     }
   };
-  clip(0.5, 0);
-  clip(0, 0.25);
-  clip(1e6, 1e6);
+  await clip(0.5, 0);
+  await clip(0, 0.25);
+  await clip(1e6, 1e6);
 });
 
-onEveryEngine('a gradient that is not finite moves nothing', () => {
-  const f = fixture('simple_mlp');
+onEveryEngine('a gradient that is not finite moves nothing', async () => {
+  const f = await fixture('simple_mlp');
   const state = nano.initialState(f.problem, f.params);
   const gradients = allGradients(f, n => tf.ones([n]));
   const broken = { ...gradients, ci_fn: tf.div(gradients.ci_fn, 0) };
@@ -939,7 +941,7 @@ test('sizes that are left open follow the target, by a rule that gives the publi
 
 for (const R of [1, 3])
   onEveryEngine(`steps leave no tensor behind, micro-batches: ${R}`, async engine => {
-    const f = fixture('simple_mlp', { microBatches: R });
+    const f = await fixture('simple_mlp', { microBatches: R });
     const step = nano.compileStep(engine, f.problem, nano.initialState(f.problem, f.params));
     const counts: number[] = [];
     for (let n = 0; n < 5; n++) {
@@ -962,7 +964,7 @@ const evaluate = async (f: Fixture, engine: nano.Engine, rows = f.data, slow = t
 
 for (const name of TARGETS)
   onEveryEngine(`every deterministic metric is that of PyTorch, by name and value (${name})`, async engine => {
-    const f = fixture(name, { evalBatchSize: 3 });
+    const f = await fixture(name, { evalBatchSize: 3 });
     const { metrics, meanCi } = await evaluate(f, engine);
     const { 'eval/n_alive': alive, ...named } = metrics;
     assert.deepEqual(Object.keys(named).sort(), Object.keys(f.eval).sort());
@@ -974,7 +976,7 @@ for (const name of TARGETS)
   });
 
 onWasm('the names of the metrics, written out', async engine => {
-  const f = fixture('llama', { evalBatchSize: 3, pgdEvalNSteps: 1 });
+  const f = await fixture('llama', { evalBatchSize: 3, pgdEvalNSteps: 1 });
   const masks = ['ci_masked', 'unmasked', 'stoch_masked', 'random_masked', 'rounded_masked', 'zero_masked'];
   const modules = [...f.modules.map(module => module.path), 'total'];
   const fast = [
@@ -1023,7 +1025,7 @@ onEveryTarget('the fresh adversary ends where that of PyTorch ends', f => {
 
 onEveryEngine('rows that fill no whole batch count as much as the others', async engine => {
   const ofRows = async (evalBatchSize: number, indices: number[]) => {
-    const f = fixture('simple_mlp', { evalBatchSize, pgdEvalNSteps: 1 });
+    const f = await fixture('simple_mlp', { evalBatchSize, pgdEvalNSteps: 1 });
     const rows = { ...f.data, count: indices.length, row: (i: number) => f.data.row(indices[i]!) };
     const { metrics, meanCi } = await evaluate(f, engine, rows);
     return { metrics: deterministic(metrics), meanCi };
@@ -1039,7 +1041,7 @@ onEveryEngine('rows that fill no whole batch count as much as the others', async
 });
 
 onEveryEngine('evaluations leave no tensor behind', async engine => {
-  const f = fixture('simple_mlp', { evalBatchSize: 2, pgdEvalNSteps: 2 });
+  const f = await fixture('simple_mlp', { evalBatchSize: 2, pgdEvalNSteps: 2 });
   const before = tf.memory().numTensors;
   for (const slow of [true, false]) {
     await evaluate(f, engine, f.data, slow);
@@ -1049,7 +1051,7 @@ onEveryEngine('evaluations leave no tensor behind', async engine => {
 
 onEveryEngine('an evaluation repeats to the bit; its random numbers change with the seed', async engine => {
   const metricsOf = async (seed: number) =>
-    (await evaluate(fixture('simple_mlp', { evalBatchSize: 3, pgdEvalNSteps: 1, seed }), engine)).metrics;
+    (await evaluate(await fixture('simple_mlp', { evalBatchSize: 3, pgdEvalNSteps: 1, seed }), engine)).metrics;
   const [first, again, other] = [await metricsOf(1), await metricsOf(1), await metricsOf(2)];
   assert.deepEqual(again, first);
   assert.deepEqual(deterministic(other), deterministic(first));
@@ -1195,7 +1197,7 @@ async function shortRun(engine: string): Promise<void> {
   assert.ok(Object.keys(last).every(name => name.startsWith('eval/')));
   assert.ok(last['eval/ce_kl/kl_zero_masked']! > 5 && last['eval/ce_kl/ce_target']! < 1);
 
-  const components = nano.openSafetensors(path.join(out, 'components.safetensors'));
+  const components = await nano.openSafetensors(path.join(out, 'components.safetensors'));
   const shapes = [...components.tensors].map(([name, { shape }]) => `${name} ${shape}`);
   const learned = Object.entries(TOY_MODULES).flatMap(([name, { dIn, dOut, C }]) => {
     return [`components.${name}.V ${dIn},${C}`, `components.${name}.U ${C},${dOut}`];

@@ -13,6 +13,7 @@ import { spawnSync } from 'node:child_process';
 import { fileURLToPath } from 'node:url';
 import { parseArgs } from 'node:util';
 import * as tf from '@tensorflow/tfjs';
+import { readArchitecture } from '../engine/models.ts';
 import * as nano from '../nano-param-decomp.ts';
 
 interface Result {
@@ -63,7 +64,7 @@ const SIZES: Record<string, Size> = {
 
 /** A target of the given architecture with random weights. */
 function randomTarget(config: Record<string, unknown>): nano.Target {
-  const arch = nano.readArchitecture(config, 'bench');
+  const arch = readArchitecture(config, 'bench');
   const linears = nano.linearLayers(arch);
   const weights = new Map<string, tf.Variable>();
   const random = (name: string, shape: number[], deviation: number) =>
@@ -79,10 +80,10 @@ function randomTarget(config: Record<string, unknown>): nano.Target {
   random(`${arch.names.embed}.weight`, [arch.vocab, arch.dModel], 0.1);
   for (const { path, dIn, dOut } of linears) random(path, [dIn, dOut], 1 / Math.sqrt(dIn));
   for (let i = 0; i < arch.nLayers; i++) {
-    for (const part of ['norm1', 'norm2'] as const) ones(`${arch.names[part].replace('{i}', `${i}`)}.weight`);
+    for (const part of ['norm1', 'norm2'] as const) ones(`${arch.names.blocks}.${i}.${arch.names[part]}.weight`);
   }
   ones(`${arch.names.last}.weight`);
-  return { arch, linears, weights, dir: '', sha256: '' };
+  return { arch, linears, weights, dir: '', config, sha256: '' };
 }
 
 /** One process's measurement: the median time of a step. */

@@ -43,13 +43,13 @@ const save = (step: number, value = step, folder = dir, size = 4) =>
     [{ name: 'components.a.V', shape: [size], data: () => new Float32Array(size).fill(value) }],
     [
       { name: 'moments', shape: [size], data: new Float32Array(size).fill(value) },
-      { name: 'counter', shape: [1], data: new Int32Array([value]) },
+      { name: 'counter', shape: [1], data: () => new Float32Array([value]) },
     ],
   );
 
-function valuesIn(file: string): number[] {
-  const { tensors, readFloat32, readInt32, close } = openSafetensors(file);
-  const values = [...tensors].flatMap(([name, t]) => [...(t.dtype === 'I32' ? readInt32(name) : readFloat32(name))]);
+async function valuesIn(file: string): Promise<number[]> {
+  const { tensors, readFloat32, close } = await openSafetensors(file);
+  const values = [...tensors.keys()].flatMap(name => [...readFloat32(name)]);
   close();
   return values;
 }
@@ -58,7 +58,7 @@ function valuesIn(file: string): number[] {
 async function load(folder = dir): Promise<number | undefined> {
   const checkpoint = await loadCheckpoint(folder);
   if (!checkpoint) return undefined;
-  const values = new Set([...valuesIn(checkpoint.components), ...valuesIn(checkpoint.state)]);
+  const values = new Set([...(await valuesIn(checkpoint.components)), ...(await valuesIn(checkpoint.state))]);
   assert.equal(values.size, 1, `a mixed pair was loaded: ${[...values]}`);
   return [...values][0];
 }
@@ -147,7 +147,7 @@ test('a save is this sequence: whole files beside, second names for the old pair
   ]);
   assert.equal(await load(), 2);
   for (const what of ['components', 'state'])
-    assert(valuesIn(path.join(dir, `${what}.previous.safetensors`)).every(value => value === 1));
+    assert((await valuesIn(path.join(dir, `${what}.previous.safetensors`))).every(value => value === 1));
   const checkpoint = (await loadCheckpoint(dir))!;
   assert.deepEqual([checkpoint.step, checkpoint.warning], [2, undefined]);
 });
@@ -156,16 +156,19 @@ test('any number of saves in a row, each cut off at any call: the last checkpoin
   // Which files are there, and which of them are of one save: folders of the same pattern go on in the same way, so one
   // of each is enough. The search ends when no new pattern appears. (Short form: leftovers, which a save removes before
   // anything else, are not told apart.)
-  const pattern = () => {
+  const pattern = async () => {
     const saves: number[] = [];
-    const files = fs.readdirSync(dir).map(name => {
+    const files: string[] = [];
+    for (const name of fs.readdirSync(dir)) {
       const leftover = /\.tmp-|\.next\./.test(name);
-      if (leftover && !long) return 'leftover';
-      if (name.includes('.tmp-')) return name.replace(/\d+$/, '');
-      const value = valuesIn(path.join(dir, name))[0]!;
-      if (!saves.includes(value)) saves.push(value);
-      return `${name} ${saves.indexOf(value)}`;
-    });
+      if (leftover && !long) files.push('leftover');
+      else if (name.includes('.tmp-')) files.push(name.replace(/\d+$/, ''));
+      else {
+        const value = (await valuesIn(path.join(dir, name)))[0]!;
+        if (!saves.includes(value)) saves.push(value);
+        files.push(`${name} ${saves.indexOf(value)}`);
+      }
+    }
     return [...new Set(files.sort())].join();
   };
   const histories = new Map<string, number[]>([['', []]]); // pattern -> the call at which each save died on the way to it
@@ -185,9 +188,10 @@ test('any number of saves in a row, each cut off at any call: the last checkpoin
       assert(now === value || (now === before && !ended), `loads save ${now}, not ${before} or ${value}: ${where}`);
       const components = path.join(dir, 'components.safetensors');
       assert.equal(fs.existsSync(components), now !== undefined, where);
-      if (fs.existsSync(components)) assert.equal(new Set(valuesIn(components)).size, 1, where);
+      if (fs.existsSync(components)) assert.equal(new Set(await valuesIn(components)).size, 1, where);
       if (now !== undefined && (await loadCheckpoint(dir))!.warning) fallbacks++;
-      if (!histories.has(pattern())) histories.set(pattern(), [...history, n]);
+      const found = await pattern();
+      if (!histories.has(found)) histories.set(found, [...history, n]);
       tried++;
     }
   t.diagnostic(`${tried} cuts, ${histories.size} patterns of folders, the previous pair was loaded ${fallbacks} times`);

@@ -251,7 +251,7 @@ test('all numbers equal a plain recount', async () => {
 
 test('on the toy, all numbers equal a plain recount', async () => {
   const toy = fileURLToPath(new URL('../assets/toy/', import.meta.url));
-  const target = loadTarget(toy);
+  const target = await loadTarget(toy);
   const config = { ...DEFAULTS, ...PRESETS.toy!.config };
   const modules = chooseModules(linearLayers(target.arch), config.components);
   const problem = { target, modules, config };

@@ -16,6 +16,7 @@ import { join } from 'node:path';
 import { fileURLToPath } from 'node:url';
 import { parseArgs } from 'node:util';
 import * as tf from '@tensorflow/tfjs';
+import { readArchitecture } from '../engine/models.ts';
 import {
   adam,
   cosine,
@@ -24,7 +25,6 @@ import {
   type Engine,
   linearLayers,
   loadTarget,
-  readArchitecture,
   startEngine,
   type Target,
   targetForward,
@@ -278,7 +278,7 @@ function newTarget(random: () => number): Target {
   for (const { path, dIn, dOut } of linears) weights.set(path, matrix(dIn, dOut, 0.5 / Math.sqrt(dIn)));
   for (const norm of ['h.0.rms_1', 'h.0.rms_2', 'ln_f'])
     weights.set(`${norm}.weight`, tf.variable(tf.ones([arch.dModel])));
-  return { arch, linears, weights, dir: '', sha256: '' };
+  return { arch, linears, weights, dir: '', config: CONFIG, sha256: '' };
 }
 
 /** Mean loss in nats over all words but the first of each row. */
@@ -414,7 +414,7 @@ async function main() {
   await writeSafetensors(join(values.out, 'model.safetensors'), tensors, { format: 'pt' });
 
   // as everyone will see it: from the files
-  const loss = (await nextWordLoss(loadTarget(values.out), tf.tensor2d(rows, undefined, 'int32')).data())[0]!;
+  const loss = (await nextWordLoss(await loadTarget(values.out), tf.tensor2d(rows, undefined, 'int32')).data())[0]!;
   const entropy = ownEntropy(evaluation);
   console.log(
     `target ${loss.toFixed(4)}, the grammar's own entropy ${entropy.toFixed(4)} nats per word, on the held-out stories`,

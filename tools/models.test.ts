@@ -6,7 +6,8 @@ import os from 'node:os';
 import path from 'node:path';
 import { after, before, test } from 'node:test';
 import * as tf from '@tensorflow/tfjs';
-import { loadTarget, openSafetensors, targetForward, UsageError } from '../nano-param-decomp.ts';
+import { readArchitecture } from '../engine/models.ts';
+import { loadTarget, openSafetensors, plainArchitecture, targetForward } from '../nano-param-decomp.ts';
 
 const fixtures = path.join(import.meta.dirname, 'fixtures/models');
 const names = fs.readdirSync(fixtures);
@@ -16,11 +17,14 @@ after(() => fs.rmSync(folder, { recursive: true }));
 
 /** Largest difference between the model's logits and the library's. */
 async function worstDifference(dir: string, name: string): Promise<number> {
-  const expected = openSafetensors(path.join(fixtures, name, 'logits.safetensors'));
+  const file = path.join(fixtures, name, 'logits.safetensors');
+  const expected = await openSafetensors(file);
   const want = expected.readFloat32('logits');
-  const tokens = tf.tensor2d(expected.readInt32('tokens'), [2, 24], 'int32');
+  const { begin, end } = expected.tensors.get('tokens')!; // int32
+  const ids = new Int32Array(Uint8Array.from(fs.readFileSync(file).subarray(begin, end)).buffer);
+  const tokens = tf.tensor2d(ids, [2, 24], 'int32');
   expected.close();
-  const target = loadTarget(dir);
+  const target = await loadTarget(dir);
   const logits = await tf.tidy(() => targetForward(target, tokens)).data();
   assert.equal(logits.length, want.length);
   for (const variable of target.weights.values()) variable.dispose();
@@ -32,6 +36,25 @@ for (const name of names)
     const difference = await worstDifference(path.join(fixtures, name), name);
     assert.ok(difference <= 1e-4, `largest difference ${difference}`);
   });
+
+test("without engine/ a plain Llama and the paper's own model are read the same, and others refused", () => {
+  let same = 0;
+  const toy = path.join(import.meta.dirname, '../assets/toy');
+  for (const dir of [toy, ...names.map(name => path.join(fixtures, name))]) {
+    const file = path.join(dir, 'config.json');
+    if (!fs.existsSync(file)) continue;
+    const config = JSON.parse(fs.readFileSync(file, 'utf8'));
+    if (/^llama/.test(config.model_type) && !config.rope_scaling && !config.rope_parameters) {
+      const { biased: _, activation, ...expected } = readArchitecture(config, file);
+      const { biased: __, activation: plain, ...found } = plainArchitecture(config, file);
+      assert.deepEqual(found, expected);
+      assert.equal(plain.replace('pytorch_tanh', 'new'), activation);
+      same++;
+    } else assert.throws(() => plainArchitecture(config, file), /needs engine\/models\.ts/);
+    assert.throws(() => plainArchitecture({ ...config, hidden_size: 1e9 }, file), { name: 'UsageError' });
+  }
+  assert.ok(same >= 3, `${same} compared`);
+});
 
 // ---- Refusals -------------------------------------------------------------------------------------------------------
 
@@ -77,7 +100,7 @@ function pack(file: string, tensors: Tensors): void {
 }
 
 /** Loads the fixture `name` with a changed config or changed tensors, which must fail in one line that says `message`. */
-function refused(name: string, message: RegExp, change: Config | ((tensors: Tensors, dir: string) => void)) {
+async function refused(name: string, message: RegExp, change: Config | ((tensors: Tensors, dir: string) => void)) {
   const dir = fs.mkdtempSync(path.join(folder, 'm-'));
   fs.cpSync(path.join(fixtures, name), dir, { recursive: true });
   const weights = path.join(dir, 'model.safetensors');
@@ -89,10 +112,10 @@ function refused(name: string, message: RegExp, change: Config | ((tensors: Tens
     const config = JSON.parse(fs.readFileSync(path.join(dir, 'config.json'), 'utf8'));
     fs.writeFileSync(path.join(dir, 'config.json'), JSON.stringify({ ...config, ...change }));
   }
-  assert.throws(
-    () => loadTarget(dir),
+  await assert.rejects(
+    loadTarget(dir),
     (error: Error) => {
-      assert.ok(error instanceof UsageError, `${name} ${JSON.stringify(change)}: ${error.stack}`);
+      assert.equal(error.name, 'UsageError', `${name} ${JSON.stringify(change)}: ${error.stack}`);
       assert.match(error.message, message);
       assert.doesNotMatch(error.message, /\n/);
       return true;
@@ -101,7 +124,7 @@ function refused(name: string, message: RegExp, change: Config | ((tensors: Tens
   );
 }
 
-test('what a config asks for and is not done is refused by the name of the field', () => {
+test('what a config asks for and is not done is refused by the name of the field', async () => {
   const notDone: [string, Config][] = [
     ['llama', { model_type: 'mixtral' }],
     ['llama', { model_type: 'bloom' }],
@@ -151,72 +174,72 @@ test('what a config asks for and is not done is refused by the name of the field
     ['llama_simple_mlp', { attention_sinks: true }],
   ];
   for (const [name, change] of notDone)
-    refused(name.replace('gpt_neox', 'pythia'), new RegExp(Object.keys(change)[0]!), change);
+    await refused(name.replace('gpt_neox', 'pythia'), new RegExp(Object.keys(change)[0]!), change);
 });
 
-test('rotary embeddings that are not done are refused by name', () => {
+test('rotary embeddings that are not done are refused by name', async () => {
   for (const rope_type of ['dynamic', 'yarn', 'longrope', 'proportional', 'mrope']) {
-    refused('llama', new RegExp(`rope_type.*${rope_type}`), { rope_scaling: { rope_type, factor: 2 } });
-    refused('llama', new RegExp(`type.*${rope_type}`), { rope_scaling: { type: rope_type, factor: 2 } });
-    refused('qwen3', new RegExp(rope_type), { rope_parameters: { rope_theta: 1e4, rope_type, factor: 2 } });
+    await refused('llama', new RegExp(`rope_type.*${rope_type}`), { rope_scaling: { rope_type, factor: 2 } });
+    await refused('llama', new RegExp(`type.*${rope_type}`), { rope_scaling: { type: rope_type, factor: 2 } });
+    await refused('qwen3', new RegExp(rope_type), { rope_parameters: { rope_theta: 1e4, rope_type, factor: 2 } });
   }
-  refused('llama', /factor/, { rope_scaling: { type: 'linear' } });
-  refused('llama3', /low_freq_factor/, { rope_scaling: { rope_type: 'llama3', factor: 2 } });
-  refused('llama3', /high_freq_factor/, { rope_scaling: { rope_type: 'llama3', factor: 2, low_freq_factor: 1 } });
-  refused('llama', /rope_theta/, { rope_theta: 'large' });
-  refused('llama', /rope_scaling/, { rope_scaling: 'linear' });
-  refused('qwen3', /rope_parameters/, { rope_parameters: { full_attention: { rope_theta: 1e4 } } });
-  refused('pythia', /partial_rotary_factor|rotary_pct/, { rotary_pct: 1.5 });
-  refused('pythia', /partial_rotary_factor|rotary_pct/, { rotary_pct: 0.2 }); // 3 of 16 dims
-  refused('llama', /head_dim/, { head_dim: 7 });
+  await refused('llama', /factor/, { rope_scaling: { type: 'linear' } });
+  await refused('llama3', /low_freq_factor/, { rope_scaling: { rope_type: 'llama3', factor: 2 } });
+  await refused('llama3', /high_freq_factor/, { rope_scaling: { rope_type: 'llama3', factor: 2, low_freq_factor: 1 } });
+  await refused('llama', /rope_theta/, { rope_theta: 'large' });
+  await refused('llama', /rope_scaling/, { rope_scaling: 'linear' });
+  await refused('qwen3', /rope_parameters/, { rope_parameters: { full_attention: { rope_theta: 1e4 } } });
+  await refused('pythia', /partial_rotary_factor|rotary_pct/, { rotary_pct: 1.5 });
+  await refused('pythia', /partial_rotary_factor|rotary_pct/, { rotary_pct: 0.2 }); // 3 of 16 dims
+  await refused('llama', /head_dim/, { head_dim: 7 });
 });
 
-test('weights that do not fit the config are refused by the name of the tensor', () => {
+test('weights that do not fit the config are refused by the name of the tensor', async () => {
   const q = 'model.layers.1.self_attn.q_proj';
-  refused('llama', /rms_norm|norm\.weight/, t => delete t['model.norm.weight']);
-  refused('llama', new RegExp(`${q}.weight`), t => delete t[`${q}.weight`]);
-  refused('llama', new RegExp(`${q}.weight.*\\[24,23\\].*\\[24,24\\]`), t => {
+  await refused('llama', /rms_norm|norm\.weight/, t => delete t['model.norm.weight']);
+  await refused('llama', new RegExp(`${q}.weight`), t => delete t[`${q}.weight`]);
+  await refused('llama', new RegExp(`${q}.weight.*\\[24,23\\].*\\[24,24\\]`), t => {
     const { bytes } = t[`${q}.weight`]!;
     t[`${q}.weight`] = { dtype: 'F16', shape: [24, 23], bytes: bytes.subarray(0, 24 * 23 * 2) };
   });
-  refused('llama', /embed_tokens.*\[61,24\].*\[62,24\]/, { vocab_size: 62 });
-  refused('llama', /lm_head/, t => delete t['lm_head.weight']);
-  refused('pythia', /embed_out|lm_head/, t => delete t['embed_out.weight']);
-  refused('gpt2-prefixed', /lm_head/, t => delete t['lm_head.weight']);
+  await refused('llama', /embed_tokens.*\[61,24\].*\[62,24\]/, { vocab_size: 62 });
+  await refused('llama', /lm_head/, t => delete t['lm_head.weight']);
+  await refused('pythia', /embed_out|lm_head/, t => delete t['embed_out.weight']);
+  await refused('gpt2-prefixed', /lm_head/, t => delete t['lm_head.weight']);
   // one layer fewer than the file has, an adapter, a classification head: tensors nobody asked for
-  refused('llama', /model\.layers\.1\./, { num_hidden_layers: 1 });
-  refused('llama', /model\.layers\.2\./, { num_hidden_layers: 3 });
-  refused('llama', /q_proj\.lora_A/, t => {
+  await refused('llama', /model\.layers\.1\./, { num_hidden_layers: 1 });
+  await refused('llama', /model\.layers\.2\./, { num_hidden_layers: 3 });
+  await refused('llama', /q_proj\.lora_A/, t => {
     t[`${q}.lora_A.weight`] = t['model.norm.weight']!;
   });
-  refused('llama', /score\.weight/, t => {
+  await refused('llama', /score\.weight/, t => {
     t['score.weight'] = t['model.norm.weight']!;
   });
-  refused('llama', new RegExp(`${q}.*F8_E4M3`), t => {
+  await refused('llama', new RegExp(`${q}.*F8_E4M3`), t => {
     t[`${q}.weight`] = { dtype: 'F8_E4M3', shape: [24, 24], bytes: Buffer.alloc(24 * 24) };
   });
   // a bias that the config promises
-  refused('llama-linear', /q_proj\.bias/, t => delete t[`${q}.bias`]);
-  refused('gpt2', /c_attn\.bias/, t => delete t['h.0.attn.c_attn.bias']);
-  refused('qwen2', /k_proj\.bias/, t => delete t['model.layers.0.self_attn.k_proj.bias']);
-  refused('qwen3', /q_norm/, t => delete t['model.layers.0.self_attn.q_norm.weight']);
+  await refused('llama-linear', /q_proj\.bias/, t => delete t[`${q}.bias`]);
+  await refused('gpt2', /c_attn\.bias/, t => delete t['h.0.attn.c_attn.bias']);
+  await refused('qwen2', /k_proj\.bias/, t => delete t['model.layers.0.self_attn.k_proj.bias']);
+  await refused('qwen3', /q_norm/, t => delete t['model.layers.0.self_attn.q_norm.weight']);
 });
 
-test('folders that are no checkpoint are refused by the name of the file', () => {
+test('folders that are no checkpoint are refused by the name of the file', async () => {
   const edit = (file: string, content: string) => (_: Tensors, dir: string) =>
     fs.writeFileSync(path.join(dir, file), content);
   const remove = (file: string) => (_: Tensors, dir: string) => fs.rmSync(path.join(dir, file));
-  refused('llama', /config\.json/, remove('config.json'));
-  refused('llama', /config\.json/, edit('config.json', '{"model_type": "llama", '));
-  refused('llama', /config\.json/, edit('config.json', '[]'));
-  refused('llama', /no model\.safetensors/, remove('model.safetensors'));
-  refused('llama_simple_mlp-original', /model_step_7.*model_step_8/, (_, dir) =>
+  await refused('llama', /config\.json/, remove('config.json'));
+  await refused('llama', /config\.json/, edit('config.json', '{"model_type": "llama", '));
+  await refused('llama', /config\.json/, edit('config.json', '[]'));
+  await refused('llama', /no model\.safetensors/, remove('model.safetensors'));
+  await refused('llama_simple_mlp-original', /model_step_7.*model_step_8/, (_, dir) =>
     fs.copyFileSync(path.join(dir, 'model_step_7.safetensors'), path.join(dir, 'model_step_8.safetensors')),
   );
   const index = 'model.safetensors.index.json';
-  refused('mistral', /model-00002-of-00003\.safetensors/, remove('model-00002-of-00003.safetensors'));
-  refused('mistral', /index\.json/, edit(index, '{}'));
-  refused('mistral', /index\.json/, edit(index, '{"weight_map": {"a": "../../secret.safetensors"}}'));
-  refused('mistral', /index\.json/, edit(index, '{"weight_map": {"a": 1}}'));
-  refused('mistral', /index\.json/, edit(index, 'null'));
+  await refused('mistral', /model-00002-of-00003\.safetensors/, remove('model-00002-of-00003.safetensors'));
+  await refused('mistral', /index\.json/, edit(index, '{}'));
+  await refused('mistral', /index\.json/, edit(index, '{"weight_map": {"a": "../../secret.safetensors"}}'));
+  await refused('mistral', /index\.json/, edit(index, '{"weight_map": {"a": 1}}'));
+  await refused('mistral', /index\.json/, edit(index, 'null'));
 });

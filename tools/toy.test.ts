@@ -127,7 +127,7 @@ test('the tokenizer gives the rows, and back', () => {
 
 test('the target reaches the entropy of the grammar', async () => {
   await startEngine({ ...DEFAULTS, engine: 'wasm' });
-  const target = loadTarget(toy);
+  const target = await loadTarget(toy);
   const loss = tf.tidy(() => nextWordLoss(target, tf.tensor2d(rows, [rows.length, ROW], 'int32')));
   const excess = (await loss.data())[0]! - ownEntropy(evaluation);
   assert.ok(excess < 0.01, `${excess} nats above`);

@@ -151,7 +151,7 @@ for (const engine of ['wasm', 'tensorflow'] as const) {
     assert(step && largest, talk);
     const checkpoint = (await loadCheckpoint(out))!;
     assert.equal(checkpoint.step, Number(step) - 1);
-    const { tensors, readFloat32, close } = openSafetensors(checkpoint.components);
+    const { tensors, readFloat32, close } = await openSafetensors(checkpoint.components);
     assert(tensors.has(largest), largest);
     for (const name of tensors.keys()) assert(readFloat32(name).every(Number.isFinite), name);
     close();

@@ -1,0 +1,217 @@
+import * as fs from 'node:fs';
+import * as path from 'node:path';
+import type { Architecture, Names } from '../nano-param-decomp.ts';
+import { refuse } from './usage-error.ts';
+
+// What the families of models call things, and everything a config may ask for: done, or refused by name. Nothing here
+// is assumed to be harmless because it is rare; a field that changes the network and is overlooked gives wrong numbers.
+
+type Config = Readonly<Record<string, unknown>>;
+
+// biome-ignore format: in the network's order
+const llama: Names = {
+  embed: 'model.embed_tokens', blocks: 'model.layers', last: 'model.norm', head: 'lm_head',
+  norm1: 'input_layernorm', q: 'self_attn.q_proj', k: 'self_attn.k_proj', v: 'self_attn.v_proj', o: 'self_attn.o_proj',
+  norm2: 'post_attention_layernorm', gate: 'mlp.gate_proj', up: 'mlp.up_proj', down: 'mlp.down_proj',
+};
+// biome-ignore format: in the network's order
+const FAMILIES: Record<string, Names> = {
+  llama,
+  llama_simple_mlp: {
+    embed: 'wte', blocks: 'h', last: 'ln_f', head: 'lm_head',
+    norm1: 'rms_1', q: 'attn.q_proj', k: 'attn.k_proj', v: 'attn.v_proj', o: 'attn.o_proj',
+    norm2: 'rms_2', up: 'mlp.c_fc', down: 'mlp.down_proj',
+  },
+  gpt2: {
+    embed: 'wte', positions: 'wpe', blocks: 'h', last: 'ln_f', head: 'lm_head',
+    norm1: 'ln_1', q: 'attn.c_attn', o: 'attn.c_proj',
+    norm2: 'ln_2', up: 'mlp.c_fc', down: 'mlp.c_proj',
+  },
+  gpt_neox: {
+    embed: 'gpt_neox.embed_in', blocks: 'gpt_neox.layers', last: 'gpt_neox.final_layer_norm', head: 'embed_out',
+    norm1: 'input_layernorm', q: 'attention.query_key_value', o: 'attention.dense',
+    norm2: 'post_attention_layernorm', up: 'mlp.dense_h_to_4h', down: 'mlp.dense_4h_to_h',
+  },
+  mistral: llama,
+  qwen2: llama,
+  qwen3: { ...llama, qNorm: 'self_attn.q_norm', kNorm: 'self_attn.k_norm' },
+};
+
+/** The functions under all names that configs give them. */
+const ACTIVATIONS: Record<string, Architecture['activation']> = {
+  ...{ silu: 'silu', swish: 'silu', relu: 'relu', gelu: 'gelu', gelu_python: 'gelu' },
+  ...{ gelu_new: 'gelu_new', gelu_pytorch_tanh: 'gelu_new', gelu_python_tanh: 'gelu_new' },
+  ...{ gelu_fast: 'gelu_new', gelu_accurate: 'gelu_new' },
+};
+
+/** Fields of a config that ask for something not done here, unless their value is one of these (or absent or null). */
+const NOT_DONE: [meaning: string, fields: string, harmless: unknown[]][] = [
+  ['quantised weights', 'quantization_config', []],
+  ['sliding-window attention', 'use_sliding_window', [false]],
+  ['ALiBi or other positions', 'alibi position_embedding_type', [false, 'rope', 'absolute']],
+  ['a mixture of experts', 'num_local_experts num_experts n_routed_experts moe_intermediate_size', [0]],
+  ['soft-capped logits', 'attn_logit_softcapping final_logit_softcapping logit_softcapping', []],
+  ['another rotary embedding', 'rope_interleaved rotary_adjacent_pairs', [false]],
+  ['attention other than grouped queries', 'use_grouped_query_attention', [true]],
+  ['attention sinks', 'attention_sinks', [false]],
+  ['cross-attention or an encoder', 'add_cross_attention is_encoder_decoder', [false]],
+  ['another attention scale', 'scale_attn_by_inverse_layer_idx attention_multiplier query_pre_attn_scalar', [false]],
+  ['unscaled attention', 'scale_attn_weights', [true]],
+  ['clipped q, k, v', 'clip_qkv', []],
+  ['scaled streams', 'logits_scaling embedding_multiplier residual_multiplier', [1]],
+];
+
+/** Reads a Hugging Face config.json. @throws UsageError naming the field that is wrong or not done here */
+export function readArchitecture(config: Config, file: string): Architecture {
+  const wrong = (field: string, takes: string) =>
+    refuse(`${file}: ${field} is ${JSON.stringify(config[field]) ?? 'missing'}; ${takes}`);
+  const type = String(config.model_type);
+  if (!Object.hasOwn(FAMILIES, type)) wrong('model_type', `done here are ${Object.keys(FAMILIES).join(', ')}`);
+  for (const [meaning, fields, harmless] of NOT_DONE) {
+    for (const field of fields.split(' ')) {
+      if (![undefined, null, ...harmless].includes(config[field] as null)) wrong(field, `${meaning}: not done here`);
+    }
+  }
+  for (const [field, done] of [
+    ['layer_types', 'full_attention'],
+    ['no_rope_layers', 1],
+  ] as const) {
+    if (![config[field] ?? []].flat().every(layer => layer === done)) wrong(field, `not done here other than ${done}`);
+  }
+  const number = (field: string, standard?: number, min = 0, max = 1): number => {
+    const value = config[field] ?? standard;
+    return typeof value === 'number' && value >= min && value <= max ? value : wrong(field, `takes ${min} to ${max}`);
+  };
+  const count = (field: string, standard?: number, max = 1 << 24): number => {
+    const value = number(field, standard, 1, max);
+    return Number.isInteger(value) ? value : wrong(field, 'takes an integer');
+  };
+  const [gpt2, neox, simple] = [type === 'gpt2', type === 'gpt_neox', type === 'llama_simple_mlp'];
+  const dModel = count(gpt2 ? 'n_embd' : 'hidden_size', undefined, 1 << 17);
+  const headField = gpt2 ? 'n_head' : 'num_attention_heads';
+  const nHeads = count(headField, undefined, 4096);
+  const nKvHeads = count('num_key_value_heads', nHeads, 4096);
+  if (nHeads % nKvHeads !== 0) wrong('num_key_value_heads', `takes a divisor of the ${nHeads} heads`);
+  const headDim = count('head_dim', type === 'qwen3' ? 128 : Math.floor(dModel / nHeads), 4096);
+  if (!config.head_dim && type !== 'qwen3' && dModel % nHeads !== 0) wrong(headField, `takes a divisor of ${dModel}`);
+  const activationField = gpt2 ? 'activation_function' : 'hidden_act';
+  const activation = String(config[activationField] ?? (gpt2 || simple ? 'gelu_new' : neox ? 'gelu' : 'silu'));
+  if (!Object.hasOwn(ACTIVATIONS, activation))
+    wrong(activationField, `done here: ${Object.keys(ACTIVATIONS).join(', ')}`);
+  const positionsField = gpt2 ? 'n_positions' : 'max_position_embeddings';
+  const positions = count(positionsField, gpt2 ? 1024 : 2048);
+  // absent means 4096 in mistral, null means none
+  const window = type === 'mistral' && config.sliding_window !== null ? count('sliding_window', 4096) : Infinity;
+  return {
+    ...{ type, names: FAMILIES[type]!, dModel, nHeads, headDim, activation: ACTIVATIONS[activation]! },
+    nKvHeads: gpt2 || neox ? nHeads : nKvHeads,
+    vocab: count('vocab_size'),
+    dMlp: count(gpt2 ? 'n_inner' : 'intermediate_size', gpt2 ? 4 * dModel : undefined),
+    nLayers: count(gpt2 ? 'n_layer' : 'num_hidden_layers', undefined, 4096),
+    context: Math.min(positions, window),
+    contextField: window < positions ? 'sliding_window' : positionsField,
+    norm: gpt2 || neox ? 'layer' : 'rms',
+    eps: number(gpt2 ? 'layer_norm_epsilon' : neox ? 'layer_norm_eps' : 'rms_norm_eps', gpt2 || neox ? 1e-5 : 1e-6),
+    rotary: gpt2 ? undefined : rotaryFrequencies(config, headDim, positions, file),
+    qkv: gpt2 ? 'concatenated' : neox ? 'by head' : 'separate',
+    conv1d: gpt2,
+    parallelResidual: neox && config.use_parallel_residual !== false,
+    biased: biasedLayers(config, type),
+    tied: Boolean(config.tie_word_embeddings ?? (gpt2 || simple)),
+  };
+}
+
+/** gpt2 has biases everywhere, gpt_neox in its MLPs, qwen2 on q, k, v; the rest is as the config says. */
+function biasedLayers({ attention_bias, mlp_bias }: Config, type: string): RegExp {
+  if (type === 'gpt2') return /./;
+  const neox = type === 'gpt_neox';
+  const attention = type === 'qwen2' ? '[qkv]_proj$' : (attention_bias ?? neox) ? '[qkvo]_proj$|\\.attention\\.' : '^$';
+  return new RegExp(`${attention}|${mlp_bias || neox ? '\\.mlp\\.' : '^$'}`);
+}
+
+/** Inverse wavelengths θ^(−2i/dims), with the `linear` and `llama3` scalings; under the old and the new config keys. */
+function rotaryFrequencies(config: Config, headDim: number, positions: number, file: string) {
+  const neox = config.model_type === 'gpt_neox';
+  for (const field of ['rope_scaling', 'rope_parameters']) {
+    const values = Object.values(config[field] ?? {});
+    if (typeof (config[field] ?? {}) !== 'object' || values.some(v => v && typeof v === 'object'))
+      refuse(`${file}: ${field} is ${JSON.stringify(config[field])}; takes one record for all layers`);
+  }
+  const rope: Record<string, unknown> = {
+    rope_theta: config.rope_theta ?? config.rotary_emb_base ?? 10_000,
+    partial_rotary_factor: config.rotary_pct ?? config.partial_rotary_factor ?? (neox ? 0.25 : 1),
+    ...(config.rope_scaling as object | null | undefined),
+    ...(config.rope_parameters as object | null | undefined),
+  };
+  const wrong = (field: string, takes: string) =>
+    refuse(`${file}: the rotary ${field} is ${JSON.stringify(rope[field]) ?? 'missing'}; ${takes}`);
+  const number = (field: string, min: number): number => {
+    const value = rope[field];
+    return typeof value === 'number' && value >= min && value < 1e12 ? value : wrong(field, `takes at least ${min}`);
+  };
+  const kind = rope.rope_type ?? rope.type ?? 'default';
+  const kindField = rope.rope_type === undefined ? 'type' : 'rope_type';
+  if (!['default', 'linear', 'llama3'].includes(String(kind))) wrong(kindField, 'done here: default, linear, llama3');
+  const share = number('partial_rotary_factor', 0);
+  if (share > 1 || (!neox && share !== 1)) wrong('partial_rotary_factor', 'partial is done in gpt_neox only');
+  const dims = Math.floor(headDim * share);
+  if (dims % 2 !== 0) wrong('partial_rotary_factor', `of head_dim ${headDim} it leaves ${dims} dims, an odd number`);
+  const theta = number('rope_theta', 1);
+  return Float32Array.from({ length: dims / 2 }, (_, i) => {
+    const frequency = theta ** ((-2 * i) / dims);
+    if (kind === 'default') return frequency;
+    const factor = number('factor', 1);
+    if (kind === 'linear') return frequency / factor;
+    // llama3: long wavelengths are divided by the factor, short ones kept, a linear blend in between
+    const [low, high] = [number('low_freq_factor', 0), number('high_freq_factor', 0)];
+    rope.original_max_position_embeddings ??= positions;
+    const turns = (number('original_max_position_embeddings', 1) * frequency) / (2 * Math.PI);
+    const keep = Math.min(1, Math.max(0, (turns - low) / (high - low)));
+    return frequency * (keep + (1 - keep) / factor);
+  });
+}
+
+const YAML_KEYS: Record<string, string> = {
+  ...{ n_embd: 'hidden_size', n_intermediate: 'intermediate_size', n_layer: 'num_hidden_layers' },
+  ...{ n_head: 'num_attention_heads', n_key_value_heads: 'num_key_value_heads', n_ctx: 'max_position_embeddings' },
+  ...{ rotary_base: 'rope_theta', attn_bias: 'attention_bias' },
+};
+
+/** Where there is no config.json: what the original's trainer leaves, model_config.yaml, lines of `key: scalar`. */
+export function readYaml(dir: string): [file: string, config: Config] | undefined {
+  const yaml = path.join(dir, 'model_config.yaml');
+  if (fs.existsSync(path.join(dir, 'config.json')) || !fs.existsSync(yaml)) return undefined;
+  const config: Record<string, unknown> = {};
+  for (const [, key = '', value = ''] of read(yaml, text => text.matchAll(/^(\w+): *(.*?) *\r?$/gm))) {
+    config[YAML_KEYS[key] ?? key] = /^(-?[\d.]+(e-?\d+)?|true|false|null)$/.test(value) ? JSON.parse(value) : value;
+  }
+  if (config.model_type === 'LlamaSimpleMLP') config.model_type = 'llama_simple_mlp';
+  return [yaml, config];
+}
+
+/** model.safetensors, or the shards that its index names, or the paper's own model_step_<n>.safetensors. */
+export function weightFiles(dir: string): string[] {
+  const all = fs.readdirSync(dir);
+  let names: string[] = all.filter(f => f === 'model.safetensors');
+  const index = path.join(dir, 'model.safetensors.index.json');
+  if (names.length === 0 && fs.existsSync(index)) {
+    const content = read(index, text => JSON.parse(text));
+    if (typeof content !== 'object' || !content || Array.isArray(content)) refuse(`${index}: not an object`);
+    names = [...new Set(Object.values(content.weight_map ?? {}).map(String))];
+    const odd = names.find(name => !/^[\w-][\w.-]*\.safetensors$/.test(name));
+    if (odd !== undefined) refuse(`${index}: ${JSON.stringify(odd)} is not the name of a shard in this folder`);
+  }
+  if (names.length === 0) names = all.filter(f => /^model_step_\d+\.safetensors$/.test(f));
+  if (names.length > 1 && all.includes(names[0]!) && !fs.existsSync(index))
+    refuse(`${dir}: several checkpoints, ${names}`);
+  if (names.length === 0) refuse(`${dir}: no model.safetensors, and no model.safetensors.index.json`);
+  return names;
+}
+
+function read<X>(file: string, parse: (text: string) => X): X {
+  try {
+    return parse(fs.readFileSync(file, 'utf8'));
+  } catch (error) {
+    return refuse(`${file}: ${(error as Error).message}`);
+  }
+}
