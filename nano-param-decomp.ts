@@ -2370,23 +2370,27 @@ export async function harvest(options: HarvestOptions): Promise<Harvest> {
     return { ci: tf.transpose(ci), activation: tf.transpose(activation) }; // [ΣC, N]
   });
 
+  const seed = scramble(scramble(settings.seed) ^ PURPOSE.harvest);
   const counts: Counts = {
     ...{ positions: 0, pairPositions: 0, inputTotal: new Float64Array(vocabSize), tallies: [] },
     ...{ ciSum: new Float64Array(columns), slotOf: new Int32Array(columns).fill(-1) },
   };
   for (let first = 0; first < rows.count; first += B) {
     const end = Math.min(first + B, rows.count);
+    const N = (end - first) * S;
     const tokens = new Int32Array(B * S); // a short last batch is padded: a traced graph has one shape
     for (let row = first; row < end; row++) tokens.set(rows.row(row), (row - first) * S);
     const feeds = {
       tokens: tf.tensor2d(tokens, [B, S], 'int32'),
-      weight: tf.tensor2d(new Float32Array(B * S).fill(1, 0, (end - first) * S), [B * S, 1]), // 0 on the padding
+      weight: tf.tensor2d(new Float32Array(B * S).fill(1, 0, N), [B * S, 1]), // 0 on the padding
       outputTokens: tf.tensor1d(outputTokens, 'int32'),
     };
     const out = await reduce(feeds);
     const [ci, activation] = (await Promise.all([out.ci, out.activation].map(numbers))) as [Float32Array, Float32Array];
     tf.dispose([feeds, out]);
-    countBatch(counts, { first, S, N: (end - first) * S, tokens, ci, activation }, pairShare, settings);
+    const draws = Int32Array.from({ length: N }, (_, n) => scramble(seed ^ (first * S + n)));
+    const batch = { first, S, N, tokens, ci, activation, draws, fired: new Int32Array(N + 1) };
+    countBatch(counts, batch, pairShare, settings);
     options.progress?.(end * S);
   }
 
@@ -2452,6 +2456,8 @@ interface Batch {
   tokens: Int32Array; // [N or more]
   ci: Float32Array; // [ΣC, N or more]
   activation: Float32Array;
+  draws: Int32Array; // [N] random from -2³¹ to 2³¹, by seed and position in the data alone: batches don't matter
+  fired: Int32Array; // [N + 1] room for the positions where one component fires
 }
 /** Lists of these have the largest score first. */
 interface Scored<X> {
@@ -2460,42 +2466,27 @@ interface Scored<X> {
 }
 
 function countBatch(counts: Counts, batch: Batch, pairShare: number, settings: HarvestSettings): void {
-  const { first, S, N, tokens } = batch;
-  const columns = counts.ciSum.length;
-  // Random numbers from -2³¹ to 2³¹, by the seed and the position in the data alone, so that batches don't matter.
-  const seed = scramble(scramble(settings.seed) ^ PURPOSE.harvest);
-  const draws = Int32Array.from({ length: N }, (_, n) => scramble(seed ^ (first * S + n)));
+  const { N, tokens, draws, fired } = batch;
   const paired = draws.map(draw => Number(draw / 2 ** 32 + 0.5 < pairShare));
-  const firing = range(0, N).map(n => new Int32Array(paired[n] ? columns : 0)); // slots that fire at a paired position
-  const firingCount = new Int32Array(N);
-  const fired = new Int32Array(N + 1); // where a component fires
-  for (let c = 0; c < columns; c++) {
-    const count = listFirings(counts, batch, c, settings.threshold, fired);
+  const firing = range(0, N).map((): number[] => []); // slots that fire at a paired position: few on average
+  for (let c = 0; c < counts.ciSum.length; c++) {
+    const count = listFirings(counts.ciSum, batch, c, settings.threshold);
     if (count === 0) continue;
     const tally = tallyOf(counts, c, settings);
-    countFirings(tally, batch, fired, count, draws, settings);
-    for (let k = 0; k < count; k++) {
-      const n = fired[k]!;
-      if (paired[n]) firing[n]![firingCount[n]!++] = tally.slot;
-    }
+    countFirings(tally, batch, count, settings);
+    for (let k = 0; k < count; k++) if (paired[fired[k]!]) firing[fired[k]!]!.push(tally.slot);
   }
   for (let n = 0; n < N; n++) {
     counts.inputTotal[tokens[n]!]!++;
-    if (paired[n]) countPairs(counts, firing[n]!.subarray(0, firingCount[n]));
+    if (paired[n]) countPairs(counts, Int32Array.from(firing[n]!).sort());
   }
   counts.positions += N;
 }
 
-// The next two are what a harvest costs beyond the forward passes. They make no objects and keep sums in local variables.
+// The next two are what a harvest costs beyond the forward passes: no objects in the loops, sums in local variables.
 
 /** Lists the positions where c fires, without a branch: a processor that has to guess would often guess wrong. */
-function listFirings(
-  { ciSum }: Counts,
-  { N, tokens, ci }: Batch,
-  c: number,
-  threshold: number,
-  fired: Int32Array,
-): number {
+function listFirings(ciSum: Float64Array, { N, tokens, ci, fired }: Batch, c: number, threshold: number): number {
   const first = c * tokens.length;
   const limit = Math.fround(threshold); // what the engine compares with
   let count = 0;
@@ -2511,16 +2502,10 @@ function listFirings(
 }
 
 /** Counts a component's firings in a batch, which are at fired[0 .. count]; the best of each row may be an example. */
-function countFirings(
-  tally: Tally,
-  batch: Batch,
-  fired: Int32Array,
-  count: number,
-  draws: Int32Array,
-  { examples, window, inputTokens }: HarvestSettings,
-): void {
+function countFirings(tally: Tally, batch: Batch, count: number, settings: HarvestSettings): void {
   const { column, inputs, summary, top, random } = tally;
-  const { S, tokens, ci, activation } = batch;
+  const { S, tokens, ci, activation, draws, fired } = batch;
+  const { examples, window, inputTokens } = settings;
   const first = column * tokens.length;
   const shift = scramble(column); // so that components that fire together have different random examples
   let sum = 0;
@@ -2600,7 +2585,6 @@ function windowAround({ first, S, tokens, ci, activation }: Batch, column: numbe
 
 /** Pair counts are a triangle whose rows are made as components appear: memory goes with the alive ones squared. */
 function countPairs(counts: Counts, slots: Int32Array): void {
-  slots.sort();
   for (let k = 0; k < slots.length; k++) {
     const { together } = counts.tallies[slots[k]!]!;
     if (together.length === 0) break; // later slots have no row either
