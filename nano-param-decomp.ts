@@ -1906,14 +1906,14 @@ async function train(
 // ---- L. Harvest ----------------------------------------------------------------------------------------------------
 // One streaming pass that finds out what every component does: how often it fires, on which tokens, ahead of which
 // predictions, together with whom, and where in the text. A component *fires* at a position when its causal
-// importance g is above the threshold. The dense work (which tokens does the target predict where c fires?) is one
-// matmul on the engine; the rest is sparse (few components fire at a position) and counted here.
+// importance g is above the threshold. The engine runs the network and one matmul (which tokens does the target
+// predict where c fires?); the rest is counted in JavaScript, a row and a component at a time.
 //
-// Memory is bounded by the settings, never by the data. Densities, means and examples are exact. Exact until a
-// bound is reached: output statistics cover only the likeliest tokens when components x vocabulary > outputCells;
-// a component counts at most `inputTokens` distinct input tokens (then a Misra-Gries summary, its error reported);
-// pairs are counted at a random share of the positions when the first batch has more than `pairsPerPosition`,
-// and only among the first `pairedComponents` that fire.
+// Memory is bounded by the settings, never by the data, and nothing but the order of equals depends on the batches.
+// Densities, means and top examples are exact. Exact until a bound is reached: output statistics cover only the
+// likeliest tokens when components x vocabulary > outputCells; a component has cells for `inputTokens` input tokens
+// (when the vocabulary is larger, they are a summary that reports its error); pairs are counted at a random share of
+// the positions when more than `pairsPerPosition` fire together, and only among the first `pairedComponents` that fire.
 
 /** The target's and the CI function's forward on rows of tokens: N = B·S positions, ΣC components. */
 export type HarvestPass = (tokens: T<'B S'>) => {
@@ -1932,6 +1932,8 @@ export const harvestDefaults = {
   minTogether: 10, // a partner enters the PMI list when both fired together this often
   lowCount: 100, // components with fewer firings are marked: their statistics are noisy
   passageFirings: 256, // components listed per position of a passage
+  batchPositions: 4096, // positions of a batch,
+  batchCells: 2 ** 22, // and cells of its [N, ΣC] matrices, which are read back: 16 MB each
   outputCells: 2 ** 25, // cells of the component x output token table (128 MiB)
   inputTokens: 4096, // distinct input tokens counted per component
   pairsPerPosition: 512, // pairs counted per position, on average
@@ -1946,7 +1948,7 @@ export interface HarvestOptions {
   modules: readonly Module[];
   vocabSize: number;
   tokenText: (id: number) => string;
-  batches: Iterable<Int32Array[]>; // rows of one length; no batch is larger than the first
+  rows: Rows;
   passages: Int32Array[]; // held-out rows for the page's passage view
   settings?: Partial<HarvestSettings>;
   progress?: (positions: number) => void;
@@ -1976,7 +1978,7 @@ export interface HarvestComponent {
   meanCi: number; // over all positions
   meanActivation: number; // of ‖U_c‖·(x V_c) over its firings; (−V, −U) is the same component, so the sign is free
   lowCount: boolean;
-  examples: { top: Example[]; random: Example[] }; // top: by CI, then |activation|, one a row; random: uniform
+  examples: { top: Example[]; random: Example[] }; // one a row; top: by CI, then |activation|; random: uniform
   input: { top: TokenStat[]; bottom: TokenStat[]; missed: number }; // counts are short by at most `missed`
   output: { top: TokenStat[]; bottom: TokenStat[] }; // counts: the target's softmax, summed over the firings
   partners: { jaccard: Partner[]; pmi: Partner[] };
@@ -2007,59 +2009,58 @@ export interface Harvest {
 
 export async function harvest(options: HarvestOptions): Promise<Harvest> {
   const settings = { ...harvestDefaults, ...options.settings };
-  const { pass, modules, vocabSize } = options;
-  const columns = totalC(modules); // ΣC
+  const { pass, modules, rows, vocabSize } = options;
+  if (rows.count === 0) throw new Error('harvest: no data');
+  const [S, columns] = [rows.seqLen, totalC(modules)]; // ΣC
+  const positions = Math.min(settings.batchPositions, settings.batchCells / columns);
+  const B = Math.max(1, Math.min(rows.count, Math.floor(positions / S)));
   const covered = Math.min(vocabSize, Math.floor(settings.outputCells / columns)); // T
-  const counts = newCounts(columns, vocabSize, covered);
-  const mass = zeros([columns, covered]); // [ΣC, T] softmax mass of a token where c fires
+  const { outputTokens, pairShare } = await survey(pass, rows, covered, settings);
+  const mass = zeros([columns, covered]); // softmax mass of a token where c fires
+  const totalMass = zeros([1, covered]);
   const reduce = options.engine.compile('harvest', ({ tokens, weight, outputTokens }: Tensors) => {
     const { ci, activation, probs } = pass(tokens!);
-    const fire = tf.mul(tf.cast(tf.greater(ci, settings.threshold), 'float32'), weight!); // [N, ΣC]
     const p = covered < vocabSize ? tf.gather(probs, outputTokens!, 1) : probs; // [N, T]
-    mass.assign(tf.add(mass, tf.matMul(tf.transpose(fire), p)));
-    return { ci, activation, total: tf.matMul(tf.transpose(weight!), p) }; // total: [1, T]
+    const fire = indicator(tf.greater(ci, settings.threshold)); // [N, ΣC]
+    mass.assign(tf.add(mass, tf.matMul(fire, tf.mul(p, weight!), true)));
+    totalMass.assign(tf.add(totalMass, tf.matMul(weight!, p, true)));
+    return { ci: tf.transpose(ci), activation: tf.transpose(activation) }; // [ΣC, N]
   });
 
-  let outputTokens: Int32Array | undefined; // [T] ids
-  let B = 0;
-  for (const rows of options.batches) {
-    const S = rows[0]!.length;
-    B ||= rows.length;
-    if (rows.length > B || rows.some(row => row.length !== S)) throw new Error('harvest: uneven batches');
-    outputTokens ??= await likeliestTokens(pass, rows, covered, vocabSize);
-    const N = rows.length * S;
+  const seed = scramble(scramble(settings.seed) ^ PURPOSE.harvest);
+  const counts: Counts = {
+    ...{ positions: 0, pairPositions: 0, inputTotal: new Float64Array(vocabSize), tallies: [] },
+    ...{ ciSum: new Float64Array(columns), slotOf: new Int32Array(columns).fill(-1) },
+  };
+  for (let first = 0; first < rows.count; first += B) {
+    const end = Math.min(first + B, rows.count);
+    const N = (end - first) * S;
     const tokens = new Int32Array(B * S); // a short last batch is padded: a traced graph has one shape
-    for (const [i, row] of rows.entries()) tokens.set(row, i * S);
+    for (let row = first; row < end; row++) tokens.set(rows.row(row), (row - first) * S);
     const feeds = {
       tokens: tf.tensor2d(tokens, [B, S], 'int32'),
       weight: tf.tensor2d(new Float32Array(B * S).fill(1, 0, N), [B * S, 1]), // 0 on the padding
       outputTokens: tf.tensor1d(outputTokens, 'int32'),
     };
     const out = await reduce(feeds);
-    const read = [out.ci, out.activation, out.total].map(numbers);
-    const [ci, activation, total] = (await Promise.all(read)) as [Float32Array, Float32Array, Float32Array];
+    const [ci, activation] = (await Promise.all([out.ci, out.activation].map(numbers))) as [Float32Array, Float32Array];
     tf.dispose([feeds, out]);
-    for (let t = 0; t < covered; t++) counts.outputTotal[t]! += total[t]!;
-    countBatch(counts, { N, S, tokens, ci, activation }, settings);
-    options.progress?.(counts.positions);
+    const draws = Int32Array.from({ length: N }, (_, n) => scramble(seed ^ (first * S + n)));
+    const batch = { first, S, N, tokens, ci, activation, draws, fired: new Int32Array(N + 1) };
+    countBatch(counts, batch, pairShare, settings);
+    options.progress?.(end * S);
   }
-  if (!outputTokens) throw new Error('harvest: no data');
 
-  const components = describe(counts, modules, outputTokens, await numbers(mass), settings);
-  mass.dispose();
+  const output = { tokens: outputTokens, mass: await numbers(mass), total: await numbers(totalMass) };
+  tf.dispose([mass, totalMass]);
+  const components = describe(counts, modules, output, settings);
   const passages: Passage[] = [];
   for (const row of options.passages) passages.push(await readPassage(pass, row, settings));
   return {
-    formatVersion: 1,
-    positions: counts.positions,
-    pairPositions: counts.pairPositions,
-    outputTokens: covered,
+    ...{ formatVersion: 1, positions: counts.positions, pairPositions: counts.pairPositions, outputTokens: covered },
     settings,
     modules: modules.map(({ path, offset, C }) => ({
-      path,
-      offset,
-      C,
-      alive: counts.firings.subarray(offset, offset + C).filter(n => n > 0).length,
+      ...{ path, offset, C, alive: components.filter(c => c.module === path).length },
       meanCi: Array.from(counts.ciSum.subarray(offset, offset + C), sum => round(sum / counts.positions)),
     })),
     components,
@@ -2068,344 +2069,291 @@ export async function harvest(options: HarvestOptions): Promise<Harvest> {
   };
 }
 
-const toTensor = (rows: Int32Array[]): T<'B S'> => tf.stack(rows.map(row => tf.tensor1d(row, 'int32')));
-
-/** The T tokens with the largest softmax mass in the first batch; all tokens when they fit. */
-async function likeliestTokens(pass: HarvestPass, rows: Int32Array[], T: number, vocabSize: number) {
-  const all = Int32Array.from(range(0, vocabSize));
-  if (T === vocabSize) return all;
-  const mass = tf.tidy(() => tf.sum(pass(toTensor(rows)).probs, 0));
-  const p = await numbers(mass);
-  mass.dispose();
-  return all.sort((a, b) => p[b]! - p[a]!).slice(0, T);
+/** What the first rows say: the T tokens with the largest softmax mass, and at which share of positions to count pairs. */
+async function survey(pass: HarvestPass, rows: Rows, T: number, { threshold, pairsPerPosition }: HarvestSettings) {
+  const some = tokenBatch(rows, range(0, Math.min(rows.count, Math.ceil(512 / rows.seqLen))));
+  const out = tf.tidy(() => {
+    const { ci, probs } = pass(some);
+    return [tf.sum(probs, 0), tf.sum(indicator(tf.greater(ci, threshold)), 1)];
+  });
+  const [mass, firing] = (await Promise.all(out.map(numbers))) as [Float32Array, Float32Array]; // [vocab], [N]
+  tf.dispose([some, out]);
+  const byMass = Int32Array.from(mass.keys());
+  if (T < mass.length) byMass.sort((a, b) => mass[b]! - mass[a]!);
+  const pairs = firing.reduce((sum, n) => sum + n ** 2 / 2, 0) / firing.length; // per position
+  return { outputTokens: byMass.subarray(0, T), pairShare: pairsPerPosition / pairs };
 }
 
-/** What is kept while the data streams by. The loop over the firings is what a harvest costs beyond the forward
- * passes, so its sums are typed arrays and examples are cut out only when they are kept. */
+/** What is kept while the data streams by. */
 interface Counts {
-  rows: number;
   positions: number;
   pairPositions: number;
-  pairShare: number | undefined; // of the positions; set by the first batch
   inputTotal: Float64Array; // [vocab] n_t
-  outputTotal: Float64Array; // [T] n_t
   ciSum: Float64Array; // [ΣC] over all positions
-  firings: Float64Array; // [ΣC] n_c
-  activationSum: Float64Array; // [ΣC] over the firings
   slotOf: Int32Array; // [ΣC] order of appearance; -1: has not fired
   tallies: Tally[]; // by slot
 }
 interface Tally {
   column: number;
-  inputs: Uint32Array | Map<number, number>; // firings on each token: all of a small vocabulary, or a summary
-  missed: number; // by how much `inputs` may be short
-  together: Uint32Array | undefined; // [slot + 1] positions shared with each lower slot; last: its own count
-  top: Kept[]; // the strongest first
-  random: Kept[];
-  windows: Float32Array; // [2·examples, 3, window] the tokens, CI and activation around every kept firing
+  slot: number;
+  firings: number; // n_c
+  activationSum: number; // over the firings
+  inputs: Uint32Array; // [vocab] firings on each token
+  summary: Map<number, number> | undefined; // instead, when the vocabulary is large: on the most frequent ones
+  missed: number; // by how much a count in it may be short
+  together: Uint32Array; // [slot + 1] positions shared with each lower slot; last: its own; empty: not counted
+  top: Scored<Example>[];
+  random: Scored<Example>[];
 }
-/** A kept firing. (45,000 of them with arrays of their own would keep the garbage collector busy.) */
-interface Kept {
-  row: number;
-  position: number; // in the row
-  line: number; // of `windows`
-  length: number; // tokens in its window; 0: of this batch, and only its middle is there yet
-}
+/** What the engine gave for the rows from `first` on. */
 interface Batch {
-  N: number;
+  first: number;
   S: number;
+  N: number; // positions, without the padding
   tokens: Int32Array; // [N or more]
-  ci: Float32Array; // [N or more, ΣC]
+  ci: Float32Array; // [ΣC, N or more]
   activation: Float32Array;
+  draws: Int32Array; // [N] random from -2³¹ to 2³¹, by seed and position in the data alone: batches don't matter
+  fired: Int32Array; // [N + 1] room for the positions where one component fires
+}
+/** Lists of these have the largest score first. */
+interface Scored<X> {
+  score: number;
+  item: X;
 }
 
-const newCounts = (columns: number, vocabSize: number, T: number): Counts => ({
-  rows: 0,
-  positions: 0,
-  pairPositions: 0,
-  pairShare: undefined,
-  inputTotal: new Float64Array(vocabSize),
-  outputTotal: new Float64Array(T),
-  ciSum: new Float64Array(columns),
-  firings: new Float64Array(columns),
-  activationSum: new Float64Array(columns),
-  slotOf: new Int32Array(columns).fill(-1),
-  tallies: [],
-});
-
-function countBatch(counts: Counts, batch: Batch, settings: HarvestSettings): void {
-  const { N, S, tokens } = batch;
-  const { fired, starts } = findFirings(counts.ciSum, batch, settings.threshold);
-  const { positions, ends } = groupByColumn(fired, starts, counts.slotOf.length);
-  const draws = uniformArray(fired.length + N, settings.seed, counts.rows, PURPOSE.harvest); // a firing's, a position's
-  // Component after component, so that what is kept of one is in the processor's cache when its firings come.
-  for (let c = 0, f = 0; c < ends.length; c++) {
-    if (f === ends[c]) continue;
-    if (counts.slotOf[c] === -1) addTally(counts, c, settings);
-    const tally = counts.tallies[counts.slotOf[c]!]!;
-    for (; f < ends[c]!; f++) countFiring(counts, tally, batch, positions[f]!, draws[f]!, settings);
-    for (const kept of tally.top) if (kept.length === 0) widen(tally, kept, batch, counts, settings.window);
-    for (const kept of tally.random) if (kept.length === 0) widen(tally, kept, batch, counts, settings.window);
-  }
-  if (counts.pairShare === undefined) {
-    let pairs = 0;
-    for (let n = 0; n < N; n++) pairs += (starts[n + 1]! - starts[n]!) ** 2 / 2;
-    counts.pairShare = Math.min(1, (settings.pairsPerPosition * N) / pairs);
+function countBatch(counts: Counts, batch: Batch, pairShare: number, settings: HarvestSettings): void {
+  const { N, tokens, draws, fired } = batch;
+  const paired = draws.map(draw => Number(draw / 2 ** 32 + 0.5 < pairShare));
+  const firing = range(0, N).map((): number[] => []); // slots that fire at a paired position: few on average
+  for (let c = 0; c < counts.ciSum.length; c++) {
+    const count = listFirings(counts.ciSum, batch, c, settings.threshold);
+    if (count === 0) continue;
+    const tally = tallyOf(counts, c, settings);
+    countFirings(tally, batch, count, settings);
+    for (let k = 0; k < count; k++) if (paired[fired[k]!]) firing[fired[k]!]!.push(tally.slot);
   }
   for (let n = 0; n < N; n++) {
     counts.inputTotal[tokens[n]!]!++;
-    if (draws[fired.length + n]! >= counts.pairShare) continue;
-    counts.pairPositions++;
-    countPairs(counts, fired, starts[n]!, starts[n + 1]!);
+    if (paired[n]) countPairs(counts, Int32Array.from(firing[n]!).sort());
   }
-  counts.rows += N / S;
   counts.positions += N;
 }
 
-/** The columns that fire at position n are fired[starts[n] .. starts[n + 1]]. Adds up CI on the way. */
-function findFirings(ciSum: Float64Array, { N, ci }: Batch, threshold: number) {
-  const fired: number[] = [];
-  const starts = [0];
-  for (let n = 0, i = 0; n < N; n++) {
-    for (let c = 0; c < ciSum.length; c++, i++) {
-      const g = ci[i]!;
-      if (g === 0) continue;
-      ciSum[c]! += g;
-      if (g > threshold) fired.push(c);
+// The next two are what a harvest costs beyond the forward passes: no objects in the loops, sums in local variables.
+
+/** Lists the positions where c fires, without a branch: a processor that has to guess would often guess wrong. */
+function listFirings(ciSum: Float64Array, { N, tokens, ci, fired }: Batch, c: number, threshold: number): number {
+  const first = c * tokens.length;
+  const limit = Math.fround(threshold); // what the engine compares with
+  let count = 0;
+  let sum = 0;
+  for (let n = 0; n < N; n++) {
+    const g = ci[first + n]!;
+    sum += g;
+    fired[count] = n; // overwritten by the next if c does not fire here
+    count += Number(g > limit);
+  }
+  ciSum[c]! += sum;
+  return count;
+}
+
+/** Counts a component's firings in a batch, which are at fired[0 .. count]; the best of each row may be an example. */
+function countFirings(tally: Tally, batch: Batch, count: number, settings: HarvestSettings): void {
+  const { column, inputs, summary, top, random } = tally;
+  const { S, tokens, ci, activation, draws, fired } = batch;
+  const { examples, window, inputTokens } = settings;
+  const first = column * tokens.length;
+  const shift = scramble(column); // so that components that fire together have different random examples
+  let sum = 0;
+  let k = 0;
+  for (let rowEnd = S; k < count; rowEnd += S) {
+    let topScore = floor(top, examples);
+    let randomScore = floor(random, examples);
+    let topAt = -1;
+    let randomAt = -1;
+    for (; k < count && fired[k]! < rowEnd; k++) {
+      const n = fired[k]!;
+      const a = activation[first + n]!;
+      sum += a;
+      if (summary) countInput(tally, summary, tokens[n]!, inputTokens);
+      else inputs[tokens[n]!]!++;
+      const strength = ci[first + n]! + 1e-9 * Math.abs(a); // CI, then |activation|: a CI of exactly 1 is common
+      if (strength > topScore) {
+        topScore = strength;
+        topAt = n;
+      }
+      const draw = Math.imul(draws[n]! ^ shift, 0x85ebca6b); // random for each firing: the largest are a random choice
+      if (draw > randomScore) {
+        randomScore = draw;
+        randomAt = n;
+      }
     }
-    starts.push(fired.length);
+    if (topAt >= 0) insert(top, examples, topScore, windowAround(batch, column, topAt, window));
+    if (randomAt >= 0) insert(random, examples, randomScore, windowAround(batch, column, randomAt, window));
   }
-  return { fired, starts };
+  tally.firings += count;
+  tally.activationSum += sum;
 }
 
-/** The same firings the other way round: column c fires at positions[ends[c - 1] .. ends[c]]. */
-function groupByColumn(fired: number[], starts: number[], columns: number) {
-  const ends = new Int32Array(columns);
-  for (const c of fired) ends[c]!++;
-  for (let c = 0, sum = 0; c < columns; c++) [ends[c], sum] = [sum, sum + ends[c]!]; // first the beginnings
-  const positions = new Int32Array(fired.length);
-  for (let n = 0; n + 1 < starts.length; n++) {
-    for (let f = starts[n]!; f < starts[n + 1]!; f++) positions[ends[fired[f]!]!++] = n;
-  }
-  return { positions, ends };
-}
-
-function countFiring(
-  counts: Counts,
-  tally: Tally,
-  batch: Batch,
-  n: number,
-  draw: number,
-  settings: HarvestSettings,
-): void {
-  const { column } = tally;
-  const i = n * counts.slotOf.length + column;
-  const ci = batch.ci[i]!;
-  const activation = batch.activation[i]!;
-  const row = counts.rows + Math.floor(n / batch.S);
-  const position = n % batch.S;
-  const k = ++counts.firings[column]!;
-  counts.activationSum[column]! += activation;
-  countInput(tally, batch.tokens[n]!, settings.inputTokens);
-  keepTop(tally, row, position, ci, activation, settings);
-  // Reservoir: the k-th firing takes a kept one's place with probability examples / k, so all are equally likely.
-  const { examples } = settings;
-  const place = k <= examples ? k - 1 : Math.floor(draw * k);
-  if (place < examples) tally.random[place] = { row, position, line: examples + place, length: 0 };
-}
-
-function addTally({ slotOf, tallies, inputTotal }: Counts, column: number, settings: HarvestSettings): void {
+function tallyOf({ slotOf, tallies, inputTotal }: Counts, column: number, settings: HarvestSettings): Tally {
+  if (slotOf[column]! >= 0) return tallies[slotOf[column]!]!;
   const slot = tallies.length;
-  slotOf[column] = slot;
   const vocabSize = inputTotal.length;
-  const inputs = vocabSize <= settings.inputTokens ? new Uint32Array(vocabSize) : new Map<number, number>();
-  const together = slot < settings.pairedComponents ? new Uint32Array(slot + 1) : undefined;
-  const windows = new Float32Array(2 * settings.examples * 3 * settings.window);
-  tallies.push({ column, inputs, missed: 0, together, top: [], random: [], windows });
+  const tally: Tally = {
+    ...{ column, slot, firings: 0, activationSum: 0, missed: 0, top: [], random: [] },
+    inputs: new Uint32Array(vocabSize <= settings.inputTokens ? vocabSize : 0),
+    summary: vocabSize <= settings.inputTokens ? undefined : new Map(),
+    together: new Uint32Array(slot < settings.pairedComponents ? slot + 1 : 0),
+  };
+  slotOf[column] = slot;
+  tallies.push(tally);
+  return tally;
 }
 
-/** Misra-Gries: over the limit, every count loses 1 until half of them are gone. What is frequent stays. */
-function countInput(tally: Tally, token: number, limit: number): void {
-  const { inputs } = tally;
-  if (!(inputs instanceof Map)) {
-    inputs[token]!++;
-    return;
+/** Misra-Gries: over the limit, every count loses 1 and the zeros go. What is frequent stays. */
+function countInput(tally: Tally, summary: Map<number, number>, token: number, limit: number): void {
+  summary.set(token, (summary.get(token) ?? 0) + 1);
+  if (summary.size <= limit) return;
+  tally.missed++;
+  for (const [t, n] of summary) n === 1 ? summary.delete(t) : summary.set(t, n - 1);
+}
+
+function windowAround({ first, S, tokens, ci, activation }: Batch, column: number, n: number, window: number): Example {
+  const row = Math.floor(n / S);
+  const before = Math.floor(window / 2);
+  const start = Math.max(row * S, n - before);
+  const end = Math.min((row + 1) * S, n - before + window);
+  const example: Example = {
+    row: first + row,
+    start: start - row * S,
+    at: n - start,
+    tokens: [],
+    ci: [],
+    activation: [],
+  };
+  for (let k = start; k < end; k++) {
+    example.tokens.push(tokens[k]!);
+    example.ci.push(ci[column * tokens.length + k]!);
+    example.activation.push(activation[column * tokens.length + k]!);
   }
-  inputs.set(token, (inputs.get(token) ?? 0) + 1);
-  if (inputs.size <= limit) return;
-  while (inputs.size > limit / 2) {
-    tally.missed++;
-    for (const [t, n] of inputs) n === 1 ? inputs.delete(t) : inputs.set(t, n - 1);
-  }
-}
-
-/** Keeps the strongest by CI, then |activation|, but one of a row so that they are not all of one text. */
-function keepTop(
-  { top, windows }: Tally,
-  row: number,
-  position: number,
-  ci: number,
-  activation: number,
-  { examples, window }: HarvestSettings,
-): void {
-  if (top.length === examples && !weaker(top[examples - 1]!, ci, activation, windows, window)) return;
-  let out = top.findIndex(kept => kept.row === row); // what has to go: the one of this row, or the weakest
-  if (out >= 0 && !weaker(top[out]!, ci, activation, windows, window)) return;
-  if (out < 0 && top.length === examples) out = examples - 1;
-  const line = out < 0 ? top.length : top.splice(out, 1)[0]!.line;
-  let place = top.length;
-  while (place > 0 && weaker(top[place - 1]!, ci, activation, windows, window)) place--;
-  top.splice(place, 0, { row, position, line, length: 0 });
-  const middle = 3 * line * window + Math.floor(window / 2);
-  windows[middle + window] = ci;
-  windows[middle + 2 * window] = activation;
-}
-
-function weaker({ line }: Kept, ci: number, activation: number, windows: Float32Array, window: number): boolean {
-  const middle = 3 * line * window + Math.floor(window / 2);
-  const itsCi = windows[middle + window]!;
-  return ci > itsCi || (ci === itsCi && Math.abs(activation) > Math.abs(windows[middle + 2 * window]!));
-}
-
-/** Fills in the window of a kept firing, as far as its row goes. */
-function widen({ column, windows }: Tally, kept: Kept, batch: Batch, counts: Counts, window: number): void {
-  const { S, tokens, ci, activation } = batch;
-  const middle = Math.floor(window / 2);
-  const from = Math.max(0, middle - kept.position);
-  const to = Math.min(window, middle - kept.position + S);
-  const first = (kept.row - counts.rows) * S + kept.position - middle;
-  for (let k = from; k < to; k++) {
-    const at = 3 * kept.line * window + k;
-    const i = (first + k) * counts.slotOf.length + column;
-    windows[at] = tokens[first + k]!;
-    windows[at + window] = ci[i]!;
-    windows[at + 2 * window] = activation[i]!;
-  }
-  kept.length = to - from;
-}
-
-function exampleOf({ windows }: Tally, { row, position, line, length }: Kept, window: number): Example {
-  const before = Math.min(position, Math.floor(window / 2));
-  const from = 3 * line * window + Math.floor(window / 2) - before;
-  const [tokens, ci, activation] = [0, 1, 2].map(k =>
-    Array.from(windows.subarray(from + k * window, from + k * window + length), x => round(x, 3)),
-  ) as [number[], number[], number[]];
-  return { row, start: position - before, at: before, tokens, ci, activation };
+  return example;
 }
 
 /** Pair counts are a triangle whose rows are made as components appear: memory goes with the alive ones squared. */
-function countPairs({ slotOf, tallies }: Counts, fired: number[], from: number, to: number): void {
-  const slots = new Int32Array(to - from);
-  for (let f = from; f < to; f++) slots[f - from] = slotOf[fired[f]!]!;
-  slots.sort();
-  for (let i = 0; i < slots.length; i++) {
-    const { together } = tallies[slots[i]!]!;
-    if (!together) break; // later slots have no row either
-    for (let j = 0; j <= i; j++) together[slots[j]!]!++;
+function countPairs(counts: Counts, slots: Int32Array): void {
+  for (let k = 0; k < slots.length; k++) {
+    const { together } = counts.tallies[slots[k]!]!;
+    if (together.length === 0) break; // later slots have no row either
+    for (let j = 0; j <= k; j++) together[slots[j]!]!++;
   }
+  counts.pairPositions++;
 }
 
-/** The counts as densities, means, lists and partners. */
-function describe(
-  counts: Counts,
-  modules: readonly Module[],
-  outputTokens: Int32Array, // [T]
-  mass: Float32Array, // [ΣC, T]
-  settings: HarvestSettings,
-): HarvestComponent[] {
-  const { positions, inputTotal, outputTotal } = counts;
-  const T = outputTokens.length;
-  const byFrequency = (total: Float64Array) =>
-    Array.from(total.keys())
-      .filter(t => total[t]! >= settings.minCount)
-      .sort((a, b) => total[b]! - total[a]!);
-  const inputOrder = byFrequency(inputTotal);
-  const outputOrder = byFrequency(outputTotal);
+/** The score that a list of at most `size` takes no longer. */
+const floor = (list: Scored<unknown>[], size: number) => (list.length < size ? -Infinity : list[size - 1]!.score);
 
-  const alive = counts.tallies.toSorted((a, b) => a.column - b.column);
-  return alive.map((tally): HarvestComponent => {
-    const { column, inputs, missed } = tally;
-    const firings = counts.firings[column]!;
-    const { path, offset } = modules.findLast(m => m.offset <= column)!;
-    const lists = (order: number[], total: Float64Array, count: (t: number) => number) =>
-      tokenLists(order, t => ({ count: count(t), expected: (firings * total[t]!) / positions }), settings);
-    const input = lists(inputOrder, inputTotal, t => (inputs instanceof Map ? (inputs.get(t) ?? 0) : inputs[t]!));
-    const output = lists(outputOrder, outputTotal, t => mass[column * T + t]!);
-    const named = (list: TokenStat[]) => list.map(([t, ...rest]): TokenStat => [outputTokens[t]!, ...rest]);
-    return {
-      module: path,
-      index: column - offset,
-      column,
-      firings,
-      density: round(firings / positions),
-      meanCi: round(counts.ciSum[column]! / positions),
-      meanActivation: round(counts.activationSum[column]! / firings),
-      lowCount: firings < settings.lowCount,
-      examples: {
-        top: tally.top.map(kept => exampleOf(tally, kept, settings.window)),
-        random: tally.random.map(kept => exampleOf(tally, kept, settings.window)),
-      },
-      // After a summary has dropped tokens, "never counted" no longer means "never there".
-      input: { ...input, bottom: input.bottom.filter(([, n]) => missed === 0 || n > 0), missed },
-      output: { top: named(output.top), bottom: named(output.bottom) },
-      partners: partnersOf(tally, counts, settings),
-    };
-  });
-}
-
-/** Puts an item into a sorted list of at most `size`; equal ones keep their order. */
-function insert<X>(list: X[], item: X, size: number, before: (a: X, b: X) => boolean): void {
+/** Puts an item into a list of at most `size`; equal ones keep their order. */
+function insert<X>(list: Scored<X>[], size: number, score: number, item: X): void {
+  if (score <= floor(list, size)) return;
   let i = list.length;
-  while (i > 0 && before(item, list[i - 1]!)) i--;
-  if (i < size) list.splice(i, 0, item);
+  while (i > 0 && score > list[i - 1]!.score) i--;
+  list.splice(i, 0, { score, item });
   if (list.length > size) list.pop();
 }
 
-type Scored = [token: number, count: number, pmi: number];
+/** The counts as densities, means, lists and partners, by column. */
+function describe(
+  counts: Counts,
+  modules: readonly Module[],
+  output: { tokens: Int32Array; mass: Float32Array; total: Float32Array }, // [T], [ΣC, T], [T]
+  settings: HarvestSettings,
+): HarvestComponent[] {
+  const { positions, inputTotal } = counts;
+  const T = output.tokens.length;
+  const byFrequency = (total: Float64Array | Float32Array) =>
+    range(0, total.length)
+      .filter(t => total[t]! >= settings.minCount)
+      .sort((a, b) => total[b]! - total[a]!);
+  const [inputOrder, outputOrder] = [byFrequency(inputTotal), byFrequency(output.total)];
+  const partners = partnersOf(counts, settings);
+  const shown = (list: Scored<Example>[]) =>
+    list.map(({ item }): Example => {
+      const [ci, activation] = [item.ci, item.activation].map(values => values.map(x => round(x, 3)));
+      return { ...item, ci: ci!, activation: activation! };
+    });
+  const all = counts.tallies.map((tally, slot): HarvestComponent => {
+    const { column, inputs, summary, missed, firings } = tally;
+    const { path, offset } = modules.findLast(m => m.offset <= column)!;
+    const onInput = (t: number) => (summary ? (summary.get(t) ?? 0) : inputs[t]!);
+    const input = tokenLists(inputOrder, inputTotal, firings / positions, onInput, settings);
+    const onOutput = (t: number) => output.mass[column * T + t]!;
+    const { top, bottom } = tokenLists(outputOrder, output.total, firings / positions, onOutput, settings);
+    const named = (list: TokenStat[]) => list.map(([t, ...rest]): TokenStat => [output.tokens[t]!, ...rest]);
+    return {
+      ...{ module: path, index: column - offset, column, firings, density: round(firings / positions) },
+      meanCi: round(counts.ciSum[column]! / positions),
+      meanActivation: round(tally.activationSum / firings),
+      lowCount: firings < settings.lowCount,
+      examples: { top: shown(tally.top), random: shown(tally.random) },
+      // After a summary has dropped tokens, "never counted" no longer means "never there".
+      input: { ...input, bottom: input.bottom.filter(([, n]) => missed === 0 || n > 0), missed },
+      output: { top: named(top), bottom: named(bottom) },
+      partners: partners[slot]!,
+    };
+  });
+  return all.sort((a, b) => a.column - b.column);
+}
 
 /** Tokens counted more (top) and less (bottom) often than chance would have it: PMI = ln(count / expected). */
 function tokenLists(
   order: number[], // by falling frequency, which decides between equals
-  of: (token: number) => { count: number; expected: number },
+  total: Float64Array | Float32Array, // n_t
+  density: number, // n_c / N
+  countOf: (token: number) => number,
   { minCount, listLength }: HarvestSettings,
 ): { top: TokenStat[]; bottom: TokenStat[] } {
-  const top: Scored[] = [];
-  const bottom: Scored[] = [];
+  const top: Scored<TokenStat>[] = [];
+  const bottom: Scored<TokenStat>[] = [];
   for (const token of order) {
-    const { count, expected } = of(token);
+    const [count, expected] = [countOf(token), density * total[token]!];
     if (Math.max(count, expected) < minCount) continue;
-    const scored: Scored = [token, count, Math.log(count / expected)];
-    if (count > expected) insert(top, scored, listLength, (a, b) => a[2] > b[2]);
-    if (count < expected) insert(bottom, scored, listLength, (a, b) => a[2] < b[2]);
+    const pmi = Math.log(count / expected);
+    const stat: TokenStat = [token, round(count), count > 0 ? round(pmi) : null];
+    if (count > expected) insert(top, listLength, pmi, stat);
+    if (count < expected) insert(bottom, listLength, -pmi, stat);
   }
-  const shown = ([token, count, pmi]: Scored): TokenStat => [token, round(count), count > 0 ? round(pmi) : null];
-  return { top: top.map(shown), bottom: bottom.map(shown) };
+  return { top: top.map(({ item }) => item), bottom: bottom.map(({ item }) => item) };
 }
 
-function partnersOf(a: Tally, counts: Counts, settings: HarvestSettings): HarvestComponent['partners'] {
-  const jaccard: Partner[] = [];
-  const pmi: Partner[] = [];
-  const slot = counts.slotOf[a.column]!;
-  const nA = a.together?.[slot] ?? 0;
-  for (const [other, b] of nA > 0 ? counts.tallies.entries() : []) {
-    if (!b.together) break;
-    const n = slot > other ? a.together![other]! : b.together[slot]!;
-    if (n === 0 || a === b) continue;
-    const nB = b.together[other]!;
-    const overlap = n / (nA + nB - n);
-    const listed = jaccard.length < settings.partners || overlap > jaccard.at(-1)![2];
-    if (!listed && n < settings.minTogether) continue; // most pairs
-    const partner: Partner = [b.column, n, overlap, Math.log((n * counts.pairPositions) / (nA * nB))];
-    insert(jaccard, partner, settings.partners, (x, y) => x[2] > y[2]);
-    if (n >= settings.minTogether) insert(pmi, partner, settings.partners, (x, y) => x[3] > y[3]);
+/** By slot. */
+function partnersOf({ tallies, pairPositions }: Counts, settings: HarvestSettings): HarvestComponent['partners'][] {
+  const lists = tallies.map(() => ({ jaccard: [] as Scored<Partner>[], pmi: [] as Scored<Partner>[] }));
+  const offer = (to: number, partner: number, n: number, jaccard: number, pmi: number) => {
+    const byPmi = n >= settings.minTogether && pmi > floor(lists[to]!.pmi, settings.partners);
+    if (!byPmi && jaccard <= floor(lists[to]!.jaccard, settings.partners)) return; // most pairs
+    const item: Partner = [tallies[partner]!.column, n, round(jaccard), round(pmi)];
+    insert(lists[to]!.jaccard, settings.partners, jaccard, item);
+    if (byPmi) insert(lists[to]!.pmi, settings.partners, pmi, item);
+  };
+  for (let a = 0; a < tallies.length; a++) {
+    const { together } = tallies[a]!;
+    for (let b = 0; b + 1 < together.length; b++) {
+      const n = together[b]!;
+      if (n === 0) continue;
+      const [nA, nB] = [together[a]!, tallies[b]!.together[b]!];
+      const [jaccard, pmi] = [n / (nA + nB - n), Math.log((n * pairPositions) / (nA * nB))];
+      offer(a, b, n, jaccard, pmi);
+      offer(b, a, n, jaccard, pmi);
+    }
   }
-  const shown = ([column, n, j, p]: Partner): Partner => [column, n, round(j), round(p)];
-  return { jaccard: jaccard.map(shown), pmi: pmi.map(shown) };
+  const items = (list: Scored<Partner>[]) => list.map(({ item }) => item);
+  return lists.map(({ jaccard, pmi }) => ({ jaccard: items(jaccard), pmi: items(pmi) }));
 }
 
 async function readPassage(pass: HarvestPass, row: Int32Array, settings: HarvestSettings): Promise<Passage> {
   const out = tf.tidy(() => {
-    const { ci, activation, probs } = pass(toTensor([row]));
+    const { ci, activation, probs } = pass(tf.tensor2d(row, [1, row.length], 'int32'));
     const { values, indices } = tf.topk(probs, Math.min(5, probs.shape[1]!));
     return [ci, activation, values, indices];
   });
@@ -2429,14 +2377,15 @@ async function readPassage(pass: HarvestPass, row: Int32Array, settings: Harvest
 
 function vocabularyOf(components: HarvestComponent[], passages: Passage[], tokenText: (id: number) => string) {
   const used: boolean[] = []; // by id; faster than a Set
-  for (const { examples, input, output } of components) {
-    for (const { tokens } of [...examples.top, ...examples.random]) for (const t of tokens) used[t] = true;
-    for (const list of [input.top, input.bottom, output.top, output.bottom]) for (const [t] of list) used[t] = true;
-  }
-  for (const { tokens, positions } of passages) {
+  const use = (tokens: number[]) => {
     for (const t of tokens) used[t] = true;
-    for (const [t] of positions.flatMap(p => p.predictions)) used[t] = true;
+  };
+  for (const { examples, input, output } of components) {
+    for (const { tokens } of [...examples.top, ...examples.random]) use(tokens);
+    for (const list of [input.top, input.bottom, output.top, output.bottom]) use(list.map(([t]) => t));
   }
+  for (const { tokens, positions } of passages)
+    use([...tokens, ...positions.flatMap(p => p.predictions.map(([t]) => t))]);
   return Object.fromEntries([...used.keys()].filter(t => used[t]).map(t => [t, tokenText(t)]));
 }
 
@@ -2663,6 +2612,18 @@ function summary({ modules, config }: Problem, metrics: Metrics, board: Scoreboa
   ].join('\n');
 }
 
+/** What the harvest reads of a run. */
+export function harvestPass(problem: Problem, params: Params): HarvestPass {
+  return tokens => {
+    const { pass, g } = importances(problem, params, tokens);
+    const activation = problem.modules.map(m => {
+      const norms = tf.sqrt(tf.sum(tf.square(U(params, m)), 1)); // ‖U_c‖ [C]
+      return tf.mul(matmul(pass.acts[m.path]!, V(params, m)), norms);
+    });
+    return { ci: g, activation: tf.concat(activation, 1), probs: pass.probs };
+  };
+}
+
 /** Harvests a run and writes harvest.json and report.html into its folder. */
 async function harvestRun(
   engine: Engine,
@@ -2673,23 +2634,9 @@ async function harvestRun(
 ) {
   const { target, modules, config } = problem;
   const rows = firstRows(data.train, config.harvestRows || data.train.count);
-  const pass: HarvestPass = tokens => {
-    const { pass: own, g } = importances(problem, params, tokens);
-    const norms = (m: Module) => tf.sqrt(tf.sum(tf.square(U(params, m)), 1)); // ‖U_c‖ [C]
-    const activation = tf.concat(
-      modules.map(m => tf.mul(matmul(own.acts[m.path]!, V(params, m)), norms(m))),
-      1,
-    );
-    return { ci: g, activation, probs: own.probs };
-  };
-  const positions = Math.min(4096, 2 ** 21 / totalC(modules)); // [N, ΣC] is read back twice: 8 MB each
-  const size = Math.max(1, Math.min(rows.count, Math.floor(positions / rows.seqLen)));
-  const batches = range(0, Math.ceil(rows.count / size)).map(b =>
-    range(b * size, Math.min((b + 1) * size, rows.count)).map(rows.row),
-  );
   const show = startProgress(rows.count * rows.seqLen, 0, 'token');
   const result = await harvest({
-    ...{ pass, engine, modules: [...modules], vocabSize: target.arch.vocab, batches },
+    ...{ pass: harvestPass(problem, params), engine, modules: [...modules], vocabSize: target.arch.vocab, rows },
     tokenText: id => tokenText(data.tokenizer, id),
     passages: range(0, Math.min(8, data.heldOut.count)).map(data.heldOut.row),
     settings: { seed: config.seed },

@@ -12,6 +12,7 @@ import {
   type HarvestOptions,
   type HarvestPass,
   harvest,
+  harvestDefaults,
   importances,
   initialParams,
   linearLayers,
@@ -47,8 +48,11 @@ const modulesOf = (sizes: number[]) =>
     ...{ C, offset: sum(sizes.slice(0, i)) },
   })) as unknown as HarvestOptions['modules'];
 
+const rowsOf = (rows: number[][]): HarvestOptions['rows'] => ({
+  ...{ count: rows.length, seqLen: rows[0]?.length ?? 0, row: i => Int32Array.from(rows[i]!) },
+});
+/** Batches of two rows, unless the settings say otherwise. */
 function run(tables: Tables, rows: number[][], options: Partial<HarvestOptions> = {}): Promise<Harvest> {
-  const batchSize = 2;
   const lookUp = (table: number[][], tokens: tf.Tensor) => tf.gather(tf.tensor2d(table), tf.reshape(tokens, [-1]));
   return harvest({
     pass: tokens => ({
@@ -60,11 +64,10 @@ function run(tables: Tables, rows: number[][], options: Partial<HarvestOptions> 
     modules: modulesOf([tables.ci[0]!.length]),
     vocabSize: tables.ci.length,
     tokenText: id => `<${id}>`,
-    batches: range(Math.ceil(rows.length / batchSize)).map(b =>
-      rows.slice(b * batchSize, (b + 1) * batchSize).map(row => Int32Array.from(row)),
-    ),
+    rows: rowsOf(rows),
     passages: [],
     ...options,
+    settings: { batchPositions: 2 * (rows[0]?.length ?? 0), ...options.settings },
   });
 }
 
@@ -267,12 +270,12 @@ test('on the toy, all numbers equal a plain recount', async () => {
     return { ci: g, activation: tf.concat(parts, 1), probs: pass.probs };
   };
   const rows = (JSON.parse(readFileSync(`${toy}eval.json`, 'utf8')) as number[][]).slice(0, 8);
-  const settings = { minTogether: 1, minCount: 1, listLength: 100, pairsPerPosition: 1e9, partners: 5 };
-  const given = rows.map(row => Int32Array.from(row));
+  const batches = { batchPositions: 3 * rows[0]!.length }; // 3, 3 and 2 rows
+  const settings = { ...batches, minTogether: 1, minCount: 1, listLength: 100, pairsPerPosition: 1e9, partners: 5 };
   const { components, positions } = await harvest({
     ...{ pass, modules, vocabSize: target.arch.vocab, tokenText: String, passages: [], settings },
     engine: { compile: (_name, fn) => async feeds => tf.tidy(() => fn(feeds)) },
-    batches: [given.slice(0, 3), given.slice(3, 6), given.slice(6)],
+    rows: rowsOf(rows),
   });
 
   // All positions in one pass, then plain loops over them.
@@ -347,11 +350,8 @@ test('memory is bounded by the settings, not by the data', async () => {
   const tables = randomTables(random, vocab, columns);
   const settings = { outputCells: 10 * columns, inputTokens: 16, pairedComponents: 5, pairsPerPosition: 2 };
   const size = async (rows: number) => {
-    function* batches() {
-      const random = seeded(8);
-      for (let i = 0; i < rows; i++) yield randomRows(random, 2, 20, vocab).map(row => Int32Array.from(row));
-    }
-    return run(tables, [], { batches: batches(), settings: { ...settings, seed: 1 } });
+    const random = seeded(8);
+    return run(tables, randomRows(random, 2 * rows, 20, vocab), { settings: { ...settings, seed: 1 } });
   };
   const [small, large] = [await size(20), await size(200)];
   assert.ok(JSON.stringify(large).length < 1.2 * JSON.stringify(small).length, 'ten times the data');
@@ -363,7 +363,7 @@ test('memory is bounded by the settings, not by the data', async () => {
   assert.ok(paired.size <= 5, `${paired.size} components with partners`);
   // Misra-Gries: a count is never too high, and short by at most `missed`, which is at most a share of the firings.
   const again = seeded(8);
-  const tokens = range(200).flatMap(() => randomRows(again, 2, 20, vocab).flat());
+  const tokens = randomRows(again, 400, 20, vocab).flat();
   for (const { column, firings, input } of large.components) {
     assert.ok(input.missed <= firings / 8, `missed ${input.missed} of ${firings}`);
     for (const [t, n] of input.top) {
@@ -373,31 +373,78 @@ test('memory is bounded by the settings, not by the data', async () => {
   }
 });
 
-test('random examples are the same for the same seed, and every firing is equally likely', async () => {
-  const tables: Tables = { ci: [[1]], activation: [[1]], probs: [[1]] };
-  const rows = range(10).map(() => range(4).map(() => 0)); // 40 firings, 5 kept
+test('when nearly all components fire at every position, all counts are exact', async () => {
+  const random = seeded(11);
+  const [vocab, columns, S] = [13, 150, 16];
+  const tables = randomTables(random, vocab, columns);
+  for (const row of tables.ci)
+    for (const c of row.keys()) row[c] = c % 10 === 0 ? 0 : Math.fround(0.1 + 0.9 * random());
+  const rows = randomRows(random, 60, S, vocab);
+  const { components, positions, pairPositions } = await run(tables, rows, { settings: { seed: 3, minCount: 1 } });
+  const tokens = rows.flat();
+  assert.equal(components.length, 135);
+  // 135²/2 pairs fire at a position and 512 are counted, so 0.056 of the 960 positions: 54, standard deviation 7.
+  assert.ok(pairPositions > 20 && pairPositions < 90, `pairs at ${pairPositions} of ${positions} positions`);
+  for (const { column, firings, meanCi, input, partners } of components) {
+    assert.equal(firings, positions);
+    near(meanCi, sum(tokens.map(t => tables.ci[t]![column]!)) / positions, 'mean CI');
+    assert.deepEqual(input, { top: [], bottom: [], missed: 0 }, 'no token is more or less frequent than elsewhere');
+    for (const [, n, jaccard, pmi] of partners.jaccard) assert.deepEqual([n, jaccard, pmi], [pairPositions, 1, 0]);
+    assert.equal(partners.jaccard.length, harvestDefaults.partners);
+  }
+});
+
+test('the size of the batches changes nothing', async () => {
+  const random = seeded(12);
+  const tables = randomTables(random, 30, 40);
+  const rows = randomRows(random, 23, 12, 30);
+  const settings = { seed: 5, pairsPerPosition: 20, minTogether: 2 };
+  const results = await Promise.all(
+    [1, 4, 23].map(async size => {
+      const { components, pairPositions, positions } = await run(tables, rows, {
+        settings: { ...settings, batchPositions: 12 * size },
+      });
+      // sums of floats are rounded, and of equal partners the first to fire comes first
+      const exact = components.map(({ column, firings, examples, input, partners: { jaccard, pmi } }) => ({
+        ...{ column, firings, examples, input, jaccard: jaccard.map(p => p[2]), pmi: pmi.map(p => p[3]) },
+      }));
+      return { exact, pairPositions, positions };
+    }),
+  );
+  assert.ok(results[0]!.pairPositions < results[0]!.positions, 'pairs are sampled');
+  assert.deepEqual(results[1], results[0]);
+  assert.deepEqual(results[2], results[0]);
+});
+
+test('random examples are the same for the same seed, one a row, and every firing is equally likely', async () => {
+  const tables: Tables = { ci: [[0, 0], [0.5, 0], [1, 1]], activation: range(3).map(() => [1, 1]), probs: range(3).map(() => [1, 0, 0]) }; // biome-ignore format: one line a table
+  // 80 rows, all with two firings of the first component, of different strength, at changing positions
+  const rows = range(80).map(r => range(4).map(s => (s === r % 4 ? 1 : s === (r + 1) % 4 ? 2 : 0)));
   const draw = async (seed: number) => {
     const { components } = await run(tables, rows, { settings: { examples: 5, window: 1, seed } });
-    return components[0]!.examples.random.map(e => 4 * e.row + e.start);
+    return components.map(c => c.examples.random.map(e => 4 * e.row + e.start)) as [number[], number[]];
   };
   assert.deepEqual(await draw(1), await draw(1));
   assert.notDeepEqual(await draw(1), await draw(2));
-  const counts = new Float64Array(40);
-  const runs = 400;
+  const counts = new Map<number, number>();
+  const runs = 600;
+  let shared = 0;
   for (let seed = 0; seed < runs; seed++) {
-    const kept = await draw(seed);
-    assert.equal(new Set(kept).size, 5);
-    for (const n of kept) counts[n]!++;
+    const [kept, other] = await draw(seed);
+    assert.equal(new Set(kept.map(n => Math.floor(n / 4))).size, 5, 'five rows');
+    for (const n of kept) counts.set(n, (counts.get(n) ?? 0) + 1);
+    shared += kept.filter(n => other.includes(n)).length;
   }
-  const expected = (runs * 5) / 40;
-  const chiSquare = sum(counts.map(n => (n - expected) ** 2 / expected));
-  assert.ok(chiSquare < 75, `chi-square ${chiSquare} with 39 degrees of freedom`);
+  assert.equal(counts.size, 160, 'every firing is chosen at some time, and nothing else');
+  const expected = (runs * 5) / 160;
+  const chiSquare = sum([...counts.values()].map(n => (n - expected) ** 2 / expected));
+  assert.ok(chiSquare > 90 && chiSquare < 240, `chi-square ${chiSquare} with 159 degrees of freedom`);
+  // Of 5 firings the second component, which fires at half of them, would have 5 · 5/160 by chance.
+  assert.ok(shared / runs < 0.35, `${shared / runs} of 5 random examples are shared`);
 });
 
-test('uneven rows and no rows are refused', async () => {
-  const tables = randomTables(seeded(1), 4, 2);
-  await assert.rejects(run(tables, [[1, 2], [1]]), /uneven/);
-  await assert.rejects(run(tables, []), /no data/);
+test('no rows are refused', async () => {
+  await assert.rejects(run(randomTables(seeded(1), 4, 2), []), /no data/);
 });
 
 // ---- Report ----
