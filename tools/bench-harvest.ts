@@ -1,27 +1,35 @@
 /**
  * What a harvest costs beyond the forward passes that it needs: both over the same rows, in turn, in one process.
  *
- *   npx tsx tools/bench-harvest.ts --model DIR --data FILE [--rows 512] [--ci-bias -3] [--engine wasm]
+ *   npx tsx tools/bench-harvest.ts --model DIR --data FILE [--ci-bias=-1] [--ci-d-model 128] [--engine wasm]
  *
- * The CI function is untrained; --ci-bias moves its logits, so 0 lets half of all components fire, -3 only a few.
+ * The CI function is untrained; --ci-bias moves its logits, so 0 lets half of all components fire, -1 only a few; its sizes are those of a run unless --ci-d-model is given.
  */
 import { parseArgs } from 'node:util';
 import * as tf from '@tensorflow/tfjs';
 import * as nano from '../nano-param-decomp.ts';
 
-const standard = { model: '', data: '', engine: 'auto', components: '*=64', rows: '512', seq: '128', rounds: '5' };
-const names = [...Object.keys(standard), 'ci-bias'];
+const standard = { model: '', data: '', engine: 'auto', components: '*=64', rows: '0', seq: '512', rounds: '3' };
+const names = [...Object.keys(standard), 'ci-bias', 'ci-d-model'];
 const { values } = parseArgs({ options: Object.fromEntries(names.map(name => [name, { type: 'string' }])) });
-const given = { ...standard, 'ci-bias': '0', ...values } as typeof standard & { 'ci-bias': string };
+const given = { ...standard, 'ci-bias': '0', 'ci-d-model': '', ...values } as Record<string, string> & typeof standard;
 const { model, data, engine: wanted, components } = given;
-const config: nano.Config = {
-  ...{ ...nano.DEFAULTS, model, data, components, engine: wanted, seqLen: Number(given.seq), nSteps: 1000 },
-  ...{ ciDModel: 128, ciNBlocks: 2, ciNHeads: 4, ciMlpHidden: 512 },
+const ciSize = given['ci-d-model'] ? { ciDModel: Number(given['ci-d-model']), ciNBlocks: 2 } : {}; // else auto
+const asked = {
+  ...nano.DEFAULTS,
+  model,
+  data,
+  components,
+  engine: wanted,
+  seqLen: Number(given.seq),
+  nSteps: 1000,
+  ...ciSize,
 };
-const engine = await nano.startEngine(config);
+const engine = await nano.startEngine(asked);
 const target = await nano.loadTarget(model);
+const config = nano.resolveConfig(asked, target.arch, new Set(['seqLen']), engine.gpu);
 const { train } = await nano.loadData(target, config);
-const rows = { ...train, count: Math.min(train.count, Number(given.rows)) };
+const rows = { ...train, count: Math.min(train.count, Number(given.rows) || train.count) };
 const modules = nano.chooseModules(target.linears, components);
 const problem = { target, modules, config };
 const params = nano.initialParams(problem);
