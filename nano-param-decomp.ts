@@ -23,8 +23,12 @@
  *   J. Evaluation        the original's metrics, and ours                         method 6
  *   K. The run           its folder: config, metrics, checkpoints; the training loop
  *   L. Harvest           what every component does; the scoreboard of known rules
- *   M. Report            the page
+ *   M. Report            the summary and the page
  *   N. Command line      the jobs: decompose, eval, harvest
+ *
+ * engine/ holds what makes TFJS fast and what stands between this file and the world: hub, corpora, more model families,
+ * checks of files from strangers, checkpoints that survive a crash. It knows nothing of the method, and is optional:
+ * where it is missing, the shorter ways written here are taken.
  *
  * Left out on purpose: several GPUs, embeddings and unembeddings as modules, targets other than decoder language
  * models, hyperparameter search, experiment trackers.
@@ -1783,15 +1787,14 @@ const CHANGES_BITS = Object.keys(GROUPS.Engine);
 
 /** Refuses, by name, fields that a resumed run must not change; returns a warning for each that costs exactness. */
 export function compareConfigs(old: Readonly<Record<string, unknown>>, now: Readonly<Record<string, unknown>>) {
-  const changes = [...new Set([...Object.keys(old), ...Object.keys(now)])]
-    .map(field => ({
-      field,
-      change: `${field} was ${JSON.stringify(old[field])} and is now ${JSON.stringify(now[field])}`,
-    }))
-    .filter(({ field }) => JSON.stringify(old[field]) !== JSON.stringify(now[field]) && !MAY_CHANGE.includes(field));
-  const refused = changes.filter(({ field }) => !CHANGES_BITS.includes(field)).map(({ change }) => change);
+  const fields = [...new Set([...Object.keys(old), ...Object.keys(now)])];
+  const was = (field: string) => JSON.stringify(old[field]);
+  const is = (field: string) => JSON.stringify(now[field]);
+  const changed = fields.filter(field => was(field) !== is(field) && !MAY_CHANGE.includes(field));
+  const change = (field: string) => `${field} was ${was(field)} and is now ${is(field)}`;
+  const refused = changed.filter(field => !CHANGES_BITS.includes(field)).map(change);
   if (refused.length) throw new UsageError(`--resume: ${refused.join(', ')}; start a new run for that`);
-  return changes.map(({ change }) => `${change}: not bit for bit the same run`);
+  return changed.map(field => `${change(field)}: not bit for bit the same run`);
 }
 
 /** Refuses to resume with another config, model or data; warnings for what costs exactness. */
@@ -2508,8 +2511,9 @@ function readLabels(file: string, rows: Rows): Labels {
 }
 
 // ---- M. Report -----------------------------------------------------------------------------------------------------
-// One HTML file that opens from disk: assets/report.html with the run's data inlined. Token texts are data of
-// strangers: they travel as JSON with everything but plain ASCII escaped, and the page only ever sets textContent.
+// A summary on standard output, and one HTML file that opens from disk: assets/report.html with the run's data inlined.
+// Token texts are data of strangers: they travel as JSON with everything but plain ASCII escaped, and the page only ever
+// sets textContent.
 
 export interface ReportData {
   config: unknown; // of config.json
