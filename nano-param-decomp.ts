@@ -2524,7 +2524,7 @@ export interface ReportData {
 }
 
 const PLACEHOLDER = '"@@report-data@@"';
-const MAX_REPORT_BYTES = 19e6; // examples are left out of a larger page; harvest.json has them all
+const MAX_REPORT_BYTES = 19e6; // a larger page gets shorter lists and fewer examples; harvest.json has them all
 
 /** The page of a run. Throws when the template has not exactly one placeholder. */
 export function renderReport(template: string, run: ReportData): string {
@@ -2536,19 +2536,30 @@ export function renderReport(template: string, run: ReportData): string {
   const ids = Object.keys(vocabulary).map(Number);
   const numberOf = new Map(ids.map((id, k) => [id, k])); // tokens are numbered by their place in `texts`
   const tokenBytes = ids.length > 2 ** 16 ? 3 : 2;
-  const inline = (perKind: number) => {
-    const packed = components.map(({ module, index, ...component }) => {
+  const inline = (examples: number, perList: number) => {
+    const short = <X>(list: X[]) => list.slice(0, perList);
+    const packed = components.map(({ module, index, input, output, partners, ...component }) => {
       const { top, random } = component.examples;
       const scale = Math.max(...[...top, ...random].flatMap(e => e.activation.map(Math.abs)), 1e-30);
-      const pack = (list: Example[]) => list.slice(0, perKind).map(e => packExample(e, numberOf, tokenBytes, scale));
-      return { ...component, examples: { scale, top: pack(top), random: pack(random) } };
+      const pack = (list: Example[], n: number) =>
+        list.slice(0, n).map(e => packExample(e, numberOf, tokenBytes, scale));
+      return {
+        ...component,
+        input: { ...input, top: short(input.top), bottom: short(input.bottom) },
+        output: { top: short(output.top), bottom: short(output.bottom) },
+        partners: { jaccard: short(partners.jaccard), pmi: short(partners.pmi) },
+        examples: { scale, top: pack(top, Math.ceil(examples / 2)), random: pack(random, Math.floor(examples / 2)) },
+      };
     });
     const texts = Object.values(vocabulary);
     return asciiJson({ ...run, harvest: { ...rest, ids, texts, tokenBytes, components: packed } });
   };
-  const [none, one] = [inline(0), inline(1)].map(json => json.length) as [number, number];
-  const room = (MAX_REPORT_BYTES - template.length - none) / Math.max(1, one - none);
-  return before + inline(Math.max(1, Math.floor(room))) + after;
+  const size = (examples: number, perList: number) => template.length + inline(examples, perList).length;
+  let perList = run.harvest.settings.listLength;
+  while (perList > 1 && size(2, perList) > MAX_REPORT_BYTES) perList = Math.floor(perList / 2);
+  const [none, two] = [size(0, perList), size(2, perList)];
+  const examples = Math.floor((2 * (MAX_REPORT_BYTES - none)) / Math.max(1, two - none));
+  return before + inline(Math.max(1, examples), perList) + after;
 }
 
 /** JSON in which nothing can end a script, start a comment or turn the reading direction: plain ASCII without <>&. */
@@ -2642,7 +2653,7 @@ async function harvestRun(
   const result = await harvest({
     ...{ pass: harvestPass(problem, params), engine, modules: [...modules], vocabSize: target.arch.vocab, rows },
     tokenText: id => tokenText(data.tokenizer, id),
-    passages: range(0, Math.min(8, data.heldOut.count)).map(data.heldOut.row),
+    passages: range(0, Math.min(8, Math.ceil(1024 / rows.seqLen), data.heldOut.count)).map(data.heldOut.row),
     settings: { seed: config.seed },
     progress: positions => show(positions, () => `harvest ${positions} tokens`),
   });

@@ -508,8 +508,10 @@ test('the report inlines the data once, whatever it contains', async () => {
 test('a large harvest makes a page of bounded size', async () => {
   const tables = randomTables(seeded(4), 50, 20);
   const result = await run(tables, randomRows(seeded(5), 40, 41, 50), {});
-  const many = range(500).flatMap(() => result.components); // 10,000 components
-  const data = { config: {}, metrics: {}, history: [], harvest: { ...result, components: many } };
-  const megabytes = renderReport('"@@report-data@@"', data).length / 1e6;
-  assert.ok(megabytes < 20, `${megabytes} MB`);
+  for (const copies of [500, 1500]) {
+    const many = range(copies).flatMap(() => result.components); // 10,000 components, 30,000
+    const data = { config: {}, metrics: {}, history: [], harvest: { ...result, components: many } };
+    const megabytes = renderReport('"@@report-data@@"', data).length / 1e6;
+    assert.ok(megabytes > 10 && megabytes < 20, `${megabytes} MB`);
+  }
 });
