@@ -2322,9 +2322,10 @@ function tokenLists(
     const [count, expected] = [countOf(token), density * total[token]!];
     if (Math.max(count, expected) < minCount) continue;
     const pmi = Math.log(count / expected);
+    if (Math.abs(pmi) < 1e-4) continue; // no more than the rounding of sums in float32
     const stat: TokenStat = [token, round(count), count > 0 ? round(pmi) : null];
-    if (count > expected) insert(top, listLength, pmi, stat);
-    if (count < expected) insert(bottom, listLength, -pmi, stat);
+    if (pmi > 0) insert(top, listLength, pmi, stat);
+    else insert(bottom, listLength, -pmi, stat);
   }
   return { top: top.map(({ item }) => item), bottom: bottom.map(({ item }) => item) };
 }
