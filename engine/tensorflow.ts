@@ -86,7 +86,9 @@ export async function startTensorFlow(options: {
   };
   if (!graph) return engine;
   const graphs = await import('./graph.ts');
-  const traced = new graphs.Graph({ xla: useXla });
+  // Short products are rounded at other places in a graph than op by op, and a threshold turns that into 0 or 1.
+  const tolerance = precision === 'bf16' ? 0.03 : gpu && precision !== 'float32' ? 0.01 : 1e-3;
+  const traced = new graphs.Graph({ xla: useXla, tolerance });
   const compile: Graph['compile'] = (name, fn) => traced.compile(name, fn);
   return { ...engine, compile };
 }

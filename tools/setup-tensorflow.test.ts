@@ -8,6 +8,7 @@ import path from 'node:path';
 import { type TestContext, test } from 'node:test';
 import util from 'node:util';
 import * as tf from '@tensorflow/tfjs';
+import { Graph } from '../engine/graph.ts';
 import { loadTensorFlow, useBf16Products } from '../engine/tensorflow.ts';
 import { cacheRoot, cudaRequirements, parseOptions, publish, wheelName } from './setup-tensorflow.ts';
 
@@ -163,6 +164,22 @@ test('bf16 products', { skip: absent }, async t => {
       assert.deepEqual(fused.arraySync(), [[3]]);
     });
     assert.equal(tf.memory().numTensors, before);
+  });
+  await t.test('become a graph, forward and backward', async () => {
+    const graph = new Graph({ tolerance: 0.03 });
+    const w = tf.variable(tf.randomNormal([64, 16], 0, 1, 'float32', 5), false);
+    const step = graph.compile('step', ({ x }) => {
+      const [gradient] = tf.grads(w => tf.sum(tf.square(tf.matMul(x as tf.Tensor2D, w as tf.Tensor2D))))([w]);
+      w.assign(tf.sub(w, tf.mul(1e-3, gradient!)));
+      return { y: tf.matMul(x as tf.Tensor2D, w as tf.Tensor2D) };
+    });
+    const x = tf.randomNormal([8, 64], 0, 1, 'float32', 6);
+    for (let i = 0; i < 3; i++) {
+      const { y } = await step({ x });
+      const error = relativeError(y!, exact(x, swap(w)));
+      assert.ok(error > 1e-4 && error < 1e-2, `relative error ${error}`);
+    }
+    graph.dispose();
   });
   await t.test('go through whatever binding the backend has at the call, as tracing needs', () => {
     const backend = tf.backend() as unknown as { binding: Record<string, unknown> };
