@@ -1524,6 +1524,16 @@ export function crossEntropy(logProbs: T<'N vocab'>, tokens: T<'B S'>): T {
   return tf.neg(tf.div(tf.sum(tf.mul(predicted, next)), B * (S - 1)));
 }
 
+/**
+ * Mean KL(target ‖ prediction) once more, for small ones: with d = ln p − ln q it is Σ p d = Σ p (d + e^−d − 1), whose
+ * terms are all positive, so float32 sums them without cancellation.
+ */
+function smallKl({ probs, logProbs }: TargetPass, predicted: T<'N vocab'>): T {
+  const d = tf.sub(logProbs, predicted);
+  const terms = tf.mul(probs, tf.add(d, tf.sub(tf.exp(tf.neg(d)), 1)));
+  return tf.div(tf.sum(terms), probs.shape[0]!);
+}
+
 /** Random numbers of the evaluations. */
 export interface EvaluationDraws {
   stoch: Draws;
@@ -1548,17 +1558,17 @@ export function evaluateMasks(problem: Problem, params: Tensors, tokens: T<'B S'
     rounded_masked: { mask: indicator(tf.greater(g, config.roundingThreshold)) },
     zero_masked: { mask: tf.zeros([1, totalC(modules)]) },
   };
-  const ceTarget = crossEntropy(pass.logProbs, tokens);
   const scalars: Tensors = {
-    'ce_kl/ce_target': ceTarget,
+    'ce_kl/ce_target': crossEntropy(pass.logProbs, tokens),
     'loss/FaithfulnessLoss': faithfulnessLoss(problem, params),
     'loss/ImportanceMinimalityLoss': importanceLoss(upperLeaky(z, config.leakyAlpha), p, config, 1),
     'loss/StochasticReconSubsetLoss': stochasticLoss(problem, params, pass, g, draws.subset),
   };
   for (const [name, masks] of Object.entries(strategies)) {
-    const logits = maskedLogits(problem, params, tokens, masks);
-    scalars[`ce_kl/kl_${name}`] = klLoss(pass, logits);
-    scalars[`ce_kl/ce_difference_${name}`] = tf.sub(crossEntropy(tf.logSoftmax(logits), tokens), ceTarget);
+    const predicted = tf.logSoftmax(maskedLogits(problem, params, tokens, masks));
+    scalars[`ce_kl/kl_${name}`] = smallKl(pass, predicted);
+    // of the differences, not a difference of two nearly equal means
+    scalars[`ce_kl/ce_difference_${name}`] = crossEntropy(tf.sub(predicted, pass.logProbs), tokens);
   }
   const active = tf.mean(indicator(tf.greater(g, config.ciAliveThreshold)), 0); // [ΣC]
   return { ...scalars, active, meanCi: tf.mean(g, 0) };
@@ -1566,7 +1576,7 @@ export function evaluateMasks(problem: Problem, params: Tensors, tokens: T<'B S'
 
 /** KL when the components are deleted (mask 0, delta 0) whose `mask` [1, ΣC] is 0, and all others stay on. */
 export const klAlive = (problem: Problem, params: Tensors, tokens: T<'B S'>, mask: T) =>
-  klLoss(targetPass(problem.target, tokens), maskedLogits(problem, params, tokens, { mask }));
+  smallKl(targetPass(problem.target, tokens), tf.logSoftmax(maskedLogits(problem, params, tokens, { mask })));
 
 /** Fresh PGD: the KL at one source [1, ΣC + M] shared by the whole batch, and where a step of sign ascent takes it. */
 export function pgdStep(problem: Problem, params: Tensors, tokens: T<'B S'>, source: T) {

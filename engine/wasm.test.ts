@@ -306,6 +306,25 @@ test('functions are right to a few roundings', () => {
   assert.ok(error(tf.erf, erf, grid(-3, 3), 1) < 5e-7);
 });
 
+test('sums of a million numbers are right to a few roundings', () => {
+  const x = floats([1 << 18, 4]);
+  const [square, exact] = [tf.tidy(() => tf.square(x)), [0, 0, 0, 0]];
+  for (const [i, value] of square.dataSync().entries()) exact[i % 4]! += value;
+  const total = exact.reduce((a, b) => a + b);
+  const off = (t: tf.Tensor, expected: number[]) => {
+    const values = t.dataSync();
+    return Math.max(...expected.map((e, i) => Math.abs(values[i]! / e - 1)));
+  };
+  tf.tidy(() => {
+    assert.ok(off(tf.sum(square), [total]) < 1e-6);
+    assert.ok(off(tf.mean(square), [total / square.size]) < 1e-6);
+    assert.deepEqual(tf.sum(square, null as never, true).shape, [1, 1]);
+    const columns = off(tf.sum(square, 0), exact);
+    assert.ok(columns < 1e-5, String(columns));
+  });
+  tf.dispose([x, square]);
+});
+
 test('an index out of range is still an error', () => {
   for (const index of [-1, 10])
     assert.throws(() => tf.tidy(() => tf.gather(floats([10, 2]), tf.tensor1d([index], 'int32'))), /not in \[0, 9\]/);

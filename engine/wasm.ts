@@ -181,6 +181,7 @@ export function fastWasmKernels(): void {
   });
 
   // ---- Sums over leading axes: the stock kernels transpose first. XNNPACK's mean pooling needs not ----
+  // And sums of everything: the stock kernels add in float32, one after another, which is off by 1e-3 at a million.
 
   const averagePool = stockOf('AvgPool');
   for (const name of ['Sum', 'Mean'])
@@ -188,6 +189,14 @@ export function fastWasmKernels(): void {
       const axes = tf.util.parseAxisParam(axis, x.shape);
       const rest = x.shape.slice(axes.length);
       const [cols, rows] = [sizeOf(rest), sizeOf(x.shape) / sizeOf(rest)];
+      if (isFloat(x) && rows > 1 && !rest.length) {
+        const all = values(x);
+        let sum = 0; // in double precision
+        for (let i = 0; i < rows; i++) sum += all[i]!;
+        const out = output(keepDims ? axes.map(() => 1) : []);
+        values(out)[0] = name === 'Sum' ? sum : sum / rows;
+        return out;
+      }
       if (!isFloat(x) || rows === 1 || !rest.length || !axes.every((a, i) => a === i)) return stock();
       const image = view(x, [1, rows, 1, cols]);
       const out = averagePool({ x: image }, { filterSize: [rows, 1], strides: 1, pad: 'valid' });

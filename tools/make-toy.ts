@@ -260,7 +260,7 @@ const WARMUP_STEPS = 100;
 const LEARNING_RATE = 4e-3;
 const BETAS = { beta1: 0.9, beta2: 0.98, eps: 1e-8 };
 /** Of matrices only. More of it makes parts that are cut out missed more, but the rules share them more. */
-const WEIGHT_DECAY = 0.05;
+const WEIGHT_DECAY = 0.2;
 
 /** The network before training. Its weights are trainable here; the product's are frozen. */
 function newTarget(random: () => number): Target {
