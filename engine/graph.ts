@@ -60,6 +60,8 @@ export interface FunctionStats {
 }
 
 const MAX_CONST_BYTES = 2 ** 20;
+/** Variables are fetched in groups of so many bytes: a session makes a plan for every new set of fetches, in 50 ms. */
+const GROUP_BYTES = 2 ** 27;
 /** Ops that do nothing when they leave shape and type as they are. */
 const SHAPERS = new Set(['Identity', 'Cast', 'Reshape', 'BroadcastTo', 'Tile', 'Slice', 'Pad', 'PadV2']);
 /** Ops with hidden state: they neither repeat nor agree with a run op by op. */
@@ -110,6 +112,7 @@ interface Slot {
   name: string;
   variable: tf.Variable;
   stub?: object | undefined;
+  group?: Slot[]; // fetched together
 }
 
 /** Handle, read, and what sets it from outside: feed /new, fetch /done. */
@@ -150,6 +153,8 @@ interface Recorded extends Node {
   constant?: Values | undefined; // of a Const
   ms?: number; // what it took when it was run by itself
 }
+/** Shapes and types of results, by op, attributes, and inputs. */
+type Shapes = Map<string, Omit<Meta, 'id'>[]>;
 /** A recorded function, ready to be loaded and run. */
 interface Compiled {
   prefix: string;
@@ -161,6 +166,7 @@ interface Compiled {
   assigned: Slot[];
   results: string[]; // the refs of the outputs, then of what is assigned
   recording?: Recorded[] | undefined; // until the second call has repeated it
+  shapes: Shapes;
 }
 
 class Trace {
@@ -172,7 +178,7 @@ class Trace {
   private readonly feeds: string[] = [];
   private readonly outputs: [key: string, name: string][] = [];
   private readonly assigned: [slot: Slot, ref: string][] = [];
-  private readonly shapes = new Map<string, Omit<Meta, 'id'>[]>(); // of results, by op, attributes and inputs
+  private readonly shapes: Shapes;
   private nextId = -2; // of tensors without data; the binding's count up from 0, and -1 is a stub's
   private ops = 0;
   private readonly prefix: string; // of all names
@@ -186,13 +192,14 @@ class Trace {
     xla: boolean,
     binding: Binding,
     slotOf: (dataId: object) => Slot | undefined,
-    like?: Recorded[],
+    known?: Compiled,
   ) {
     this.prefix = prefix;
     this.xla = xla;
     this.binding = binding;
     this.slotOf = slotOf;
-    this.like = like;
+    this.like = known?.recording;
+    this.shapes = known?.shapes ?? new Map();
   }
 
   /** Stands in for the binding: what depends on feeds or variables is only written down. */
@@ -363,6 +370,7 @@ class Trace {
       assigned: this.assigned.map(([slot]) => slot),
       results: [...this.outputs.map(([, name]) => name), ...this.assigned.map(([, ref]) => ref)],
       recording: this.nodes,
+      shapes: this.shapes,
     };
   }
 }
@@ -493,7 +501,7 @@ export class Graph {
     const byData = new Map<object, tf.Variable>([...before.keys()].map(variable => [variable.dataId, variable]));
     const slotOf = (dataId: object) => (byData.has(dataId) ? this.slot(byData.get(dataId)!) : undefined);
     const prefix = known?.prefix ?? `f${this.functions.length}`;
-    const trace = new Trace(prefix, this.options.xla, this.binding, slotOf, known?.recording);
+    const trace = new Trace(prefix, this.options.xla, this.binding, slotOf, known);
     try {
       const feeds: Feeds = {};
       for (const [key, tensor] of entries) {
@@ -600,22 +608,30 @@ export class Graph {
     this.close();
     const slots = [...this.slots.values()];
     const functions = [...this.functions, compiled];
-    const bytes = savedModel([...slots.flatMap(slotNodes), ...functions.flatMap(({ nodes }) => nodes)]);
+    const file = savedModel([...slots.flatMap(slotNodes), ...functions.flatMap(({ nodes }) => nodes)]);
     const folder = fs.mkdtempSync(path.join(os.tmpdir(), 'graph-'));
     const start = performance.now();
     try {
-      fs.writeFileSync(path.join(folder, 'saved_model.pb'), bytes);
+      fs.writeFileSync(path.join(folder, 'saved_model.pb'), file);
       this.session = this.binding.loadSavedModel(folder, 'serve');
     } finally {
       fs.rmSync(folder, { recursive: true });
     }
     this.loaded = slots;
+    let bytes = 0;
+    let group: Slot[] = [];
+    for (const slot of slots) {
+      bytes += 4 * slot.variable.size;
+      if (bytes > GROUP_BYTES) [bytes, group] = [4 * slot.variable.size, []];
+      group.push(slot);
+      slot.group = group;
+    }
     this.functions.push(compiled);
     const loadMs = performance.now() - start;
     const [ops, nodes] = [compiled.ops, compiled.nodes.length];
-    Object.assign(this.stats, { bytes: bytes.length, loadMs });
+    Object.assign(this.stats, { bytes: file.length, loadMs });
     this.options.log(
-      `${name}: ${ops} operations became ${nodes} nodes of a graph of ${(bytes.length / 2 ** 20).toFixed(1)} MiB, ` +
+      `${name}: ${ops} operations became ${nodes} nodes of a graph of ${(file.length / 2 ** 20).toFixed(1)} MiB, ` +
         `loaded in ${loadMs.toFixed(0)} ms`,
     );
   }
@@ -658,9 +674,9 @@ export class Graph {
     for (const slot of changed) this.attach(slot);
   }
 
-  /** Fetches all variables at once. Looking at one fetches that one by itself. */
-  pull(): void {
-    const slots = this.loaded.filter(({ variable, stub }) => !variable.isDisposed && variable.dataId === stub);
+  /** Fetches variables, all if none are named. Looking at one fetches its group. */
+  pull(wanted = this.loaded): void {
+    const slots = wanted.filter(({ variable, stub }) => !variable.isDisposed && variable.dataId === stub);
     const stubs = slots.map(({ stub }) => this.backend.tensorMap.get(stub!));
     if (stubs.every(({ id }) => id >= 0)) return;
     const names = slots.map(({ name }) => `${name}/read`).join();
@@ -672,14 +688,14 @@ export class Graph {
 
   /** The session has the variable's value: a stub replaces its data, which is freed unless shared. */
   private attach(slot: Slot): void {
-    const { name, variable } = slot;
+    const { variable } = slot;
     const tensor = this.backend.createOutputTensor({ id: -1, shape: variable.shape, dtype: dtypeOf(variable) });
     variable.assign(tensor);
     tensor.dispose();
     const stub = this.backend.tensorMap.get(tensor.dataId);
     slot.stub = tensor.dataId;
     fetchers.set(tensor.dataId, () => {
-      if (stub.id < 0) stub.id = this.binding.runSavedModel(this.session!, [], '', `${name}/read`)[0]!.id;
+      if (stub.id < 0) this.pull(slot.group);
     });
   }
 
