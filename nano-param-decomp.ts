@@ -62,6 +62,18 @@ function refuse(message: string): never {
 /** Standard output is the result, standard error the talk. */
 const talk = (line: string): void => void process.stderr.write(`${line}\n`);
 
+const sizeOf = (shape: readonly number[]) => shape.reduce((n, d) => n * d, 1);
+const range = (from: number, to: number): number[] =>
+  Array.from({ length: Math.max(0, to - from) }, (_, i) => from + i);
+/** 0 … count − 1 in batches of `size`, the last one maybe shorter. */
+const inBatches = (count: number, size: number): number[][] =>
+  range(0, Math.ceil(count / size)).map(b => range(b * size, Math.min((b + 1) * size, count)));
+function sum(values: Iterable<number>): number {
+  let total = 0;
+  for (const value of values) total += value;
+  return total;
+}
+
 // ---- A. Config ------------------------------------------------------------------------------------------------------
 // One record gives each field its type, default, bounds, flag (kebab-case) and line in --help. Defaults are the paper's
 // run (method 5); "0 = auto" are sizes that follow the target, by a rule that gives the paper's at the paper's target.
@@ -293,7 +305,7 @@ export const randomKey = (seed: number, step: number): tf.Tensor1D => tf.tensor1
 export function uniform(shape: number[], key: tf.Tensor, purpose: number): tf.Tensor {
   if (tf.getBackend() !== 'tensorflow') {
     const [seed = 0, step = 0] = key.dataSync();
-    return tf.tensor(uniformArray(tf.util.sizeFromShape(shape), seed, step, purpose), shape);
+    return tf.tensor(uniformArray(sizeOf(shape), seed, step, purpose), shape);
   }
   const backend = tf.backend() as unknown as {
     binding: Record<'TF_ATTR_TYPE' | 'TF_FLOAT' | 'TF_INT32', number>;
@@ -344,7 +356,6 @@ export type TensorInfo = { dtype: string; shape: readonly number[]; begin: numbe
 export type SafetensorsHeader = { tensors: ReadonlyMap<string, TensorInfo>; metadata: ReadonlyMap<string, string> };
 export type SafetensorsFile = Awaited<ReturnType<typeof openSafetensors>>;
 type ReadBytes = (begin: number, end: number) => Uint8Array;
-const sizeOf = (shape: readonly number[]) => shape.reduce((n, d) => n * d, 1);
 
 /** The header of an honest file, whole or cut short; engine/safetensors.ts is for files from strangers. */
 export function plainHeader(file: string, read: ReadBytes, fileBytes: number): SafetensorsHeader {
@@ -525,13 +536,14 @@ export function plainArchitecture(config: Record<string, unknown>, file: string)
   const [dModel, nHeads] = [size('hidden_size'), size('num_attention_heads')];
   const headDim = size('head_dim', dModel / nHeads);
   const theta = Number(config.rope_theta ?? 10_000);
+  // biome-ignore format: what belongs together on one line
   return {
-    ...{ type, names, activation, dModel, nHeads, headDim, nKvHeads: size('num_key_value_heads', nHeads) },
-    ...{ vocab: size('vocab_size', undefined, 1 << 24), dMlp: size('intermediate_size') },
-    ...{ nLayers: size('num_hidden_layers', undefined, 4096), norm: 'rms', eps: Number(config.rms_norm_eps ?? 1e-6) },
-    ...{ context: size('max_position_embeddings', 2048, 1 << 24), contextField: 'max_position_embeddings' },
+    type, names, activation, dModel, nHeads, headDim, nKvHeads: size('num_key_value_heads', nHeads),
+    vocab: size('vocab_size', undefined, 1 << 24), dMlp: size('intermediate_size'),
+    nLayers: size('num_hidden_layers', undefined, 4096), norm: 'rms', eps: Number(config.rms_norm_eps ?? 1e-6),
+    context: size('max_position_embeddings', 2048, 1 << 24), contextField: 'max_position_embeddings',
     rotary: Float32Array.from({ length: headDim / 2 }, (_, i) => theta ** ((-2 * i) / headDim)),
-    ...{ qkv: 'separate', conv1d: false, parallelResidual: false, biased: undefined },
+    qkv: 'separate', conv1d: false, parallelResidual: false, biased: undefined,
     tied: Boolean(config.tie_word_embeddings ?? type === 'llama_simple_mlp'),
   };
 }
@@ -745,8 +757,6 @@ export interface Rows {
   row(i: number): Int32Array;
 }
 const firstRows = (rows: Rows, n: number): Rows => ({ ...rows, count: Math.min(n, rows.count) });
-const range = (from: number, to: number): number[] =>
-  Array.from({ length: Math.max(0, to - from) }, (_, i) => from + i);
 
 /** The tokenizer of a model folder; engine/tokenizer.ts repairs what the JavaScript library splits otherwise. */
 export async function loadTokenizer(dir: string): Promise<Tokenizer> {
@@ -908,7 +918,7 @@ export interface Problem {
   readonly modules: readonly Module[];
   readonly config: Config;
 }
-export const totalC = (modules: readonly Module[]) => modules.reduce((n, m) => n + m.C, 0);
+export const totalC = (modules: readonly Module[]) => sum(modules.map(m => m.C));
 
 /** Resolves --components: "pattern=C,…", first match wins, * is any text; "auto" takes all with C = max(dIn, dOut). */
 export function chooseModules(linears: readonly LinearLayer[], spec: string): Module[] {
@@ -989,14 +999,18 @@ export interface TargetPass {
   logProbs: T<'N vocab'>;
   probs: T<'N vocab'>;
 }
-export function targetPass(target: Target, tokens: T<'B S'>): TargetPass {
+/** A forward that keeps what enters and what leaves every linear layer. */
+function watchedForward(target: Target, tokens: T<'B S'>, linear: Linear) {
   const [acts, outputs]: [TargetPass['acts'], TargetPass['outputs']] = [{}, {}];
-  const own = ownLinear(target);
   const logits = targetForward(target, tokens, (name, x) => {
     acts[name] = x;
-    outputs[name] = own(name, x);
+    outputs[name] = linear(name, x);
     return outputs[name];
   });
+  return { acts, outputs, logits };
+}
+export function targetPass(target: Target, tokens: T<'B S'>): TargetPass {
+  const { acts, outputs, logits } = watchedForward(target, tokens, ownLinear(target));
   const logProbs = tf.logSoftmax(logits);
   return { tokens, acts, outputs, logProbs, probs: tf.exp(logProbs) };
 }
@@ -1010,7 +1024,7 @@ const FLOAT32_EPSILON = 1.1920929e-7;
 /** Its shapes in PyTorch's layout [out,in], by name, in the order of components.safetensors. */
 export function ciShapes({ modules, config }: Problem): Record<string, number[]> {
   const d = config.ciDModel;
-  const sumIn = modules.reduce((n, m) => n + m.dIn, 0);
+  const sumIn = sum(modules.map(m => m.dIn));
   const shapes: Record<string, number[]> = { 'ci_fn.proj_in.weight': [d, sumIn], 'ci_fn.proj_in.bias': [d] };
   for (let i = 0; i < config.ciNBlocks; i++) {
     const block = `ci_fn.blocks.${i}`;
@@ -1093,7 +1107,7 @@ export function faithfulnessLoss({ target, modules }: Problem, params: Tensors):
   const squares = modules.map(m =>
     tf.sum(tf.square(tf.sub(weight(target, m.path), matmul(V(params, m), U(params, m))))),
   );
-  const numel = modules.reduce((n, m) => n + m.dIn * m.dOut, 0);
+  const numel = sum(modules.map(m => m.dIn * m.dOut));
   return tf.div(tf.addN(squares), numel);
 }
 
@@ -1422,12 +1436,11 @@ export function compileStep(engine: Engine, problem: Problem, state: State) {
 export function estimate({ target, modules, config }: Problem) {
   const { vocab, dModel } = target.arch;
   const { ciDModel, ciNBlocks, ciMlpHidden, ciNHeads, seqLen, batchSize, microBatches: R } = config;
-  const sum = (sizes: number[]) => sizes.reduce((a, b) => a + b, 0);
   const [sumC, N] = [totalC(modules), batchSize * seqLen];
   const targetParams = sum([...target.weights.values()].map(w => w.size));
   const decomposed = sum(modules.map(m => m.dIn * m.dOut));
   const components = sum(modules.map(m => m.C * (m.dIn + m.dOut)));
-  const ciFn = sum(Object.values(ciShapes({ target, modules, config })).map(tf.util.sizeFromShape));
+  const ciFn = sum(Object.values(ciShapes({ target, modules, config })).map(sizeOf));
   const params = components + ciFn;
   const state = targetParams + params * (R > 1 ? 4 : 3) + 3 * N * (sumC + modules.length);
   const ciActs = ciNBlocks * (16 * ciDModel + 5 * ciMlpHidden + 4 * ciNHeads * seqLen);
@@ -1444,7 +1457,7 @@ export function initialParams(problem: Problem): Params {
   const { modules, config } = problem;
   const params: Params = {};
   let purpose = PURPOSE.init;
-  const draws = (shape: number[]) => uniformArray(tf.util.sizeFromShape(shape), config.seed, 0, purpose++);
+  const draws = (shape: number[]) => uniformArray(sizeOf(shape), config.seed, 0, purpose++);
   const normal = (shape: number[], deviation: number) => {
     const [u, w] = [draws(shape), draws(shape)]; // Box-Muller
     const value = (x: number, i: number) => Math.sqrt(-2 * Math.log(1 - x)) * Math.cos(2 * Math.PI * w[i]!);
@@ -1473,7 +1486,7 @@ const zeros = (shape: number[]): tf.Variable => tf.tidy(() => tf.variable(tf.zer
 export function initialState({ modules, config }: Problem, params: Params): State {
   const shape = [config.batchSize * config.seqLen, totalC(modules) + modules.length];
   const s = frozen(uniformArray(shape[0]! * shape[1]!, config.seed, 0, PURPOSE.sources), shape);
-  const size = (group: Group) => namesOf(params, group).reduce((n, name) => n + params[name]!.size, 0);
+  const size = (group: Group) => sum(namesOf(params, group).map(name => params[name]!.size));
   return {
     params,
     m: ofGroups(group => zeros([size(group)])),
@@ -1590,11 +1603,7 @@ export function pgdStep(problem: Problem, params: Tensors, tokens: T<'B S'>, sou
 export function hiddenActsErrors(problem: Problem, params: Tensors, tokens: T<'B S'>, draws: Draws) {
   const { pass, g } = importances(problem, params, tokens);
   const errors = (masks: Masks) => {
-    const [linear, outputs] = [maskedLinear(problem, params, masks), {} as Tensors];
-    targetForward(problem.target, tokens, (name, x) => {
-      outputs[name] = linear(name, x);
-      return outputs[name];
-    });
+    const { outputs } = watchedForward(problem.target, tokens, maskedLinear(problem, params, masks));
     return tf.stack(problem.modules.map(m => tf.mean(tf.squaredDifference(outputs[m.path]!, pass.outputs[m.path]!))));
   };
   return { CI: errors({ mask: g }), Stochastic: errors({ mask: interpolate(g, draws.u), delta: draws.delta }) };
@@ -1609,7 +1618,7 @@ export interface Evaluation {
 /** Compiles the evaluations; the result evaluates the parameters as they are then, averaged over batches of rows. */
 export function compileEvaluation(engine: Engine, problem: Problem, params: Params) {
   const { modules, config } = problem;
-  const sumC = totalC(modules);
+  const [sumC, sumOut] = [totalC(modules), sum(modules.map(m => m.dOut))];
   type Batch = Record<'tokens' | 'key', T>;
   const masks = engine.compile('evaluate', ({ tokens, key, p }: Batch & { p: T }) =>
     evaluateMasks(problem, params, tokens, p, evaluationDraws(problem, tokens.size, key)),
@@ -1628,9 +1637,7 @@ export function compileEvaluation(engine: Engine, problem: Problem, params: Para
     const metrics: Metrics = {};
     const [meanCi, active] = [new Float32Array(sumC), new Float32Array(sumC)];
     const p = tf.scalar(schedule(config, Math.min(step, config.nSteps - 1)).p);
-    const size = config.evalBatchSize;
-    const batches = range(0, Math.ceil(rows.count / size)).map(b => {
-      const indices = range(b * size, Math.min((b + 1) * size, rows.count));
+    const batches = inBatches(rows.count, config.evalBatchSize).map((indices, b) => {
       const key = randomKey(config.seed ^ 0x5eed, 2 * b);
       return { tokens: tokenBatch(rows, indices), key, share: indices.length / rows.count };
     });
@@ -1649,15 +1656,14 @@ export function compileEvaluation(engine: Engine, problem: Problem, params: Para
       for (let i = 0; i < config.pgdEvalNSteps; i++) source = (await pgd({ tokens, source })).next;
       add('loss/PGDReconLoss', (await numbers((await pgd({ tokens, source })).kl))[0]!);
       for (const [kind, errors] of slow ? Object.entries(await hidden({ tokens, key })) : []) {
-        const dOut = modules.reduce((n, m) => n + m.dOut, 0);
         for (const [i, error] of (await numbers(errors)).entries()) {
           add(`loss/${kind}HiddenActsReconLoss/${modules[i]!.path}`, error);
-          add(`loss/${kind}HiddenActsReconLoss/total`, (error * modules[i]!.dOut) / dOut);
+          add(`loss/${kind}HiddenActsReconLoss/total`, (error * modules[i]!.dOut) / sumOut);
         }
       }
     }
     const isAlive = meanCi.map(ci => Number(ci >= DEAD_BELOW));
-    metrics['eval/n_alive'] = isAlive.reduce((a, b) => a + b, 0);
+    metrics['eval/n_alive'] = sum(isAlive);
     metrics['eval/ce_kl/kl_alive'] = 0;
     for (const { tokens, share } of batches) {
       const { kl } = await alive({ tokens, mask: tf.tensor2d(isAlive, [1, sumC]) });
@@ -1671,7 +1677,7 @@ export function compileEvaluation(engine: Engine, problem: Problem, params: Para
     const l0 = `eval/l0/${Number.isInteger(threshold) ? threshold.toFixed(1) : threshold}`;
     metrics[`${l0}_total`] = 0;
     for (const { path: name, offset, C } of modules) {
-      metrics[`${l0}_${name}`] = active.subarray(offset, offset + C).reduce((a, b) => a + b, 0);
+      metrics[`${l0}_${name}`] = sum(active.subarray(offset, offset + C));
       metrics[`${l0}_total`]! += metrics[`${l0}_${name}`]!;
     }
     return { metrics, meanCi };
@@ -2042,8 +2048,12 @@ export async function harvest(options: HarvestOptions): Promise<Harvest> {
 
   const seed = scramble(scramble(settings.seed) ^ PURPOSE.harvest);
   const counts: Counts = {
-    ...{ positions: 0, pairPositions: 0, inputTotal: new Float64Array(vocabSize), tallies: [] },
-    ...{ ciSum: new Float64Array(columns), slotOf: new Int32Array(columns).fill(-1) },
+    positions: 0,
+    pairPositions: 0,
+    inputTotal: new Float64Array(vocabSize),
+    tallies: [],
+    ciSum: new Float64Array(columns),
+    slotOf: new Int32Array(columns).fill(-1),
   };
   for (let first = 0; first < rows.count; first += B) {
     const end = Math.min(first + B, rows.count);
@@ -2070,10 +2080,16 @@ export async function harvest(options: HarvestOptions): Promise<Harvest> {
   const passages: Passage[] = [];
   for (const row of options.passages) passages.push(await readPassage(pass, row, settings));
   return {
-    ...{ formatVersion: 1, positions: counts.positions, pairPositions: counts.pairPositions, outputTokens: covered },
+    formatVersion: 1,
+    positions: counts.positions,
+    pairPositions: counts.pairPositions,
+    outputTokens: covered,
     settings,
     modules: modules.map(({ path, offset, C }) => ({
-      ...{ path, offset, C, alive: components.filter(c => c.module === path).length },
+      path,
+      offset,
+      C,
+      alive: components.filter(c => c.module === path).length,
       meanCi: Array.from(counts.ciSum.subarray(offset, offset + C), sum => round(sum / counts.positions)),
     })),
     components,
@@ -2214,7 +2230,13 @@ function tallyOf({ slotOf, tallies, inputTotal }: Counts, column: number, settin
   const slot = tallies.length;
   const vocabSize = inputTotal.length;
   const tally: Tally = {
-    ...{ column, slot, firings: 0, activationSum: 0, missed: 0, top: [], random: [] },
+    column,
+    slot,
+    firings: 0,
+    activationSum: 0,
+    missed: 0,
+    top: [],
+    random: [],
     inputs: new Uint32Array(vocabSize <= settings.inputTokens ? vocabSize : 0),
     summary: vocabSize <= settings.inputTokens ? undefined : new Map(),
     together: new Uint32Array(slot < settings.pairedComponents ? slot + 1 : 0),
@@ -2304,7 +2326,11 @@ function describe(
     const { top, bottom } = tokenLists(outputOrder, output.total, firings / positions, onOutput, settings);
     const named = (list: TokenStat[]) => list.map(([t, ...rest]): TokenStat => [output.tokens[t]!, ...rest]);
     return {
-      ...{ module: path, index: column - offset, column, firings, density: round(firings / positions) },
+      module: path,
+      index: column - offset,
+      column,
+      firings,
+      density: round(firings / positions),
       meanCi: round(counts.ciSum[column]! / positions),
       meanActivation: round(tally.activationSum / firings),
       lowCount: firings < settings.lowCount,
@@ -2490,7 +2516,7 @@ export async function scoreRules(
         const kl = await numbers((await without({ tokens, mask })).kl);
         const mean = (wanted: boolean) => {
           const chosen = kl.filter((_, n) => inForce[n]!.includes(r) === wanted);
-          return chosen.reduce((a, b) => a + b, 0) / Math.max(1, chosen.length);
+          return sum(chosen) / Math.max(1, chosen.length);
         };
         return { c, klInForce: mean(true), klElsewhere: mean(false) };
       }),
@@ -2498,13 +2524,18 @@ export async function scoreRules(
     const { c, klInForce, klElsewhere } = deletions.sort((a, b) => b.klInForce - a.klInForce)[0]!;
     const m = modules.find(({ offset, C }) => c < offset + C)!;
     scores.push({
-      ...{ ...rule, support: support[r]!, component: { module: m.path, index: c - m.offset }, f1: f1(c) },
+      ...rule,
+      support: support[r]!,
+      component: { module: m.path, index: c - m.offset },
+      f1: f1(c),
       precision: both[r]![c]! / Math.max(1, firings[c]!),
       recall: both[r]![c]! / Math.max(1, support[r]!),
-      ...{ klInForce, klElsewhere, causal: klInForce > 0.1 && klElsewhere < klInForce / 10 },
+      klInForce,
+      klElsewhere,
+      causal: klInForce > 0.1 && klElsewhere < klInForce / 10,
     });
   }
-  const meanF1 = scores.reduce((a, s) => a + s.f1, 0) / scores.length;
+  const meanF1 = sum(scores.map(s => s.f1)) / scores.length;
   const count = (wanted: (s: RuleScore) => boolean) => scores.filter(wanted).length;
   return { rules: scores, meanF1, nF1AtLeast80: count(s => s.f1 >= 0.8), nCausal: count(s => s.causal) };
 }
@@ -2662,7 +2693,11 @@ async function harvestRun(
   const rows = firstRows(data.train, config.harvestRows || data.train.count);
   const show = startProgress(rows.count * rows.seqLen, 0, 'token');
   const result = await harvest({
-    ...{ pass: harvestPass(problem, params), engine, modules: [...modules], vocabSize: target.arch.vocab, rows },
+    pass: harvestPass(problem, params),
+    engine,
+    modules: [...modules],
+    vocabSize: target.arch.vocab,
+    rows,
     tokenText: id => tokenText(data.tokenizer, id),
     passages: range(0, Math.min(8, Math.ceil(1024 / rows.seqLen), data.heldOut.count)).map(data.heldOut.row),
     settings: { seed: config.seed },
@@ -2722,6 +2757,7 @@ async function resolveModel(spec: string): Promise<string> {
   return hub ? hub.resolveModel(spec) : refuse(`${spec}: no such folder; hub ids need engine/hub.ts`);
 }
 
+const LOSS_TOKENS = 8192; // over which the target's own loss is averaged, where there are so many
 /** What every job starts with: engine, target, data, modules; last the target's own loss: a wrongly loaded model shows. */
 async function open(config: Config, given: ReadonlySet<string>, preset?: Preset) {
   if (!config.model) refuse('--model: missing; takes a Hugging Face folder or a hub id (or give a --preset)');
@@ -2746,18 +2782,17 @@ async function open(config: Config, given: ReadonlySet<string>, preset?: Preset)
   talk(`modules  ${modules.length} of ${linears.length} linear layers, ${totalC(modules)} components`);
   const rows = firstRows(data.heldOut, Math.max(c.evalBatchSize, Math.ceil(LOSS_TOKENS / c.seqLen)));
   let loss = 0;
-  for (let i = 0; i < rows.count; i++) {
-    const ofRow = tf.tidy(() => {
-      const tokens = tokenBatch(rows, [i]);
+  for (const indices of inBatches(rows.count, c.evalBatchSize)) {
+    const ofBatch = tf.tidy(() => {
+      const tokens = tokenBatch(rows, indices);
       return crossEntropy(targetPass(target, tokens).logProbs, tokens);
     });
-    loss += (await numbers(ofRow))[0]! / rows.count;
-    ofRow.dispose();
+    loss += ((await numbers(ofBatch))[0]! * indices.length) / rows.count;
+    ofBatch.dispose();
   }
   talk(`loss     ${loss.toFixed(4)} nats per token, the target's own on ${rows.count} held-out rows`);
   return { engine, problem, data, heldOut: firstRows(data.heldOut, c.evalBatchSize) };
 }
-const LOSS_TOKENS = 8192; // over which it is averaged, where there are so many
 
 /** Says what a step will take, and refuses what can't fit. */
 function checkSize(problem: Problem, gpu: boolean): void {

@@ -1,7 +1,7 @@
 import * as fs from 'node:fs';
 import * as zlib from 'node:zlib';
 import { datasetShards } from './hub.ts';
-import { UsageError } from './usage-error.ts';
+import { orRefuse, UsageError } from './usage-error.ts';
 
 // Every reader holds one document (a line, a row, a parquet row group) in memory, never the file.
 
@@ -64,12 +64,9 @@ async function* jsonLines(file: string): AsyncGenerator<string | number[]> {
   for await (const line of pieces(file, /\n/)) {
     number++;
     if (line.trim() === '') continue;
-    let record: { text?: unknown; input_ids?: unknown } | null;
-    try {
-      record = JSON.parse(line);
-    } catch (error) {
-      throw new UsageError(`${file}:${number}: ${(error as Error).message}`);
-    }
+    const record: { text?: unknown; input_ids?: unknown } | null = orRefuse(`${file}:${number}`, () =>
+      JSON.parse(line),
+    );
     const document = record?.text ?? record?.input_ids;
     if (typeof document !== 'string' && !Array.isArray(document))
       throw new UsageError(`${file}:${number}: takes {"text": …} or {"input_ids": […]}`);
@@ -90,17 +87,9 @@ async function* jsonRows(file: string): AsyncGenerator<number[]> {
     if (ids === undefined && (first || ended || closed.trim() !== ''))
       throw new UsageError(`${file}: row ${row}: takes [[ids…], …]`);
     if (ids === undefined) ended = true;
-    else yield parseIds(`[${ids}]`, `${file}: row ${row++}`);
+    else yield orRefuse(`${file}: row ${row++}`, () => JSON.parse(`[${ids}]`));
   }
   if (!ended || open?.trim()) throw new UsageError(`${file}: takes [[ids…], …], and this is not all of it`);
-}
-
-function parseIds(text: string, where: string): number[] {
-  try {
-    return JSON.parse(text);
-  } catch (error) {
-    throw new UsageError(`${where}: ${(error as Error).message}`);
-  }
 }
 
 const COLUMNS = ['input_ids', 'text', 'story']; // the last is SimpleStories'

@@ -155,6 +155,11 @@ interface Recorded extends Node {
 }
 /** Shapes and types of results, by op, attributes, and inputs. */
 type Shapes = Map<string, Omit<Meta, 'id'>[]>;
+/** All nodes, and the shapes found for them: what a second recording is compared with, and need not find again. */
+interface Recording {
+  nodes: Recorded[];
+  shapes: Shapes;
+}
 /** A recorded function, ready to be loaded and run. */
 interface Compiled {
   prefix: string;
@@ -165,8 +170,7 @@ interface Compiled {
   outputs: string[]; // the outputs' keys
   assigned: Slot[];
   results: string[]; // the refs of the outputs, then of what is assigned
-  recording?: Recorded[] | undefined; // until the second call has repeated it
-  shapes: Shapes;
+  recording?: Recording | undefined; // until the second call has repeated it
 }
 
 class Trace {
@@ -192,13 +196,13 @@ class Trace {
     xla: boolean,
     binding: Binding,
     slotOf: (dataId: object) => Slot | undefined,
-    known?: Compiled,
+    known?: Recording,
   ) {
     this.prefix = prefix;
     this.xla = xla;
     this.binding = binding;
     this.slotOf = slotOf;
-    this.like = known?.recording;
+    this.like = known?.nodes;
     this.shapes = known?.shapes ?? new Map();
   }
 
@@ -369,8 +373,7 @@ class Trace {
       outputs: this.outputs.map(([key]) => key),
       assigned: this.assigned.map(([slot]) => slot),
       results: [...this.outputs.map(([, name]) => name), ...this.assigned.map(([, ref]) => ref)],
-      recording: this.nodes,
-      shapes: this.shapes,
+      recording: { nodes: this.nodes, shapes: this.shapes },
     };
   }
 }
@@ -501,7 +504,7 @@ export class Graph {
     const byData = new Map<object, tf.Variable>([...before.keys()].map(variable => [variable.dataId, variable]));
     const slotOf = (dataId: object) => (byData.has(dataId) ? this.slot(byData.get(dataId)!) : undefined);
     const prefix = known?.prefix ?? `f${this.functions.length}`;
-    const trace = new Trace(prefix, this.options.xla, this.binding, slotOf, known);
+    const trace = new Trace(prefix, this.options.xla, this.binding, slotOf, known?.recording);
     try {
       const feeds: Feeds = {};
       for (const [key, tensor] of entries) {

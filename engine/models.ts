@@ -1,7 +1,7 @@
 import * as fs from 'node:fs';
 import * as path from 'node:path';
 import type { Architecture, Names } from '../nano-param-decomp.ts';
-import { refuse } from './usage-error.ts';
+import { orRefuse, refuse } from './usage-error.ts';
 
 // What the families of models call things, and everything a config may ask for: done, or refused by name. Nothing here
 // is assumed to be harmless because it is rare; a field that changes the network and is overlooked gives wrong numbers.
@@ -39,9 +39,16 @@ const FAMILIES: Record<string, Names> = {
 
 /** The functions under all names that configs give them. */
 const ACTIVATIONS: Record<string, Architecture['activation']> = {
-  ...{ silu: 'silu', swish: 'silu', relu: 'relu', gelu: 'gelu', gelu_python: 'gelu' },
-  ...{ gelu_new: 'gelu_new', gelu_pytorch_tanh: 'gelu_new', gelu_python_tanh: 'gelu_new' },
-  ...{ gelu_fast: 'gelu_new', gelu_accurate: 'gelu_new' },
+  silu: 'silu',
+  swish: 'silu',
+  relu: 'relu',
+  gelu: 'gelu',
+  gelu_python: 'gelu',
+  gelu_new: 'gelu_new',
+  gelu_pytorch_tanh: 'gelu_new',
+  gelu_python_tanh: 'gelu_new',
+  gelu_fast: 'gelu_new',
+  gelu_accurate: 'gelu_new',
 };
 
 /** Fields of a config that ask for something not done here, unless their value is one of these (or absent or null). */
@@ -103,7 +110,12 @@ export function readArchitecture(config: Config, file: string): Architecture {
   // absent means 4096 in mistral, null means none
   const window = type === 'mistral' && config.sliding_window !== null ? count('sliding_window', 4096) : Infinity;
   return {
-    ...{ type, names: FAMILIES[type]!, dModel, nHeads, headDim, activation: ACTIVATIONS[activation]! },
+    type,
+    names: FAMILIES[type]!,
+    dModel,
+    nHeads,
+    headDim,
+    activation: ACTIVATIONS[activation]!,
     nKvHeads: gpt2 || neox ? nHeads : nKvHeads,
     vocab: count('vocab_size'),
     dMlp: count(gpt2 ? 'n_inner' : 'intermediate_size', gpt2 ? 4 * dModel : undefined),
@@ -171,10 +183,11 @@ function rotaryFrequencies(config: Config, headDim: number, positions: number, f
   });
 }
 
+// biome-ignore format: what belongs together on one line
 const YAML_KEYS: Record<string, string> = {
-  ...{ n_embd: 'hidden_size', n_intermediate: 'intermediate_size', n_layer: 'num_hidden_layers' },
-  ...{ n_head: 'num_attention_heads', n_key_value_heads: 'num_key_value_heads', n_ctx: 'max_position_embeddings' },
-  ...{ rotary_base: 'rope_theta', attn_bias: 'attention_bias' },
+  n_embd: 'hidden_size', n_intermediate: 'intermediate_size', n_layer: 'num_hidden_layers',
+  n_head: 'num_attention_heads', n_key_value_heads: 'num_key_value_heads', n_ctx: 'max_position_embeddings',
+  rotary_base: 'rope_theta', attn_bias: 'attention_bias',
 };
 
 /** Where there is no config.json: what the original's trainer leaves, model_config.yaml, lines of `key: scalar`. */
@@ -182,7 +195,8 @@ export function readYaml(dir: string): [file: string, config: Config] | undefine
   const yaml = path.join(dir, 'model_config.yaml');
   if (fs.existsSync(path.join(dir, 'config.json')) || !fs.existsSync(yaml)) return undefined;
   const config: Record<string, unknown> = {};
-  for (const [, key = '', value = ''] of read(yaml, text => text.matchAll(/^(\w+): *(.*?) *\r?$/gm))) {
+  const text = orRefuse(yaml, () => fs.readFileSync(yaml, 'utf8'));
+  for (const [, key = '', value = ''] of text.matchAll(/^(\w+): *(.*?) *\r?$/gm)) {
     config[YAML_KEYS[key] ?? key] = /^(-?[\d.]+(e-?\d+)?|true|false|null)$/.test(value) ? JSON.parse(value) : value;
   }
   if (config.model_type === 'LlamaSimpleMLP') config.model_type = 'llama_simple_mlp';
@@ -195,7 +209,7 @@ export function weightFiles(dir: string): string[] {
   let names: string[] = all.filter(f => f === 'model.safetensors');
   const index = path.join(dir, 'model.safetensors.index.json');
   if (names.length === 0 && fs.existsSync(index)) {
-    const content = read(index, text => JSON.parse(text));
+    const content = orRefuse(index, () => JSON.parse(fs.readFileSync(index, 'utf8')));
     if (typeof content !== 'object' || !content || Array.isArray(content)) refuse(`${index}: not an object`);
     names = [...new Set(Object.values(content.weight_map ?? {}).map(String))];
     const odd = names.find(name => !/^[\w-][\w.-]*\.safetensors$/.test(name));
@@ -206,12 +220,4 @@ export function weightFiles(dir: string): string[] {
     refuse(`${dir}: several checkpoints, ${names}`);
   if (names.length === 0) refuse(`${dir}: no model.safetensors, and no model.safetensors.index.json`);
   return names;
-}
-
-function read<X>(file: string, parse: (text: string) => X): X {
-  try {
-    return parse(fs.readFileSync(file, 'utf8'));
-  } catch (error) {
-    return refuse(`${file}: ${(error as Error).message}`);
-  }
 }

@@ -14,8 +14,7 @@ type Json = Record<string, any>;
 const SPACE = '\\p{White_Space}';
 const WORD = '\\p{Alphabetic}\\p{M}\\p{Nd}\\p{Pc}\\p{Join_Control}';
 const PUNCTUATION = '[\\p{P}!-/:-@\\[-`{-~]';
-const GPT2_WORDS =
-  `'s|'t|'re|'ve|'m|'ll|'d| ?\\p{L}+| ?\\p{N}+| ?[^${SPACE}\\p{L}\\p{N}]+` + `|${SPACE}+(?!\\P{White_Space})|${SPACE}+`;
+const GPT2_WORDS = `'s|'t|'re|'ve|'m|'ll|'d| ?\\p{L}+| ?\\p{N}+| ?[^${SPACE}\\p{L}\\p{N}]+|${SPACE}+(?!\\P{White_Space})|${SPACE}+`;
 
 const sequence = (...pretokenizers: Json[]): Json => ({ type: 'Sequence', pretokenizers });
 const replace = (Regex: string, content: string): Json => ({ type: 'Replace', pattern: { Regex }, content });

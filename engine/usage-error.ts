@@ -6,3 +6,11 @@ export class UsageError extends Error {
 export function refuse(message: string): never {
   throw new UsageError(message.slice(0, 500).replace(/[\p{C}\p{Zl}\p{Zp}]/gu, '?'));
 }
+/** What the job gives; what it throws is a refusal of `where`: a file, or a place in one. */
+export function orRefuse<X>(where: string, job: () => X): X {
+  try {
+    return job();
+  } catch (error) {
+    return refuse(`${where}: ${(error as Error).message}`);
+  }
+}
