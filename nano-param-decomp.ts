@@ -23,12 +23,12 @@
  *   J. Evaluation        the original's metrics, and ours                         method 6
  *   K. The run           its folder: config, metrics, checkpoints; the training loop
  *   L. Harvest           what every component does; the scoreboard of known rules
- *   M. Report            the summary and the page
+ *   M. Report            what a run says of itself: its size before, the summary and the page after
  *   N. Command line      the jobs: decompose, eval, harvest
  *
- * engine/ holds what makes TFJS fast and what stands between this file and the world: hub, corpora, more model families,
- * checks of files from strangers, checkpoints that survive a crash. It knows nothing of the method, and is optional:
- * where it is missing, the shorter ways written here are taken.
+ * engine/ holds what makes TFJS fast and what stands between this file and the world: flags, hub, corpora, more model
+ * families, files from strangers, checkpoints that survive a crash. It knows nothing of the method, and is optional:
+ * where it is missing, the plain ways written here are taken.
  *
  * Left out on purpose: several GPUs, embeddings and unembeddings as modules, targets other than decoder language
  * models, hyperparameter search, experiment trackers.
@@ -42,7 +42,6 @@ import * as fs from 'node:fs';
 import * as os from 'node:os';
 import * as path from 'node:path';
 import { fileURLToPath } from 'node:url';
-import { parseArgs } from 'node:util';
 import { Tokenizer } from '@huggingface/tokenizers';
 import * as tf from '@tensorflow/tfjs';
 
@@ -58,13 +57,34 @@ export class UsageError extends Error {
 function refuse(message: string): never {
   throw new UsageError(message.slice(0, 500).replace(/[\p{C}\p{Zl}\p{Zp}]/gu, '?'));
 }
+/** What the job gives; what it throws is a refusal of `where`: a file, or a line of one. */
+function orRefuse<X>(where: string, job: () => X): X {
+  try {
+    return job();
+  } catch (error) {
+    return refuse(`${where}: ${(error as Error).message}`);
+  }
+}
+const readText = (file: string): string => orRefuse(file, () => fs.readFileSync(file, 'utf8'));
+function readJson(file: string): Record<string, unknown> {
+  const value = orRefuse(file, () => JSON.parse(readText(file)));
+  return typeof value === 'object' && value && !Array.isArray(value) ? value : refuse(`${file}: not an object`);
+}
+
+/** A part of engine/ or a package, by import(); undefined where it is missing. */
+async function optional<M>(part: Promise<M>): Promise<M | undefined> {
+  try {
+    return await part;
+  } catch (error) {
+    if ((error as NodeJS.ErrnoException).code !== 'ERR_MODULE_NOT_FOUND') throw error;
+  }
+}
 
 /** Standard output is the result, standard error the talk. */
 const talk = (line: string): void => void process.stderr.write(`${line}\n`);
 
 const sizeOf = (shape: readonly number[]) => shape.reduce((n, d) => n * d, 1);
-const range = (from: number, to: number): number[] =>
-  Array.from({ length: Math.max(0, to - from) }, (_, i) => from + i);
+const range = (from: number, to: number) => Array.from({ length: Math.max(0, to - from) }, (_, i) => from + i);
 /** 0 … count − 1 in batches of `size`, the last one maybe shorter. */
 const inBatches = (count: number, size: number): number[][] =>
   range(0, Math.ceil(count / size)).map(b => range(b * size, Math.min((b + 1) * size, count)));
@@ -78,14 +98,9 @@ function sum(values: Iterable<number>): number {
 // One record gives each field its type, default, bounds, flag (kebab-case) and line in --help. Defaults are the paper's
 // run (method 5); "0 = auto" are sizes that follow the target, by a rule that gives the paper's at the paper's target.
 
-interface Field<V> {
-  value: V;
-  help: string;
-  min?: number;
-  max?: number;
-  integer?: boolean;
-  choices?: string;
-}
+export type Value = string | number | boolean;
+/** `choices`: one of these words. */
+export type Field<V> = { value: V; help: string; min?: number; max?: number; integer?: boolean; choices?: string };
 const real = (value: number, help: string, min = 0, max = 1e12): Field<number> => ({ value, help, min, max });
 const int = (value: number, help: string, min = 0, max = 1e9) => ({ ...real(value, help, min, max), integer: true });
 const text = (value: string, help: string, choices = ''): Field<string> => ({ value, help, choices });
@@ -168,17 +183,12 @@ type Merged<U> = (U extends unknown ? (u: U) => void : never) extends (merged: i
 type Fields = Merged<(typeof GROUPS)[keyof typeof GROUPS]>;
 /** Every field with its value: what config.json stores. */
 export type Config = { [K in keyof Fields]: Fields[K] extends Field<infer V> ? V : never };
-type Value = string | number | boolean;
 const FIELDS: Record<string, Field<Value>> = Object.assign({}, ...Object.values(GROUPS));
 export const DEFAULTS = Object.fromEntries(Object.entries(FIELDS).map(([k, f]) => [k, f.value])) as Config;
 
 const bundled = (file: string) => fileURLToPath(new URL(`assets/toy/${file}`, import.meta.url));
 /** Named settings: their source, what differs from the defaults, and the target that they are meant for. */
-interface Preset {
-  source: string;
-  config: Partial<Config>;
-  target?: Partial<Architecture>;
-}
+type Preset = { source: string; target?: Partial<Architecture>; config: Partial<Config> };
 // biome-ignore format: a line for what belongs together
 export const PRESETS: Record<string, Preset> = {
   toy: {
@@ -210,21 +220,6 @@ export const PRESETS: Record<string, Preset> = {
   },
 };
 
-/** A field's flag in kebab-case; a boolean one can only be turned off. */
-const flagOf = (name: string) =>
-  `${typeof FIELDS[name]!.value === 'boolean' ? 'no-' : ''}${name.replace(/[A-Z]/g, c => `-${c.toLowerCase()}`)}`;
-
-/** A field's value from the text of its flag. @throws UsageError naming the flag, what it got and what it takes */
-function fieldValue(name: string, raw: Value): Value {
-  const { value: standard, choices, min = 0, max = 0, integer } = FIELDS[name]!;
-  const takes = (what: string) => refuse(`--${flagOf(name)}: got ${JSON.stringify(raw)}, takes ${what}`);
-  if (typeof standard === 'string')
-    return !choices || choices.split(' ').includes(`${raw}`) ? raw : takes(`one of ${choices}`);
-  const value = typeof raw === 'string' && raw.trim() === '' ? Number.NaN : Number(raw);
-  const fits = value >= min && value <= max && (!integer || Number.isInteger(value));
-  return fits ? value : takes(`${integer ? 'an integer' : 'a number'} from ${min} to ${max}`);
-}
-
 // ---- B. Engine ------------------------------------------------------------------------------------------------------
 // The maths is plain TFJS. What makes an engine fast (the traced graph, better WASM kernels) is in engine/ and
 // optional: without that folder everything runs op by op.
@@ -232,8 +227,7 @@ function fieldValue(name: string, raw: Value): Value {
 export interface Engine {
   readonly name: string;
   readonly gpu: boolean;
-  /** One line for people: which engine, and why. */
-  readonly description: string;
+  readonly description: string; // a line for people: which engine, and why
   /**
    * A function with the same meaning as `fn`, and faster where the engine can trace it: `fn` is then run once as it is
    * and from then on as one graph. So whatever changes from call to call must enter through `feeds`, and no branch of
@@ -254,15 +248,6 @@ export async function tidyAsync<X>(job: () => Promise<X>): Promise<X> {
   }
 }
 const numbers = async (t: T): Promise<Float32Array> => (await t.data()) as Float32Array;
-
-/** import() of a part that may be missing. */
-async function optional<M>(part: Promise<M>): Promise<M | undefined> {
-  try {
-    return await part;
-  } catch (error) {
-    if ((error as NodeJS.ErrnoException).code !== 'ERR_MODULE_NOT_FOUND') throw error;
-  }
-}
 
 type EngineOptions = Pick<Config, 'engine' | 'precision' | 'graph' | 'xla' | 'threads'> & { nSteps?: number };
 
@@ -307,15 +292,13 @@ export function uniform(shape: number[], key: tf.Tensor, purpose: number): tf.Te
     const [seed = 0, step = 0] = key.dataSync();
     return tf.tensor(uniformArray(sizeOf(shape), seed, step, purpose), shape);
   }
-  const backend = tf.backend() as unknown as {
-    binding: Record<'TF_ATTR_TYPE' | 'TF_FLOAT' | 'TF_INT32', number>;
-    executeSingleOutput(op: string, attrs: object[], inputs: tf.Tensor[]): tf.Tensor;
-  };
-  const { TF_ATTR_TYPE: type, TF_FLOAT, TF_INT32 } = backend.binding;
-  const types = Object.entries({ dtype: TF_FLOAT, T: TF_INT32, Tseed: TF_INT32 });
-  const attrs = types.map(([name, value]) => ({ name, type, value }));
+  // biome-ignore lint/suspicious/noExplicitAny: a method of tfjs-node, whose types are not there without it
+  const { binding, executeSingleOutput } = tf.backend() as any;
+  const types = { dtype: binding.TF_FLOAT, T: binding.TF_INT32, Tseed: binding.TF_INT32 };
+  const attrs = Object.entries(types).map(([name, value]) => ({ name, type: binding.TF_ATTR_TYPE, value }));
   const seed = tf.add(key, tf.tensor1d([purpose, 0], 'int32'));
-  return backend.executeSingleOutput('StatelessRandomUniform', attrs, [tf.tensor1d(shape, 'int32'), seed]);
+  const inputs = [tf.tensor1d(shape, 'int32'), seed];
+  return executeSingleOutput.call(tf.backend(), 'StatelessRandomUniform', attrs, inputs);
 }
 
 /**
@@ -349,137 +332,46 @@ function scramble(x: number): number {
 }
 
 // ---- C. Target model ------------------------------------------------------------------------------------------------
-// A safetensors file: the length of its header in 8 bytes, the header (JSON), then the tensors' bytes side by side.
+// A Hugging Face folder: config.json names the architecture, safetensors files hold the weights. A safetensors file is
+// the length of its header in 8 bytes, the header (JSON), then the tensors' bytes side by side.
 
-type Texts = Readonly<Record<string, string>>;
-export type TensorInfo = { dtype: string; shape: readonly number[]; begin: number; end: number }; // bytes of the file
-export type SafetensorsHeader = { tensors: ReadonlyMap<string, TensorInfo>; metadata: ReadonlyMap<string, string> };
-export type SafetensorsFile = Awaited<ReturnType<typeof openSafetensors>>;
-type ReadBytes = (begin: number, end: number) => Uint8Array;
-
-/** The header of an honest file, whole or cut short; engine/safetensors.ts is for files from strangers. */
-export function plainHeader(file: string, read: ReadBytes, fileBytes: number): SafetensorsHeader {
-  const start = 8 + Number(new DataView(read(0, 8).buffer).getBigUint64(0, true));
-  if (start > fileBytes) refuse(`${file}: ends too early, within its header`);
-  type Entry = { dtype: string; shape: number[]; data_offsets: [number, number] };
-  const header = parseJson(new TextDecoder().decode(read(8, start)), file) as Record<string, Entry>;
-  const { __metadata__: metadata = {}, ...entries } = header;
-  const tensors = new Map<string, TensorInfo>();
-  for (const [name, { dtype, shape, data_offsets }] of Object.entries(entries)) {
-    const [begin, end] = [start + data_offsets[0], start + data_offsets[1]];
-    if (end > fileBytes) refuse(`${file}: ends too early, within the tensor ${name}`);
-    tensors.set(name, { dtype, shape, begin, end });
-  }
-  return { tensors, metadata: new Map(Object.entries(metadata as Texts)) };
+export interface SafetensorsFile {
+  readonly tensors: ReadonlyMap<string, { dtype: string; shape: readonly number[] }>;
+  readFloat32(name: string): Float32Array; // row-major
+  close(): void;
 }
-
 /** The number behind 16 bits: a sign, 5 bits of exponent (0: subnormal, 31: infinity and NaN), 10 bits of mantissa. */
 const HALF_FLOATS = Float32Array.from({ length: 65536 }, (_, bits) => {
   const [sign, exponent, mantissa] = [bits >> 15 ? -1 : 1, (bits >> 10) & 31, bits & 1023];
   if (exponent === 31) return mantissa ? Number.NaN : sign * Number.POSITIVE_INFINITY;
   return sign * (exponent ? (1024 + mantissa) * 2 ** (exponent - 25) : mantissa * 2 ** -24);
 });
-const DECODERS: Record<string, (bytes: ArrayBufferLike) => ArrayLike<number>> = {
+const DECODERS: Record<string, (bytes: ArrayBuffer) => ArrayLike<number>> = {
   F32: bytes => new Float32Array(bytes),
   F16: bytes => new Float32Array(new Uint16Array(bytes)).map(bits => HALF_FLOATS[bits]!),
   BF16: bytes => new Float32Array(new Uint32Array(new Uint16Array(bytes)).map(upperHalf => upperHalf << 16).buffer),
   F64: bytes => new Float64Array(bytes),
 };
 
-/** Opens a safetensors file, its header checked; tensors are read one at a time, in row-major order. */
-export async function openSafetensors(file: string) {
-  const readHeader = (await optional(import('./engine/safetensors.ts')))?.readHeader ?? plainHeader;
-  const stat = fs.statSync(file, { throwIfNoEntry: false });
-  if (!stat?.isFile()) refuse(`${file}: is not a file; a .safetensors file is expected here`);
-  const fd = fs.openSync(file, 'r');
-  const close = () => fs.closeSync(fd);
-  const read: ReadBytes = (begin, end) => {
-    const bytes = new Uint8Array(end - begin);
-    for (let done = 0, n = 0; done < bytes.length; done += n) {
-      n = fs.readSync(fd, bytes, done, bytes.length - done, begin + done);
-      if (n === 0) refuse(`${file}: ends too early for a safetensors file`);
-    }
-    return bytes;
+/** Of an honest file, read whole; engine/safetensors.ts reads tensor by tensor, and files from strangers. */
+export function plainSafetensors(file: string): SafetensorsFile {
+  const bytes = orRefuse(file, () => fs.readFileSync(file));
+  const start = orRefuse(file, () => 8 + Number(bytes.readBigUInt64LE()));
+  const header = orRefuse(file, () => JSON.parse(bytes.toString('utf8', 8, start)));
+  type Entry = { dtype: string; shape: number[]; data_offsets: [number, number] };
+  const tensors = new Map(Object.entries<Entry>(header).filter(([name]) => name !== '__metadata__'));
+  const readFloat32 = (name: string) => {
+    const { dtype, data_offsets } = tensors.get(name)!;
+    const decode = DECODERS[dtype] ?? refuse(`${file}: ${name} is ${dtype}; takes ${Object.keys(DECODERS)}`);
+    const [begin = 0, end = 0] = data_offsets.map(offset => start + offset);
+    if (end > bytes.length) refuse(`${file}: ends too early, within the tensor ${name}`);
+    return Float32Array.from(decode(new Uint8Array(bytes.subarray(begin, end)).buffer)); // a copy: aligned
   };
-  let header: SafetensorsHeader;
-  try {
-    header = readHeader(file, read, stat.size);
-  } catch (error) {
-    close();
-    throw error;
-  }
-  const readFloat32 = (name: string): Float32Array => {
-    const { dtype, shape, begin, end } = header.tensors.get(name) ?? refuse(`${file}: has no tensor "${name}"`);
-    const no = () => refuse(`${file}: "${name}" is ${dtype}; ${Object.keys(DECODERS)} can be read here`);
-    const [decode, out] = [DECODERS[dtype] ?? no(), new Float32Array(sizeOf(shape))];
-    for (let from = begin, at = 0; from < end; from += 2 ** 22) {
-      const values = decode(read(from, Math.min(from + 2 ** 22, end)).buffer); // pieces: never a second copy of it all
-      out.set(values, at);
-      at += values.length;
-    }
-    return out;
-  };
-  return { ...header, readFloat32, close };
+  return { tensors, readFloat32, close: () => {} };
 }
-
-export interface TensorToWrite {
-  name: string;
-  shape: readonly number[];
-  data: Float32Array | (() => Float32Array | Promise<Float32Array>); // a function is called when the tensor's turn comes
-}
-
-/** Returns the file's SHA-256. Under its own name it is always whole: written beside, put on disk, then renamed. */
-export async function writeSafetensors(file: string, tensors: Iterable<TensorToWrite>, metadata: Texts = {}) {
-  const list = [...tensors];
-  const header: Record<string, unknown> = Object.assign(Object.create(null), { __metadata__: metadata });
-  let end = 0;
-  for (const { name, shape } of list) {
-    if (name in header) throw new Error(`${file}: two tensors have the name ${name}`);
-    header[name] = { dtype: 'F32', shape, data_offsets: [end, end + 4 * sizeOf(shape)] };
-    end += 4 * sizeOf(shape);
-  }
-  const json = Buffer.from(JSON.stringify(header));
-  const start = Buffer.concat([Buffer.alloc(8), json, Buffer.alloc(-json.length & 7, ' ')]); // so the data is aligned
-  start.writeBigUInt64LE(BigInt(start.length - 8));
-
-  const hash = crypto.createHash('sha256');
-  const beside = `${file}.tmp-${process.pid}`;
-  const fd = fs.openSync(beside, 'w');
-  const write = (bytes: Uint8Array) => {
-    for (let done = 0, n = 0; done < bytes.length; done += n) {
-      n = fs.writeSync(fd, bytes, done, Math.min(bytes.length - done, 2 ** 30));
-      hash.update(bytes.subarray(done, done + n));
-    }
-  };
-  try {
-    write(start);
-    for (const { name, shape, data } of list) {
-      const values = typeof data === 'function' ? await data() : data;
-      if (values.length !== sizeOf(shape)) throw new Error(`${file}: the data of ${name} is not of shape [${shape}]`);
-      write(new Uint8Array(values.buffer, values.byteOffset, values.byteLength));
-    }
-    fs.fsyncSync(fd);
-    fs.renameSync(beside, file);
-  } finally {
-    fs.closeSync(fd);
-    fs.rmSync(beside, { force: true }); // after the rename there is nothing to remove
-  }
-  return hash.digest('hex');
-}
-
-/** What the job gives; what it throws is a refusal of `where`: a file, or a line of one. */
-function orRefuse<X>(where: string, job: () => X): X {
-  try {
-    return job();
-  } catch (error) {
-    return refuse(`${where}: ${(error as Error).message}`);
-  }
-}
-const readText = (file: string): string => orRefuse(file, () => fs.readFileSync(file, 'utf8'));
-const parseJson = (content: string, where: string): unknown => orRefuse(where, () => JSON.parse(content));
-function readJson(file: string): Record<string, unknown> {
-  const value = parseJson(readText(file), file) as Record<string, unknown>;
-  return typeof value === 'object' && value && !Array.isArray(value) ? value : refuse(`${file}: not an object`);
+export async function openSafetensors(file: string): Promise<SafetensorsFile> {
+  const part = await optional(import('./engine/safetensors.ts'));
+  return part ? part.openSafetensors(file, DECODERS) : plainSafetensors(file);
 }
 
 /** What a config.json says, in one vocabulary for all architectures: the options of the one decoder below. */
@@ -520,31 +412,25 @@ const NAMES: Record<string, Names> = {
 };
 const nameOf = ({ names }: Architecture, part: keyof Names, i: number) => `${names.blocks}.${i}.${names[part]}`;
 
-/** Of a plain Llama or the paper's own model; engine/models.ts reads seven families, and refuses what isn't done. */
-export function plainArchitecture(config: Record<string, unknown>, file: string): Architecture {
-  const wrong = (field: string, takes: string) => refuse(`${file}: ${field} is ${config[field]}; takes ${takes}`);
-  const more = 'what else there is needs engine/models.ts';
-  const size = (field: string, standard?: number, most = 1 << 17): number => {
-    const value = Number(config[field] ?? standard);
-    return Number.isInteger(value) && value > 0 && value <= most ? value : wrong(field, `1 to ${most}`);
-  };
-  const type = String(config.model_type);
-  const names = NAMES[type] ?? wrong('model_type', `${Object.keys(NAMES)}; ${more}`);
-  const activation = (config.hidden_act ?? (names.gate ? 'silu' : 'gelu_new')) as Architecture['activation'];
-  if (!Object.keys(ACTIVATIONS).includes(activation)) wrong('hidden_act', `${Object.keys(ACTIVATIONS)}; ${more}`);
-  for (const field of ['rope_scaling', 'rope_parameters']) if (config[field]) wrong(field, `nothing; ${more}`);
-  const [dModel, nHeads] = [size('hidden_size'), size('num_attention_heads')];
-  const headDim = size('head_dim', dModel / nHeads);
-  const theta = Number(config.rope_theta ?? 10_000);
+/** Of a plain Llama or the paper's own model; engine/models.ts reads seven families, and checks every field. */
+// biome-ignore lint/suspicious/noExplicitAny: fields of a config.json
+export function plainArchitecture(config: Record<string, any>, file: string): Architecture {
+  const { model_type: type, num_attention_heads: nHeads, hidden_size: dModel, rope_theta: theta = 10_000 } = config;
+  const needs = (what: string) => refuse(`${file}: ${what} needs engine/models.ts`);
+  const names = NAMES[type] ?? needs(`model_type ${type}`);
+  const activation = config.hidden_act ?? (names.gate ? 'silu' : 'gelu_new');
+  if (!Object.hasOwn(ACTIVATIONS, activation)) needs(`hidden_act ${activation}`);
+  for (const field of ['rope_scaling', 'rope_parameters']) if (config[field]) needs(field);
+  const headDim = config.head_dim ?? dModel / nHeads;
   // biome-ignore format: what belongs together on one line
   return {
-    type, names, activation, dModel, nHeads, headDim, nKvHeads: size('num_key_value_heads', nHeads),
-    vocab: size('vocab_size', undefined, 1 << 24), dMlp: size('intermediate_size'),
-    nLayers: size('num_hidden_layers', undefined, 4096), norm: 'rms', eps: Number(config.rms_norm_eps ?? 1e-6),
-    context: size('max_position_embeddings', 2048, 1 << 24), contextField: 'max_position_embeddings',
+    type, names, activation, dModel, nHeads, headDim, nKvHeads: config.num_key_value_heads ?? nHeads,
+    vocab: config.vocab_size, dMlp: config.intermediate_size, nLayers: config.num_hidden_layers,
+    context: config.max_position_embeddings ?? 2048, contextField: 'max_position_embeddings',
+    norm: 'rms', eps: config.rms_norm_eps ?? 1e-6,
     rotary: Float32Array.from({ length: headDim / 2 }, (_, i) => theta ** ((-2 * i) / headDim)),
     qkv: 'separate', conv1d: false, parallelResidual: false, biased: undefined,
-    tied: Boolean(config.tie_word_embeddings ?? type === 'llama_simple_mlp'),
+    tied: config.tie_word_embeddings ?? type === 'llama_simple_mlp',
   };
 }
 
@@ -583,54 +469,53 @@ export async function loadTarget(dir: string): Promise<Target> {
   const json = path.join(dir, 'config.json');
   const [configFile, config] = models?.readYaml(dir) ?? [json, readJson(json)];
   const arch = (models?.readArchitecture ?? plainArchitecture)(config, configFile);
+  const { names, conv1d, vocab, dModel, headDim, nLayers } = arch;
   const linears = linearLayers(arch);
   const weights = new Map<string, tf.Variable>();
   const sha256 = crypto.createHash('sha256').update(fs.readFileSync(configFile));
+  const where = new Map<string, SafetensorsFile>();
   const files: SafetensorsFile[] = [];
-  try {
-    const fileNames = models?.weightFiles(dir) ?? ['model.safetensors'];
-    for (const name of fileNames) files.push(await openSafetensors(path.join(dir, name)));
-    const where = new Map(files.flatMap(file => [...file.tensors.keys()].map(name => [name, file] as const)));
-    const used = new Set<string>();
-    // gpt2 is published with and without a prefix, gpt_neox with two names of its head
-    const stored = (name: string) =>
-      [name, `transformer.${name}`, name.replace('embed_out', 'lm_head')].find(n => where.has(n));
-    const load = (name: string, shape: number[], key = name, transposed = false): void => {
-      const source = stored(name) ?? refuse(`${dir}: the safetensors files have no tensor ${name}`);
-      const file = where.get(source)!;
-      const got = file.tensors.get(source)!.shape;
-      if (got.join() !== shape.join()) refuse(`${dir}: ${source} is [${got}], config.json implies [${shape}]`);
-      used.add(source);
-      const data = file.readFloat32(source);
-      sha256.update(source).update(data);
-      weights.set(key, frozen(data, shape, transposed));
-    };
-    const { names, conv1d, vocab, dModel, headDim } = arch;
-    const loadNorm = (name: string) => {
-      load(`${name}.weight`, [dModel]);
-      if (arch.norm === 'layer') load(`${name}.bias`, [dModel]);
-    };
-    load(`${names.embed}.weight`, [vocab, dModel]);
-    if (names.positions) load(`${names.positions}.weight`, [arch.context, dModel]);
-    for (const { path: name, dIn, dOut } of linears) {
-      load(`${name}.weight`, conv1d ? [dIn, dOut] : [dOut, dIn], name, !conv1d); // as Wᵀ: no transposed product later
-      if (arch.biased?.test(name) || stored(`${name}.bias`)) load(`${name}.bias`, [dOut]);
-    }
-    for (const i of range(0, arch.nLayers)) {
-      for (const part of ['norm1', 'norm2'] as const) loadNorm(nameOf(arch, part, i));
-      for (const part of ['qNorm', 'kNorm'] as const)
-        if (names[part]) load(`${nameOf(arch, part, i)}.weight`, [headDim]);
-    }
-    loadNorm(names.last);
-    const head = `${names.head}.weight`;
-    if (stored(head)) load(head, [vocab, dModel]);
-    else if (!arch.tied) refuse(`${dir}: ${head} is missing and tie_word_embeddings is false`);
-    const buffers = /\.(rotary_emb\.inv_freq|(attn|attention)\.(bias|masked_bias))$/; // which no forward needs
-    const others = [...where.keys()].filter(name => !used.has(name) && !buffers.test(name));
-    if (others.length > 0) refuse(`${dir}: ${arch.type} has no use for the tensors ${others.slice(0, 5).join(', ')}`);
-  } finally {
-    for (const file of files) file.close();
+  for (const name of models?.weightFiles(dir) ?? ['model.safetensors']) {
+    const file = await openSafetensors(path.join(dir, name));
+    for (const tensor of file.tensors.keys()) where.set(tensor, file);
+    files.push(file);
   }
+  const used = new Set<string>();
+  // gpt2 is published with and without a prefix, gpt_neox with two names of its head
+  const stored = (name: string) =>
+    [name, `transformer.${name}`, name.replace('embed_out', 'lm_head')].find(n => where.has(n));
+  const load = (name: string, shape: number[], key = name, transposed = false): void => {
+    const source = stored(name) ?? refuse(`${dir}: the safetensors files have no tensor ${name}`);
+    const file = where.get(source)!;
+    const got = file.tensors.get(source)!.shape;
+    if (got.join() !== shape.join()) refuse(`${dir}: ${source} is [${got}], config.json implies [${shape}]`);
+    used.add(source);
+    const data = file.readFloat32(source);
+    sha256.update(source).update(data);
+    weights.set(key, frozen(data, shape, transposed));
+  };
+  const loadNorm = (name: string) => {
+    load(`${name}.weight`, [dModel]);
+    if (arch.norm === 'layer') load(`${name}.bias`, [dModel]);
+  };
+  load(`${names.embed}.weight`, [vocab, dModel]);
+  if (names.positions) load(`${names.positions}.weight`, [arch.context, dModel]);
+  for (const { path: name, dIn, dOut } of linears) {
+    load(`${name}.weight`, conv1d ? [dIn, dOut] : [dOut, dIn], name, !conv1d); // as Wᵀ: no transposed product later
+    if (arch.biased?.test(name) || stored(`${name}.bias`)) load(`${name}.bias`, [dOut]);
+  }
+  for (const i of range(0, nLayers)) {
+    for (const part of ['norm1', 'norm2'] as const) loadNorm(nameOf(arch, part, i));
+    for (const part of ['qNorm', 'kNorm'] as const) if (names[part]) load(`${nameOf(arch, part, i)}.weight`, [headDim]);
+  }
+  loadNorm(names.last);
+  const head = `${names.head}.weight`;
+  if (stored(head)) load(head, [vocab, dModel]);
+  else if (!arch.tied) refuse(`${dir}: ${head} is missing and tie_word_embeddings is false`);
+  const buffers = /\.(rotary_emb\.inv_freq|(attn|attention)\.(bias|masked_bias))$/; // which no forward needs
+  const others = [...where.keys()].filter(name => !used.has(name) && !buffers.test(name));
+  if (others.length > 0) refuse(`${dir}: ${arch.type} has no use for the tensors ${others.slice(0, 5).join(', ')}`);
+  for (const file of files) file.close();
   return { arch, linears, weights, dir, config, sha256: sha256.digest('hex') };
 }
 
@@ -758,120 +643,42 @@ export interface Rows {
 }
 const firstRows = (rows: Rows, n: number): Rows => ({ ...rows, count: Math.min(n, rows.count) });
 
-/** The tokenizer of a model folder; engine/tokenizer.ts repairs what the JavaScript library splits otherwise. */
-export async function loadTokenizer(dir: string): Promise<Tokenizer> {
-  const repairs = await optional(import('./engine/tokenizer.ts'));
-  if (repairs) return repairs.loadTokenizer(dir);
-  return new Tokenizer(readJson(path.join(dir, 'tokenizer.json')), { clean_up_tokenization_spaces: false });
-}
-
-/**
- * The ids of one document. A tokenizer that adds begin-of-text (or end-of-text) by itself marks the border between
- * documents so; for any other the model's end-of-text id is added, as in training on packed text.
- */
-export function documentIds(tokenizer: Tokenizer, document: string, endOfText: number | undefined): number[] {
-  const { ids } = tokenizer.encode(document);
-  const marks = tokenizer.encode('').ids.length > 0;
-  return marks || endOfText === undefined ? ids : [...ids, endOfText];
-}
-
-/** Documents of a .txt (a line each, or blank-line separated), .jsonl or .json file, for want of engine/data.ts. */
-export function* readDocuments(file: string): Generator<string | number[]> {
-  const content = readText(file);
-  if (file.endsWith('.json')) yield* parseJson(content, file) as number[][];
-  else if (file.endsWith('.jsonl')) {
-    for (const line of content.split('\n').filter(line => line.trim())) {
-      const { text, input_ids } = parseJson(line, file) as { text?: string; input_ids?: number[] };
-      yield text ?? input_ids ?? refuse(`${file}: takes {"text": …} or {"input_ids": […]} lines`);
-    }
-  } else {
-    const blankLine = /\n\s*\n/;
-    yield* content.split(blankLine.test(content.trim()) ? blankLine : '\n').filter(text => text.trim());
-  }
-}
-
-/** The documents of a file or hub data set as checked ids; the row length is that of a .json file's rows, else seqLen. */
-async function openData(source: string, target: Target, tokenizer: Tokenizer | undefined, seqLen: number) {
-  const { vocab } = target.arch;
-  const isRows = source.endsWith('.json');
-  const reader = (await optional(import('./engine/data.ts')))?.documents ?? readDocuments;
-  // the first document is read here already: what can't be read is refused before anything is written
-  for await (const first of reader(source)) {
-    if (isRows) seqLen = first.length;
-    break;
-  }
-  // a list of end-of-text ids in some Llamas: the first
-  const endOfText = [target.config.eos_token_id].flat()[0];
-  const mark = Number.isInteger(endOfText) ? (endOfText as number) : undefined;
-  async function* ids(): AsyncGenerator<number[]> {
-    for await (const document of reader(source)) {
-      if (typeof document === 'string' && !tokenizer) refuse(`${target.dir}: no tokenizer.json, so data must be ids`);
-      const found = typeof document === 'string' ? documentIds(tokenizer!, document, mark) : document;
-      const odd = found.find(id => !Number.isInteger(id) || id < 0 || id >= vocab);
-      if (odd !== undefined) refuse(`${source}: ${odd} is no token id of the model (0 to ${vocab - 1})`);
-      if (isRows && found.length !== seqLen) refuse(`${source}: a row has ${found.length} tokens, the first ${seqLen}`);
-      yield found;
-    }
-  }
-  return { ids: ids(), seqLen };
-}
-
-async function collect<X>(items: AsyncIterable<X>): Promise<X[]> {
-  const all: X[] = [];
-  for await (const item of items) all.push(item);
-  return all;
-}
-
-/** Documents joined and cut into rows; an incomplete last row is left out. */
-function pack(documents: number[][], seqLen: number): Rows {
-  const tokens = Int32Array.from(documents.flat());
-  const row = (i: number) => tokens.subarray(i * seqLen, (i + 1) * seqLen);
-  return { count: Math.floor(tokens.length / seqLen), seqLen, row };
-}
-
-export interface Data {
-  train: Rows;
-  heldOut: Rows;
-  tokenizer: Tokenizer | undefined;
-}
-const HELD_OUT = 0.05;
-const FITS_IN_MEMORY = 2 ** 28; // bytes of text; what is larger becomes a file of tokens in the run folder
+export type Data = { train: Rows; heldOut: Rows; tokenizer: Tokenizer | undefined };
 
 /** Training rows, and the held-out ones: those of `evalData`, else of the last 5 % of the documents. */
-export async function loadData(target: Target, config: Config): Promise<Data> {
-  const hasTokenizer = fs.existsSync(path.join(target.dir, 'tokenizer.json'));
-  const tokenizer = hasTokenizer ? await loadTokenizer(target.dir) : undefined;
-  const held = config.evalData ? await openData(config.evalData, target, tokenizer, config.seqLen) : undefined;
-  let heldOut = held && pack(await collect(held.ids), held.seqLen);
-  const { ids, seqLen } = await openData(config.data, target, tokenizer, config.seqLen);
-  let train: Rows;
-  if (fs.existsSync(config.data) && fs.statSync(config.data).size <= FITS_IN_MEMORY) {
-    let documents = await collect(ids);
-    if (!heldOut && documents.length < 20) {
-      const rows = pack(documents, seqLen); // too few documents to spare one: then of the rows
-      documents = range(0, rows.count).map(i => [...rows.row(i)]);
-    }
-    heldOut ??= pack(documents.splice(-Math.max(1, Math.round(documents.length * HELD_OUT))), seqLen);
-    train = pack(documents, seqLen);
-  } else {
-    const parts = (await optional(import('./engine/data.ts'))) ?? refuse(`${config.data}: needs engine/data.ts`);
-    fs.mkdirSync(config.out, { recursive: true });
-    const enough = config.nSteps * config.batchSize * seqLen * (1 + 2 * HELD_OUT);
-    const options = { seqLen, heldOutShare: heldOut ? 0 : HELD_OUT, enough };
-    const corpus = await parts.writeCorpus(path.join(config.out, 'tokens.bin'), ids, target.arch.vocab, options);
-    heldOut ??= corpus.heldOut;
-    train = corpus.train;
-  }
-  const { context, contextField } = target.arch;
-  for (const [file, rows] of [
-    [config.data, train],
-    [config.evalData || `${config.data}, held out`, heldOut],
-  ] as const) {
-    if (rows.count < 1) refuse(`${file}: too short for one row of ${rows.seqLen} tokens (--seq-len)`);
-    const fits = rows.seqLen >= 2 && rows.seqLen <= context;
-    if (!fits) refuse(`${file}: rows of ${rows.seqLen} tokens; takes 2 to ${context} (the target's ${contextField})`);
-  }
-  return { train, heldOut, tokenizer };
+export async function loadData({ arch, dir, config: model }: Target, config: Config): Promise<Data> {
+  const json = path.join(dir, 'tokenizer.json');
+  const repaired = await optional(import('./engine/tokenizer.ts')); // what the JavaScript library splits otherwise
+  const load =
+    repaired?.loadTokenizer ?? (() => new Tokenizer(readJson(json), { clean_up_tokenization_spaces: false }));
+  const tokenizer = fs.existsSync(json) ? load(dir) : undefined;
+  const first = [model.eos_token_id].flat()[0]; // of a list in some Llamas
+  const endOfText = Number.isInteger(first) ? (first as number) : undefined;
+  const part = await optional(import('./engine/data.ts'));
+  if (!part) return { tokenizer, ...plainRows(config, tokenizer, endOfText) };
+  const { context, contextField, vocab } = arch;
+  const file = path.join(config.out, 'tokens.bin'); // of a corpus larger than memory
+  const enough = config.nSteps * config.batchSize * config.seqLen;
+  const options = { seqLen: config.seqLen, tokenizer, endOfText, vocab, context, contextField, file, enough };
+  return { tokenizer, ...(await part.loadRows(config.data, config.evalData, options)) };
+}
+
+/** Of a text file, a document a line; other sources and all checks are in engine/data.ts. */
+function plainRows({ data, seqLen }: Config, tokenizer: Tokenizer | undefined, endOfText: number | undefined) {
+  if (!tokenizer || !data.endsWith('.txt'))
+    refuse(`${data}: what is no .txt for a tokenizer.json needs engine/data.ts`);
+  const documents = readText(data)
+    .split('\n')
+    .filter(line => line.trim());
+  // joined and cut; a tokenizer that adds begin-of-text by itself marks the border between documents so
+  const mark = endOfText === undefined || tokenizer.encode('').ids.length > 0 ? [] : [endOfText];
+  const pack = (texts: string[]): Rows => {
+    const tokens = Int32Array.from(texts.flatMap(text => [...tokenizer.encode(text).ids, ...mark]));
+    const row = (i: number) => tokens.subarray(i * seqLen, (i + 1) * seqLen);
+    return { count: Math.floor(tokens.length / seqLen), seqLen, row };
+  };
+  const border = Math.floor(0.95 * documents.length);
+  return { train: pack(documents.slice(0, border)), heldOut: pack(documents.slice(border)) };
 }
 
 /** The given rows as an int32 tensor [B,S]. */
@@ -906,39 +713,27 @@ function shuffled(count: number, seed: number, epoch: number): Uint32Array {
 // what they do not (yet) explain is the delta component Δ = W − (V U)ᵀ.
 
 /** A decomposed linear layer; its components are columns offset … offset + C of every wide tensor. */
-export interface Module extends LinearLayer {
-  C: number;
-  offset: number;
-}
+export type Module = LinearLayer & { C: number; offset: number };
 
-/** What stays fixed in a run. */
-export interface Problem {
-  readonly target: Target;
-  /** sorted by path */
-  readonly modules: readonly Module[];
-  readonly config: Config;
-}
+/** What stays fixed in a run; modules are sorted by path. */
+export type Problem = { readonly target: Target; readonly modules: readonly Module[]; readonly config: Config };
 export const totalC = (modules: readonly Module[]) => sum(modules.map(m => m.C));
 
 /** Resolves --components: "pattern=C,…", first match wins, * is any text; "auto" takes all with C = max(dIn, dOut). */
 export function chooseModules(linears: readonly LinearLayer[], spec: string): Module[] {
   const rules = (spec === 'auto' ? '*=0' : spec).split(',').map(rule => {
     const [, pattern = '', digits = ''] = /^([\w.*]+)=(\d{1,7})$/.exec(rule.trim()) ?? [];
-    const C = Number(digits);
-    if (!pattern || (C < 1 && spec !== 'auto'))
+    if (!pattern || (Number(digits) < 1 && spec !== 'auto'))
       refuse(`--components: got ${rule}, takes pattern=C, as in "*.q_proj=64"`);
     const regex = new RegExp(`^${pattern.replaceAll('.', '\\.').replaceAll('*', '.*')}$`);
-    if (linears.some(l => regex.test(l.path))) return { regex, C };
+    if (linears.some(l => regex.test(l.path))) return { regex, C: Number(digits) };
     return refuse(`--components: ${pattern} matches none of ${linears.map(l => l.path).join(', ')}`);
   });
   const modules: Module[] = [];
-  let offset = 0;
   for (const layer of [...linears].sort((a, b) => (a.path < b.path ? -1 : 1))) {
     const rule = rules.find(r => r.regex.test(layer.path));
-    if (!rule) continue;
-    const C = rule.C || Math.max(layer.dIn, layer.dOut);
-    modules.push({ ...layer, C, offset });
-    offset += C;
+    const C = rule?.C || Math.max(layer.dIn, layer.dOut);
+    if (rule) modules.push({ ...layer, C, offset: totalC(modules) });
   }
   return modules;
 }
@@ -990,27 +785,22 @@ export function maskedLogits(problem: Problem, params: Tensors, tokens: T<'B S'>
   return targetForward(problem.target, tokens, maskedLinear(problem, params, masks));
 }
 
-/** The target's own forward, which everything else is measured against. */
+/** A forward that keeps what enters and what leaves every linear layer. */
 export interface TargetPass {
   tokens: T<'B S'>;
-  /** pre-weight activation of every linear layer */
-  acts: Record<string, T<'N dIn'>>;
+  acts: Record<string, T<'N dIn'>>; // pre-weight activation of every linear layer, by path
   outputs: Record<string, T<'N dOut'>>;
   logProbs: T<'N vocab'>;
   probs: T<'N vocab'>;
 }
-/** A forward that keeps what enters and what leaves every linear layer. */
-function watchedForward(target: Target, tokens: T<'B S'>, linear: Linear) {
+/** The target's own forward, which everything else is measured against (or, with `linear`, a masked one). */
+export function targetPass(target: Target, tokens: T<'B S'>, linear = ownLinear(target)): TargetPass {
   const [acts, outputs]: [TargetPass['acts'], TargetPass['outputs']] = [{}, {}];
   const logits = targetForward(target, tokens, (name, x) => {
     acts[name] = x;
     outputs[name] = linear(name, x);
     return outputs[name];
   });
-  return { acts, outputs, logits };
-}
-export function targetPass(target: Target, tokens: T<'B S'>): TargetPass {
-  const { acts, outputs, logits } = watchedForward(target, tokens, ownLinear(target));
   const logProbs = tf.logSoftmax(logits);
   return { tokens, acts, outputs, logProbs, probs: tf.exp(logProbs) };
 }
@@ -1023,29 +813,21 @@ const FLOAT32_EPSILON = 1.1920929e-7;
 
 /** Its shapes in PyTorch's layout [out,in], by name, in the order of components.safetensors. */
 export function ciShapes({ modules, config }: Problem): Record<string, number[]> {
-  const d = config.ciDModel;
-  const sumIn = sum(modules.map(m => m.dIn));
-  const shapes: Record<string, number[]> = { 'ci_fn.proj_in.weight': [d, sumIn], 'ci_fn.proj_in.bias': [d] };
+  const { ciDModel: d, ciMlpHidden: hidden } = config;
+  const shapes: Record<string, number[]> = {};
+  const linear = (name: string, dIn: number, dOut: number) =>
+    Object.assign(shapes, { [`ci_fn.${name}.weight`]: [dOut, dIn], [`ci_fn.${name}.bias`]: [dOut] });
+  linear('proj_in', sum(modules.map(m => m.dIn)), d);
   for (let i = 0; i < config.ciNBlocks; i++) {
-    const block = `ci_fn.blocks.${i}`;
-    for (const p of 'qkvo') shapes[`${block}.attn.${p}_proj.weight`] = [d, d];
-    shapes[`${block}.mlp.0.weight`] = [config.ciMlpHidden, d];
-    shapes[`${block}.mlp.0.bias`] = [config.ciMlpHidden];
-    shapes[`${block}.mlp.2.weight`] = [d, config.ciMlpHidden];
-    shapes[`${block}.mlp.2.bias`] = [d];
+    for (const p of 'qkvo') shapes[`ci_fn.blocks.${i}.attn.${p}_proj.weight`] = [d, d];
+    linear(`blocks.${i}.mlp.0`, d, hidden);
+    linear(`blocks.${i}.mlp.2`, hidden, d);
   }
-  shapes['ci_fn.proj_out.weight'] = [totalC(modules), d];
-  shapes['ci_fn.proj_out.bias'] = [totalC(modules)];
+  linear('proj_out', d, totalC(modules));
   return shapes;
 }
 
-/** Its input: every module's activation, RMS-normed without a learned scale, side by side. */
-export function ciInput({ modules }: Problem, { acts }: TargetPass): T<'N ΣdIn'> {
-  const normed = modules.map(m => rmsNormalize(acts[m.path]!, FLOAT32_EPSILON));
-  return tf.concat(normed, 1);
-}
-
-/** Logits z [N, ΣC] of causal importance. */
+/** Logits z [N, ΣC] of causal importance; input: every module's activation, RMS-normed without a scale, side by side. */
 export function ciLogits({ config }: Problem, params: Tensors, input: T<'N ΣdIn'>, S: number): T<'N ΣC'> {
   const linear = (name: string, x: T): T => {
     const y = matmul(x, params[`ci_fn.${name}.weight`]!, true);
@@ -1077,14 +859,12 @@ const indicator = (condition: T): T => tf.cast(condition, 'float32');
 export const lowerLeaky = (z: T<'N ΣC'>, alpha: number): T<'N ΣC'> =>
   tf.customGrad((x, save) => {
     (save as tf.GradSaveFunc)([x as T]);
-    return {
-      value: tf.clipByValue(x as T, 0, 1),
-      gradFunc: (dy: T, [saved]: T[]) => {
-        const inside = indicator(tf.logicalAnd(tf.greater(saved!, 0), tf.lessEqual(saved!, 1)));
-        const below = tf.mul(alpha, indicator(tf.lessEqual(saved!, 0)));
-        return tf.add(tf.mul(dy, inside), tf.mul(tf.minimum(dy, 0), below));
-      },
+    const gradFunc = (dy: T, [saved]: T[]) => {
+      const inside = indicator(tf.logicalAnd(tf.greater(saved!, 0), tf.lessEqual(saved!, 1)));
+      const below = tf.mul(alpha, indicator(tf.lessEqual(saved!, 0)));
+      return tf.add(tf.mul(dy, inside), tf.mul(tf.minimum(dy, 0), below));
     };
+    return { value: tf.clipByValue(x as T, 0, 1), gradFunc };
   })(z);
 
 /** The upper-leaky hard sigmoid g⁺: clamp(z, 0, 1) up to 1 and 1 + α (z − 1) above; enters the importance loss. */
@@ -1095,7 +875,8 @@ export const upperLeaky = (z: T<'N ΣC'>, alpha: number): T<'N ΣC'> =>
 export function importances(problem: Problem, params: Tensors, tokens: T<'B S'>) {
   const [B = 0, S = 0] = tokens.shape;
   const pass = targetPass(problem.target, tokens);
-  const input = ciInput(problem, pass);
+  const normed = problem.modules.map(m => rmsNormalize(pass.acts[m.path]!, FLOAT32_EPSILON));
+  const input = tf.concat(normed, 1); // [N, ΣdIn]
   const z = ciLogits(problem, params, input, S);
   return { pass, input, z, g: lowerLeaky(z, problem.config.leakyAlpha), N: B * S, S };
 }
@@ -1150,11 +931,7 @@ export function randomRouting(draws: T<'N M'>, countDraw: T<'N 1'>): T<'N M'> {
 }
 
 /** The random part of the stochastic reconstruction loss. */
-export interface Draws {
-  u: T<'N ΣC'>;
-  delta: T<'N M'>;
-  route: T<'N M'>;
-}
+export type Draws = { u: T<'N ΣC'>; delta: T<'N M'>; route: T<'N M'> };
 export function stochasticDraws({ modules }: Problem, N: number, key: T): Draws {
   const M = modules.length;
   return {
@@ -1190,12 +967,8 @@ export function adam(grad: T, m: T, v: T, betas: { beta1: number; beta2: number;
   return { direction, m: newM, v: newV };
 }
 
-/** The sources of one shard of the batch with the moments of their Adam; sources [N, ΣC + M] in [0, 1]. */
-export interface Sources {
-  s: T;
-  m: T;
-  v: T;
-}
+/** The sources s [N, ΣC + M] in [0, 1] of one shard of the batch, with the moments of their Adam. */
+export type Sources<X extends T = T> = { s: X; m: X; v: X };
 
 /** One ascent step of the adversary, clamped to [0, 1]. */
 export function ascend({ s, m, v }: Sources, grad: T, config: Config, lr: T, c1: T, c2: T): Sources {
@@ -1233,17 +1006,6 @@ export function schedule(config: Config, step: number) {
   };
 }
 
-/** What a training step reads and changes: all tf.Variables, so that a traced graph keeps them on the device. */
-export interface State {
-  params: Params;
-  /** Adam's moments: one vector for all of a group, so that Adam is a few large ops and not many small ones */
-  m: Record<Group, tf.Variable>;
-  v: Record<Group, tf.Variable>;
-  /** [batchSize·S, ΣC + M] each */
-  sources: { s: tf.Variable; m: tf.Variable; v: tf.Variable };
-  /** gradients averaged over the shards of a batch, in the same order as the moments */
-  summed: Record<Group, tf.Variable>;
-}
 /** V and U, and the CI function: clipped separately. */
 const GROUPS_OF_PARAMS = ['components', 'ci_fn'] as const;
 type Group = (typeof GROUPS_OF_PARAMS)[number];
@@ -1251,18 +1013,22 @@ const namesOf = (params: Tensors, group: Group) => Object.keys(params).filter(na
 const ofGroups = <X>(make: (group: Group) => X) =>
   Object.fromEntries(GROUPS_OF_PARAMS.map(group => [group, make(group)])) as Record<Group, X>;
 
-/** The feeds of one step (or of one shard of it). */
-type AdamFeeds = Record<'lrMain' | 'c1' | 'c2', T>;
-export type StepFeeds = AdamFeeds & {
-  tokens: T<'B S'>; // int32
-  key: T; // randomKey, int32 [2]
-  p: T;
-  lrPpgd: T;
-  ppgdC1: T; // [inner + 1]
-  ppgdC2: T;
-};
+/** What a training step reads and changes: all tf.Variables, so that a traced graph keeps them on the device. */
+export interface State {
+  params: Params;
+  /** Adam's moments: one vector for all of a group, so that Adam is a few large ops and not many small ones */
+  m: Record<Group, tf.Variable>;
+  v: Record<Group, tf.Variable>;
+  sources: Sources<tf.Variable>; // [batchSize·S, ΣC + M]
+  summed: Record<Group, tf.Variable>; // gradients of a batch's shards so far, laid out like the moments
+}
 
 const LOSSES = ['faith', 'imp', 'stoch', 'ppgd'] as const;
+/** The feeds of one step, or of one shard of it: those of the schedule, tokens int32 [B,S] and randomKey's int32 [2]. */
+type AdamFeeds = Record<'lrMain' | 'c1' | 'c2', T>;
+export type StepFeeds = AdamFeeds & Record<'p' | 'lrPpgd' | 'ppgdC1' | 'ppgdC2' | 'tokens' | 'key', T>;
+const asTensors = <K extends string>(feeds: Record<K, number | number[]>) =>
+  Object.fromEntries(Object.entries<number | number[]>(feeds).map(([k, x]) => [k, tf.tensor(x)])) as Record<K, T>;
 
 /**
  * Losses and gradients of one batch (or shard), and the adversary's moves: `ppgdInnerSteps` before, one after.
@@ -1330,7 +1096,12 @@ const clipFactor = (norm: T, limit: number): T =>
   limit > 0 ? tf.minimum(1, tf.div(limit, tf.add(norm, 1e-6))) : tf.onesLike(norm);
 
 /** AdamW with weight decay 0: moves a group's parameters and its moments. */
-function adamUpdate(state: State, group: Group, gradient: T<'n'>, { lrMain, c1, c2 }: AdamFeeds): void {
+function adamUpdate(
+  state: Pick<State, 'params' | 'm' | 'v'>,
+  group: Group,
+  gradient: T<'n'>,
+  { lrMain, c1, c2 }: AdamFeeds,
+): void {
   const step = adam(gradient, state.m[group], state.v[group], MAIN_BETAS, c1, c2);
   const params = namesOf(state.params, group).map(name => state.params[name]!);
   const sizes = params.map(param => param.size);
@@ -1360,13 +1131,6 @@ const STEP_METRICS = [
   ...['train/l0', 'loss/total', 'grad_norm/components', 'grad_norm/ci_fn'],
 ];
 
-/** The feeds of a step that are the same for all of its shards. */
-function scheduleFeeds(config: Config, step: number): Omit<StepFeeds, 'tokens' | 'key'> {
-  const { ppgdC1, ppgdC2, ...scalars } = schedule(config, step);
-  const feeds = Object.entries(scalars).map(([name, value]) => [name, tf.scalar(value)]);
-  return { ...Object.fromEntries(feeds), ppgdC1: tf.tensor1d(ppgdC1), ppgdC2: tf.tensor1d(ppgdC2) };
-}
-
 /**
  * Compiles the training step: moves the state on and resolves to STEP_METRICS. With microBatches = R > 1 the batch
  * comes in R shards, one after another; each has its own rows of the sources, and their gradients are averaged.
@@ -1376,80 +1140,52 @@ export function compileStep(engine: Engine, problem: Problem, state: State) {
   const { sources, summed } = state;
   const R = config.microBatches;
   const n = sources.s.shape[0]! / R; // positions of a shard
+  type ShardFeeds = StepFeeds & Record<'index' | 'before', T>;
 
-  /** One forward and backward, which moves the shard's rows of the sources. */
-  const runShard = (feeds: StepFeeds, index?: T) => {
-    const rows = index && (tf.add(tf.range(0, n, 1, 'int32'), tf.mul(index, tf.scalar(n, 'int32'))) as tf.Tensor1D);
-    const mine = (all: tf.Variable): T => (rows ? tf.gather(all, rows) : all);
-    const before = { s: mine(sources.s), m: mine(sources.m), v: mine(sources.v) };
-    const { losses, l0, gradients, after } = lossesAndGradients(problem, state.params, before, feeds);
+  /** One forward and backward, which moves the shard's rows of the sources: values and gradients with those `before`. */
+  const runShard = ({ index, before, ...feeds }: ShardFeeds) => {
+    const rows = tf.add(tf.range(0, n, 1, 'int32'), tf.mul(index, tf.scalar(n, 'int32'))) as tf.Tensor1D;
+    const mine = (all: tf.Variable): T => (R > 1 ? tf.gather(all, rows) : all);
+    const own = { s: mine(sources.s), m: mine(sources.m), v: mine(sources.v) };
+    const { losses, l0, gradients, after } = lossesAndGradients(problem, state.params, own, feeds);
     for (const name of ['s', 'm', 'v'] as const) {
       const [all, moved] = [sources[name], after[name]];
-      all.assign(rows ? tf.tensorScatterUpdate(all, rows.reshape([n, 1]), moved) : moved);
+      all.assign(R > 1 ? tf.tensorScatterUpdate(all, rows.reshape([n, 1]), moved) : moved);
     }
-    return { values: tf.concat([losses, l0.reshape([1])]), gradients: flatten(gradients) };
+    const flat = flatten(gradients);
+    return {
+      values: tf.add(before, tf.div(tf.concat([losses, l0.reshape([1])]), R)),
+      gradients: R > 1 ? ofGroups(group => tf.add(summed[group], tf.div(flat[group], R))) : flat,
+    };
   };
-  const update = (values: T, gradients: Record<Group, T>, feeds: AdamFeeds) => {
+  const shard = engine.compile('shard', (feeds: ShardFeeds) => {
+    const { values, gradients } = runShard(feeds);
+    for (const group of GROUPS_OF_PARAMS) summed[group].assign(gradients[group]);
+    return { values };
+  });
+  const lastShard = engine.compile('step', (feeds: ShardFeeds) => {
+    const { values, gradients } = runShard(feeds);
     const norms = applyGradients(problem, state, gradients, feeds);
+    if (R > 1) for (const gradient of Object.values(summed)) gradient.assign(tf.zerosLike(gradient));
     const coefficients = [config.coeffFaith, config.coeffImp, config.coeffStoch, config.coeffPpgd, 0];
     const total = tf.sum(tf.mul(values, coefficients));
     return { metrics: tf.concat([values, tf.stack([total, norms.components, norms.ci_fn])]) };
-  };
-
-  const whole = engine.compile('step', (feeds: StepFeeds) => {
-    const { values, gradients } = runShard(feeds);
-    return update(values, gradients, feeds);
-  });
-  const shard = engine.compile('shard', ({ index, ...feeds }: StepFeeds & { index: T }) => {
-    const { values, gradients } = runShard(feeds, index);
-    for (const group of GROUPS_OF_PARAMS) {
-      summed[group].assign(tf.add(summed[group], tf.div(gradients[group], R)));
-    }
-    return { values: tf.div(values, R) };
-  });
-  const finish = engine.compile('update', ({ values, ...feeds }: AdamFeeds & { values: T }) => {
-    const done = update(values, summed, feeds);
-    for (const sum of Object.values(summed)) sum.assign(tf.zerosLike(sum));
-    return done;
   });
 
   return (step: number, data: Rows): Promise<Float32Array> =>
     tidyAsync(async () => {
       const rows = batchIndices(data.count, config.batchSize, step, config.seed);
-      const shared = scheduleFeeds(config, step);
-      const feeds = (r: number): StepFeeds => ({
-        ...shared,
-        key: randomKey(config.seed, step * R + r),
-        tokens: tokenBatch(data, rows.slice((r * rows.length) / R, ((r + 1) * rows.length) / R)),
-      });
-      if (R === 1) return numbers((await whole(feeds(0))).metrics);
-      let values: T = tf.zeros([LOSSES.length + 1]);
-      for (let r = 0; r < R; r++) {
-        values = tf.add(values, (await shard({ ...feeds(r), index: tf.scalar(r, 'int32') })).values);
+      const perShard = rows.length / R;
+      const shared = asTensors(schedule(config, step));
+      let before: T = tf.zeros([LOSSES.length + 1]);
+      for (let r = 0; ; r++) {
+        const tokens = tokenBatch(data, rows.slice(r * perShard, (r + 1) * perShard));
+        const [key, index] = [randomKey(config.seed, step * R + r), tf.scalar(r, 'int32')];
+        const feeds = { ...shared, tokens, key, index, before };
+        if (r === R - 1) return numbers((await lastShard(feeds)).metrics);
+        before = (await shard(feeds)).values;
       }
-      const { lrMain, c1, c2 } = shared;
-      return numbers((await finish({ values, lrMain, c1, c2 })).metrics);
     });
-}
-
-/** What a training step takes, before anything is allocated: parameters, bytes (about) and floating-point operations. */
-export function estimate({ target, modules, config }: Problem) {
-  const { vocab, dModel } = target.arch;
-  const { ciDModel, ciNBlocks, ciMlpHidden, ciNHeads, seqLen, batchSize, microBatches: R } = config;
-  const [sumC, N] = [totalC(modules), batchSize * seqLen];
-  const targetParams = sum([...target.weights.values()].map(w => w.size));
-  const decomposed = sum(modules.map(m => m.dIn * m.dOut));
-  const components = sum(modules.map(m => m.C * (m.dIn + m.dOut)));
-  const ciFn = sum(Object.values(ciShapes({ target, modules, config })).map(sizeOf));
-  const params = components + ciFn;
-  const state = targetParams + params * (R > 1 ? 4 : 3) + 3 * N * (sumC + modules.length);
-  const ciActs = ciNBlocks * (16 * ciDModel + 5 * ciMlpHidden + 4 * ciNHeads * seqLen);
-  const acts = 40 * sumC + 12 * vocab + 40 * sum(modules.map(m => m.dIn + m.dOut)) + ciActs; // a position's
-  // forward 1, backward to the masks 1, to V and U 1 more: each inner step takes 2, each of two losses 3
-  const passes = 2 * (config.ppgdInnerSteps + 2) + 1;
-  const perPosition = components * (passes + 1) + (decomposed + dModel * vocab) * passes + 3 * ciFn;
-  const flops = 2 * N * perPosition + 6 * sum(modules.map(m => m.dIn * m.dOut * m.C));
-  return { targetParams, components, ciFn, bytes: 4 * (state + (N / R) * acts + 3 * params), flops };
 }
 
 /** V ~ N(0, 1/dIn), U ~ N(0, 1/C); the CI function as PyTorch's nn.Linear: uniform ±1/√fan_in, biases too. */
@@ -1457,26 +1193,21 @@ export function initialParams(problem: Problem): Params {
   const { modules, config } = problem;
   const params: Params = {};
   let purpose = PURPOSE.init;
-  const draws = (shape: number[]) => uniformArray(sizeOf(shape), config.seed, 0, purpose++);
-  const normal = (shape: number[], deviation: number) => {
-    const [u, w] = [draws(shape), draws(shape)]; // Box-Muller
+  const draws = (n: number) => uniformArray(n, config.seed, 0, purpose++);
+  const normal = (n: number, deviation: number) => {
+    const [u, w] = [draws(n), draws(n)]; // Box-Muller
     const value = (x: number, i: number) => Math.sqrt(-2 * Math.log(1 - x)) * Math.cos(2 * Math.PI * w[i]!);
-    return frozen(
-      u.map((x, i) => deviation * value(x, i)),
-      shape,
-    );
+    return u.map((x, i) => deviation * value(x, i));
   };
   for (const { path: name, dIn, dOut, C } of modules) {
-    params[`components.${name}.V`] = normal([dIn, C], 1 / Math.sqrt(dIn));
-    params[`components.${name}.U`] = normal([C, dOut], 1 / Math.sqrt(C));
+    params[`components.${name}.V`] = frozen(normal(dIn * C, 1 / Math.sqrt(dIn)), [dIn, C]);
+    params[`components.${name}.U`] = frozen(normal(C * dOut, 1 / Math.sqrt(C)), [C, dOut]);
   }
   const shapes = ciShapes(problem);
   for (const [name, shape] of Object.entries(shapes)) {
     const bound = 1 / Math.sqrt(shapes[name.replace(/bias$/, 'weight')]![1]!);
-    params[name] = frozen(
-      draws(shape).map(u => bound * (2 * u - 1)),
-      shape,
-    );
+    const values = draws(sizeOf(shape)).map(u => bound * (2 * u - 1));
+    params[name] = frozen(values, shape);
   }
   return params;
 }
@@ -1496,28 +1227,27 @@ export function initialState({ modules, config }: Problem, params: Params): Stat
   };
 }
 
-/** Faithfulness warm-up: AdamW on V and U alone, from moments 0, which it leaves at 0. */
+/** Faithfulness warm-up: AdamW on V and U alone, from moments 0, which it leaves at 0; stops when `goOn` says so. */
 export async function warmUp(
   engine: Engine,
   problem: Problem,
-  state: State,
+  { params, m, v }: State,
   goOn: (done: number, loss: number) => Promise<boolean>,
-) {
+): Promise<void> {
   const { faithfulnessWarmupSteps: steps, faithfulnessWarmupLr, faithfulnessWarmupLrFinalFrac } = problem.config;
-  const leaves = namesOf(state.params, 'components').map(name => state.params[name]!);
+  const leaves = namesOf(params, 'components').map(name => params[name]!);
   const step = engine.compile('warm-up', (feeds: AdamFeeds) => {
-    const { value, grads } = tf.valueAndGrads(() => faithfulnessLoss(problem, state.params))(leaves);
-    adamUpdate(state, 'components', tf.concat(grads.map(grad => grad.flatten())), feeds);
+    const { value, grads } = tf.valueAndGrads(() => faithfulnessLoss(problem, params))(leaves);
+    adamUpdate({ params, m, v }, 'components', tf.concat(grads.map(grad => grad.flatten())), feeds);
     return { loss: value };
   });
   for (let i = 0; i < steps; i++) {
-    const lr = faithfulnessWarmupLr * cosine(i, steps, faithfulnessWarmupLrFinalFrac);
-    const [c1, c2] = [1 - MAIN_BETAS.beta1 ** (i + 1), 1 - MAIN_BETAS.beta2 ** (i + 1)];
-    const feeds = () => ({ lrMain: tf.scalar(lr), c1: tf.scalar(c1), c2: tf.scalar(c2) });
-    const [loss] = await tidyAsync(async () => numbers((await step(feeds())).loss));
+    const lrMain = faithfulnessWarmupLr * cosine(i, steps, faithfulnessWarmupLrFinalFrac);
+    const feeds = { lrMain, c1: 1 - MAIN_BETAS.beta1 ** (i + 1), c2: 1 - MAIN_BETAS.beta2 ** (i + 1) };
+    const [loss] = await tidyAsync(async () => numbers((await step(asTensors(feeds))).loss));
     if (!(await goOn(i + 1, loss!))) return;
   }
-  for (const moment of [state.m.components, state.v.components]) tf.tidy(() => moment.assign(tf.zerosLike(moment)));
+  for (const moment of [m.components, v.components]) tf.tidy(() => moment.assign(tf.zerosLike(moment)));
 }
 
 // ---- J. Evaluation (method 6) ---------------------------------------------------------------------------------------
@@ -1547,13 +1277,8 @@ function smallKl({ probs, logProbs }: TargetPass, predicted: T<'N vocab'>): T {
   return tf.div(tf.sum(terms), probs.shape[0]!);
 }
 
-/** Random numbers of the evaluations. */
-export interface EvaluationDraws {
-  stoch: Draws;
-  random: T<'N ΣC'>;
-  /** of StochasticReconSubsetLoss and of the hidden activations */
-  subset: Draws;
-}
+/** Random numbers of the evaluations; `subset`: of StochasticReconSubsetLoss and of the hidden activations. */
+export type EvaluationDraws = { stoch: Draws; random: T<'N ΣC'>; subset: Draws };
 function evaluationDraws(problem: Problem, N: number, key: T): EvaluationDraws {
   const [stoch, subset] = [0, 1].map(i => stochasticDraws(problem, N, tf.add(key, tf.tensor1d([0, i], 'int32'))));
   return { stoch: stoch!, subset: subset!, random: uniform([N, totalC(problem.modules)], key, PURPOSE.randomMask) };
@@ -1603,17 +1328,14 @@ export function pgdStep(problem: Problem, params: Tensors, tokens: T<'B S'>, sou
 export function hiddenActsErrors(problem: Problem, params: Tensors, tokens: T<'B S'>, draws: Draws) {
   const { pass, g } = importances(problem, params, tokens);
   const errors = (masks: Masks) => {
-    const { outputs } = watchedForward(problem.target, tokens, maskedLinear(problem, params, masks));
+    const { outputs } = targetPass(problem.target, tokens, maskedLinear(problem, params, masks));
     return tf.stack(problem.modules.map(m => tf.mean(tf.squaredDifference(outputs[m.path]!, pass.outputs[m.path]!))));
   };
   return { CI: errors({ mask: g }), Stochastic: errors({ mask: interpolate(g, draws.u), delta: draws.delta }) };
 }
 
-export interface Evaluation {
-  metrics: Metrics;
-  /** mean g of every component over the rows [ΣC] */
-  meanCi: Float32Array;
-}
+/** `meanCi`: mean g of every component over the rows [ΣC]. */
+export type Evaluation = { metrics: Metrics; meanCi: Float64Array };
 
 /** Compiles the evaluations; the result evaluates the parameters as they are then, averaged over batches of rows. */
 export function compileEvaluation(engine: Engine, problem: Problem, params: Params) {
@@ -1634,51 +1356,46 @@ export function compileEvaluation(engine: Engine, problem: Problem, params: Para
   }));
 
   const evaluate = async (rows: Rows, step: number, slow: boolean): Promise<Evaluation> => {
-    const metrics: Metrics = {};
-    const [meanCi, active] = [new Float32Array(sumC), new Float32Array(sumC)];
     const p = tf.scalar(schedule(config, Math.min(step, config.nSteps - 1)).p);
+    const means: Record<string, Float64Array> = {}; // over the rows, by name
+    const add = async (share: number, outputs: Tensors) => {
+      for (const [name, output] of Object.entries(outputs)) {
+        const values = await numbers(output);
+        means[name] ??= new Float64Array(values.length);
+        for (let i = 0; i < values.length; i++) means[name][i]! += share * values[i]!;
+      }
+    };
     const batches = inBatches(rows.count, config.evalBatchSize).map((indices, b) => {
       const key = randomKey(config.seed ^ 0x5eed, 2 * b);
       return { tokens: tokenBatch(rows, indices), key, share: indices.length / rows.count };
     });
     for (const { tokens, key, share } of batches) {
-      const add = (name: string, value: number) => {
-        metrics[`eval/${name}`] = (metrics[`eval/${name}`] ?? 0) + share * value;
-      };
-      const addColumns = (sum: Float32Array, part: Float32Array) => {
-        for (let c = 0; c < sumC; c++) sum[c]! += share * part[c]!;
-      };
-      const { active: on, meanCi: ci, ...scalars } = await masks({ tokens, key, p });
-      for (const [name, value] of Object.entries<T>(scalars)) add(name, (await numbers(value))[0]!);
-      addColumns(meanCi, await numbers(ci));
-      addColumns(active, await numbers(on));
+      await add(share, await masks({ tokens, key, p }));
       let source = tf.tidy(() => uniform([1, sumC + modules.length], key, PURPOSE.pgd));
       for (let i = 0; i < config.pgdEvalNSteps; i++) source = (await pgd({ tokens, source })).next;
-      add('loss/PGDReconLoss', (await numbers((await pgd({ tokens, source })).kl))[0]!);
-      for (const [kind, errors] of slow ? Object.entries(await hidden({ tokens, key })) : []) {
-        for (const [i, error] of (await numbers(errors)).entries()) {
-          add(`loss/${kind}HiddenActsReconLoss/${modules[i]!.path}`, error);
-          add(`loss/${kind}HiddenActsReconLoss/total`, (error * modules[i]!.dOut) / sumOut);
-        }
-      }
+      await add(share, { 'loss/PGDReconLoss': (await pgd({ tokens, source })).kl });
+      if (slow) await add(share, await hidden({ tokens, key }));
     }
-    const isAlive = meanCi.map(ci => Number(ci >= DEAD_BELOW));
-    metrics['eval/n_alive'] = sum(isAlive);
-    metrics['eval/ce_kl/kl_alive'] = 0;
-    for (const { tokens, share } of batches) {
-      const { kl } = await alive({ tokens, mask: tf.tensor2d(isAlive, [1, sumC]) });
-      metrics['eval/ce_kl/kl_alive'] += share * (await numbers(kl))[0]!;
-    }
+    const { meanCi, active, CI, Stochastic } = means as Record<string, Float64Array> & { meanCi: Float64Array };
+    const isAlive = Float32Array.from(meanCi, ci => Number(ci >= DEAD_BELOW));
+    const mask = tf.tensor2d(isAlive, [1, sumC]);
+    for (const { tokens, share } of batches) await add(share, { 'ce_kl/kl_alive': (await alive({ tokens, mask })).kl });
+
+    const metrics: Metrics = { 'eval/n_alive': sum(isAlive) };
+    for (const [name, mean] of Object.entries(means)) if (name.includes('/')) metrics[`eval/${name}`] = mean[0]!;
     const ofZero = metrics['eval/ce_kl/ce_difference_zero_masked']!;
     for (const [name, difference] of Object.entries(metrics)) {
       if (name.includes('ce_difference')) metrics[name.replace('difference', 'unrecovered')] = difference / ofZero;
     }
     const threshold = config.ciAliveThreshold; // as Python writes a float
     const l0 = `eval/l0/${Number.isInteger(threshold) ? threshold.toFixed(1) : threshold}`;
-    metrics[`${l0}_total`] = 0;
-    for (const { path: name, offset, C } of modules) {
-      metrics[`${l0}_${name}`] = sum(active.subarray(offset, offset + C));
-      metrics[`${l0}_total`]! += metrics[`${l0}_${name}`]!;
+    metrics[`${l0}_total`] = sum(active!);
+    for (const { path: name, offset, C } of modules)
+      metrics[`${l0}_${name}`] = sum(active!.subarray(offset, offset + C));
+    for (const [kind, errors] of slow ? Object.entries({ CI, Stochastic }) : []) {
+      const loss = `eval/loss/${kind}HiddenActsReconLoss`;
+      for (const [i, m] of modules.entries()) metrics[`${loss}/${m.path}`] = errors![i]!;
+      metrics[`${loss}/total`] = sum(modules.map((m, i) => (errors![i]! * m.dOut) / sumOut));
     }
     return { metrics, meanCi };
   };
@@ -1687,91 +1404,43 @@ export function compileEvaluation(engine: Engine, problem: Problem, params: Para
 
 // ---- K. The run -----------------------------------------------------------------------------------------------------
 // The run folder holds config.json, metrics.jsonl, and a checkpoint: components.safetensors, the deliverable, with the
-// state.safetensors that belongs to it. engine/long-runs.ts replaces the two so that a save cut off anywhere leaves a
-// whole pair. The training loop is at the end of the section.
+// state.safetensors that --resume needs. engine/long-runs.ts saves the two so that a save cut off anywhere leaves a whole
+// pair, restores them, listens to signals and says how far a loop is.
 
-const inRun = (dir: string, what: 'components' | 'state') => path.join(dir, `${what}.safetensors`);
+/** What there is of it without engine/: lines now and then, and at the end the deliverable alone. */
+const plainRuns = {
+  startProgress: (total: number) => (done: number, line: () => string) => {
+    if (done === total || Number.isInteger(Math.log2(done))) talk(line());
+  },
+  watchSignals: () => ({ interrupted: async () => undefined, stop: () => {} }),
+  checkFinite: async () => {},
+  async saveCheckpoint(dir: string, _step: number, components: Params): Promise<void> {
+    const header: Record<string, object> = {};
+    const data: Buffer[] = [];
+    let end = 0;
+    for (const [name, variable] of Object.entries(components)) {
+      header[name] = { dtype: 'F32', shape: variable.shape, data_offsets: [end, end + 4 * variable.size] };
+      data.push(Buffer.from(Float32Array.from(await numbers(variable)).buffer));
+      end += 4 * variable.size;
+    }
+    const start = Buffer.from(`${' '.repeat(8)}${JSON.stringify(header)}`);
+    start.writeBigUInt64LE(BigInt(start.length - 8));
+    fs.writeFileSync(path.join(dir, 'components.safetensors'), Buffer.concat([start, ...data]));
+  },
+};
+const longRuns = async () => (await optional(import('./engine/long-runs.ts'))) ?? plainRuns;
+
+/** What --resume needs besides the parameters, by the names in state.safetensors. */
+const stateVariables = ({ m, v, sources }: State): Params => {
+  const parts = Object.entries({ 'adam.m': m, 'adam.v': v, ppgd: sources });
+  const named = parts.flatMap(([part, of]) => Object.entries(of).map(([name, x]) => [`${part}.${name}`, x]));
+  return Object.fromEntries(named);
+};
 
 /** Writes beside and renames, so that nobody ever reads half a file. */
 function writeAtomic(file: string, content: string): void {
   fs.writeFileSync(`${file}.tmp-${process.pid}`, content);
   fs.renameSync(`${file}.tmp-${process.pid}`, file);
-}
-
-/** Saves both files as one checkpoint; the state names the step, and the components by their SHA-256. */
-export async function saveCheckpoint(
-  dir: string,
-  step: number,
-  components: Iterable<TensorToWrite>,
-  state: Iterable<TensorToWrite>,
-): Promise<void> {
-  const writeComponents = (file: string) => writeSafetensors(file, components, { format: 'pt', step: `${step}` });
-  const writeState = (file: string, sha256: string) =>
-    writeSafetensors(file, state, { step: `${step}`, components: sha256 });
-  const pairs = await optional(import('./engine/long-runs.ts'));
-  if (pairs) await pairs.savePair(dir, writeComponents, writeState, readMetadata);
-  else await writeState(inRun(dir, 'state'), await writeComponents(inRun(dir, 'components')));
-}
-
-/** The last whole checkpoint (paths, step, maybe a warning); undefined before the first. */
-export async function loadCheckpoint(dir: string) {
-  const pairs = await optional(import('./engine/long-runs.ts'));
-  if (pairs) return pairs.loadPair(dir, readMetadata);
-  const [components, state] = [inRun(dir, 'components'), inRun(dir, 'state')];
-  if (!fs.existsSync(components)) return;
-  return { components, state, step: Number((await readMetadata(state)).get('step')), warning: undefined };
-}
-async function readMetadata(file: string): Promise<ReadonlyMap<string, string>> {
-  const { metadata, close } = await openSafetensors(file);
-  close();
-  return metadata;
-}
-
-/** Variables as tensors to write, under `prefix` + name. */
-const toWrite = (variables: Params, prefix = ''): TensorToWrite[] =>
-  Object.entries(variables).map(([name, variable]) => {
-    return { name: prefix + name, shape: variable.shape, data: () => numbers(variable) };
-  });
-/** What --resume needs besides the parameters: prefix in state.safetensors and variables. */
-const stateParts = ({ m, v, sources }: State) => Object.entries({ 'adam.m.': m, 'adam.v.': v, 'ppgd.': sources });
-
-/** Sets variables from a file of toWrite. */
-async function restore(file: string, variables: Params, prefix = ''): Promise<void> {
-  const stored = await openSafetensors(file);
-  for (const [name, variable] of Object.entries(variables)) {
-    const shape = stored.tensors.get(prefix + name)?.shape;
-    if (shape?.join() !== variable.shape.join())
-      refuse(`${file}: ${prefix + name} is [${shape}], not [${variable.shape}]`);
-    tf.tidy(() => variable.assign(tf.tensor(stored.readFloat32(prefix + name), variable.shape)));
-  }
-  stored.close();
-}
-
-/** The lines of metrics.jsonl. */
-const readMetrics = (dir: string): Metrics[] => {
-  const file = path.join(dir, 'metrics.jsonl');
-  const lines = fs.existsSync(file) ? readText(file).split('\n') : [];
-  return lines.filter(line => line.endsWith('}')).map(line => parseJson(line, file) as Metrics); // not one cut off
-};
-
-/** Losses or gradients are no longer numbers: exit code 1. */
-export class DivergenceError extends Error {}
-
-/** Throws when one of a step's losses or gradient norms is not finite; parameters are only read then. */
-export async function checkFinite(step: number, scalars: Metrics, parameters: Iterable<TensorToWrite>): Promise<void> {
-  const broken = Object.entries(scalars).filter(([, value]) => !Number.isFinite(value));
-  if (!broken.length) return;
-  let [largest, size] = ['none', -1];
-  for (const { name, data } of parameters) {
-    const values = typeof data === 'function' ? await data() : data;
-    let most = 0;
-    for (const x of values) most = Math.max(most, Number.isFinite(x) ? Math.abs(x) : Infinity); // NaN is the largest
-    if (most > size) [largest, size] = [name, most];
-  }
-  throw new DivergenceError(
-    `diverged at step ${step}: ${broken.map(([name, value]) => `${name} is ${value}`).join(', ')}; the largest parameter ` +
-      `is in ${largest} (${Number.isFinite(size) ? size.toPrecision(3) : 'not finite'}); the last checkpoint is untouched`,
-  );
 }
 
 /** What config.json holds. */
@@ -1794,111 +1463,65 @@ function runRecord({ target, modules, config }: Problem, { train, heldOut }: Dat
 }
 
 // What a resumed run may change: nothing that the training's numbers depend on (model and data are compared by content) …
-const MAY_CHANGE = [
+export const MAY_CHANGE = [
   ...['model', 'data', 'evalData', 'labels', 'out', 'logEvery', 'saveEvery', 'harvest', 'harvestRows'],
   ...Object.keys(GROUPS.Evaluation),
 ];
-// … and what changes only how they are rounded, or which random numbers are drawn.
-const CHANGES_BITS = Object.keys(GROUPS.Engine);
+// … and what changes only how they are rounded, or which random numbers are drawn: with a warning.
+export const CHANGES_BITS = Object.keys(GROUPS.Engine);
 
-/** Refuses, by name, fields that a resumed run must not change; returns a warning for each that costs exactness. */
-export function compareConfigs(old: Readonly<Record<string, unknown>>, now: Readonly<Record<string, unknown>>) {
-  const fields = [...new Set([...Object.keys(old), ...Object.keys(now)])];
-  const was = (field: string) => JSON.stringify(old[field]);
-  const is = (field: string) => JSON.stringify(now[field]);
-  const changed = fields.filter(field => was(field) !== is(field) && !MAY_CHANGE.includes(field));
-  const change = (field: string) => `${field} was ${was(field)} and is now ${is(field)}`;
-  const refused = changed.filter(field => !CHANGES_BITS.includes(field)).map(change);
-  if (refused.length) throw new UsageError(`--resume: ${refused.join(', ')}; start a new run for that`);
-  return changed.map(field => `${change(field)}: not bit for bit the same run`);
-}
-
-/** Refuses to resume with another config, model or data; warnings for what costs exactness. */
-function compareRuns(old: RunRecord, now: RunRecord): string[] {
+/** Refuses to resume with another config, model or data. */
+async function compareRuns(old: RunRecord, now: RunRecord): Promise<void> {
   for (const part of ['model', 'data'] as const) {
     if (old[part].sha256 !== now[part].sha256)
       refuse(`--resume: ${part} is not the one of this run (${old[part].path}): its SHA-256 differs`);
   }
+  const { compareConfigs } = await import('./engine/long-runs.ts');
   // "auto" may have been another engine then
   const fields = ({ config, engine, modules }: RunRecord) => ({ ...config, engine: engine.name, modules });
-  return compareConfigs(fields(old), fields(now));
+  for (const warning of compareConfigs(fields(old), fields(now), MAY_CHANGE, CHANGES_BITS)) talk(`warning  ${warning}`);
 }
 
-/** A long loop's progress: one line that is rewritten on a terminal, a plain line now and then elsewhere. */
-function startProgress(total: number, first = 0, unit = 'step') {
-  const started = performance.now();
-  const live = process.stderr.isTTY === true;
-  let shown = -Infinity;
-  return (done: number, text: () => string): void => {
-    const now = performance.now();
-    if (done !== total && now - shown < (live ? 100 : 10_000)) return;
-    shown = now;
-    const perStep = (now - started) / Math.max(1, done - first);
-    const left = Math.round((perStep * (total - done)) / 1000);
-    const line = `${text()}  ${perStep.toPrecision(3)} ms/${unit}  ${Math.floor(left / 60)}:${String(left % 60).padStart(2, '0')} left`;
-    process.stderr.write(live ? `\r\x1b[K${line}${done === total ? '\n' : ''}` : `${line}\n`);
-  };
-}
-
-/** The state to go on from: of the last checkpoint, or of step 0. @returns its step, -1 before the warm-up */
-async function resumeFrom(dir: string, state: State): Promise<number> {
-  const checkpoint = await loadCheckpoint(dir);
-  const metrics = path.join(dir, 'metrics.jsonl');
-  if (!checkpoint) {
-    talk('resume   from the start: this run was stopped before its first checkpoint');
-    fs.rmSync(metrics, { force: true });
-    return -1;
-  }
-  const { step, components, state: file, warning } = checkpoint;
-  if (warning) talk(`warning  ${warning}`);
-  await restore(components, state.params);
-  for (const [prefix, variables] of stateParts(state)) await restore(file, variables, prefix);
-  const kept = readMetrics(dir).filter(line => line.step! <= step);
-  writeAtomic(metrics, kept.map(line => `${JSON.stringify(line)}\n`).join(''));
-  talk(`resume   from step ${step}`);
-  return step;
-}
-
-/** The training loop: warm up, step, log, evaluate, save, until the last step or a signal. */
+/**
+ * The training loop: warm up, step, log, evaluate, save, until the last step or a signal.
+ * @returns the signal's exit code if there was one, and the last evaluation
+ */
 async function train(
   engine: Engine,
   problem: Problem,
   params: Params,
   rows: Rows,
-  resume: boolean,
   evaluate: (when: { step: number; slow: boolean }) => Promise<Evaluation>,
+  resume: boolean,
 ): Promise<{ interrupted: number | undefined; evaluated: Metrics | undefined }> {
   const { config: c } = problem;
   const state = initialState(problem, params);
-  const start = resume ? await resumeFrom(c.out, state) : -1;
-  const noSignals = { interrupted: async () => undefined, stop: () => {} };
-  const signals = (await optional(import('./engine/long-runs.ts')))?.watchSignals(talk) ?? noSignals;
+  const runs = await longRuns();
+  const goOn = async () => (await import('./engine/long-runs.ts')).resume(c.out, params, stateVariables(state), talk);
+  const start = (resume && (await goOn())) || 0;
+  const signals = runs.watchSignals(talk);
   let [interrupted, evaluated]: [number | undefined, Metrics | undefined] = [undefined, undefined];
 
-  const warmUpSteps = start < 0 ? c.faithfulnessWarmupSteps : 0;
-  const showWarmUp = startProgress(warmUpSteps);
-  if (warmUpSteps > 0) {
-    await warmUp(engine, problem, state, async (done, loss) => {
-      showWarmUp(done, () => `warm-up ${done}/${warmUpSteps}  faithfulness ${loss.toExponential(2)}`);
-      await checkFinite(done, { 'warm-up loss/faith': loss }, toWrite(params));
-      interrupted = await signals.interrupted();
-      return interrupted === undefined;
-    });
-    // there is nothing to save yet: --resume begins again
-    if (interrupted !== undefined) return { interrupted, evaluated };
-  }
+  const showWarmUp = runs.startProgress(c.faithfulnessWarmupSteps);
+  const afterWarmUpStep = async (done: number, loss: number) => {
+    showWarmUp(done, () => `warm-up ${done}/${c.faithfulnessWarmupSteps}  faithfulness ${loss.toExponential(2)}`);
+    await runs.checkFinite(done, { 'warm-up loss/faith': loss }, params);
+    interrupted = await signals.interrupted(); // there is nothing to save yet: --resume begins again
+    return interrupted === undefined;
+  };
+  if (start === 0) await warmUp(engine, problem, state, afterWarmUpStep);
 
   const log = (step: number, metrics: Metrics) =>
     fs.appendFileSync(path.join(c.out, 'metrics.jsonl'), `${JSON.stringify({ step, ...metrics })}\n`);
   const step = compileStep(engine, problem, state);
-  const show = startProgress(c.nSteps, Math.max(0, start));
-  for (let n = Math.max(0, start); n < c.nSteps && interrupted === undefined; n++) {
+  const show = runs.startProgress(c.nSteps, start);
+  for (let n = start; n < c.nSteps && interrupted === undefined; n++) {
     const started = performance.now();
     const values = await step(n, rows);
     const metrics: Metrics = Object.fromEntries(STEP_METRICS.map((name, i) => [name, values[i]!]));
     const done = n + 1;
     const due = (every: number) => done === c.nSteps || (every > 0 && done % every === 0);
-    await checkFinite(done, metrics, toWrite(params));
+    await runs.checkFinite(done, metrics, params);
     const losses = () => LOSSES.map(l => `${l} ${metrics[`loss/${l}`]!.toPrecision(3)}`).join('  ');
     show(done, () => `step ${done}/${c.nSteps}  ${losses()}  L0 ${metrics['train/l0']!.toFixed(1)}`);
     if (due(c.logEvery)) {
@@ -1913,10 +1536,8 @@ async function train(
       log(done, evaluated);
     }
     interrupted = await signals.interrupted();
-    if (due(c.saveEvery) || interrupted !== undefined) {
-      const toSave = stateParts(state).flatMap(([prefix, variables]) => toWrite(variables, prefix));
-      await saveCheckpoint(c.out, done, toWrite(params), toSave);
-    }
+    if (due(c.saveEvery) || interrupted !== undefined)
+      await runs.saveCheckpoint(c.out, done, params, stateVariables(state));
   }
   signals.stop();
   return { interrupted, evaluated };
@@ -2553,9 +2174,64 @@ function readLabels(file: string, rows: Rows): Labels {
 }
 
 // ---- M. Report -----------------------------------------------------------------------------------------------------
-// A summary on standard output, and one HTML file that opens from disk: assets/report.html with the run's data inlined.
-// Token texts are data of strangers: they travel as JSON with everything but plain ASCII escaped, and the page only ever
-// sets textContent.
+// What a run says of itself: what a step will take, before; a summary on standard output, after; and one HTML file that
+// opens from disk, assets/report.html with the run's data inlined. Token texts are data of strangers: they travel as JSON
+// with everything but plain ASCII escaped, and the page only ever sets textContent.
+
+/** What a training step takes, before anything is allocated: parameters, bytes (about) and floating-point operations. */
+export function estimate({ target, modules, config }: Problem) {
+  const { vocab, dModel } = target.arch;
+  const { ciDModel, ciNBlocks, ciMlpHidden, ciNHeads, seqLen, batchSize, microBatches: R } = config;
+  const [sumC, N] = [totalC(modules), batchSize * seqLen];
+  const targetParams = sum([...target.weights.values()].map(w => w.size));
+  const decomposed = sum(modules.map(m => m.dIn * m.dOut));
+  const components = sum(modules.map(m => m.C * (m.dIn + m.dOut)));
+  const ciFn = sum(Object.values(ciShapes({ target, modules, config })).map(sizeOf));
+  const params = components + ciFn;
+  const state = targetParams + params * (R > 1 ? 4 : 3) + 3 * N * (sumC + modules.length);
+  const ciActs = ciNBlocks * (16 * ciDModel + 5 * ciMlpHidden + 4 * ciNHeads * seqLen);
+  const acts = 40 * sumC + 12 * vocab + 40 * sum(modules.map(m => m.dIn + m.dOut)) + ciActs; // a position's
+  // forward 1, backward to the masks 1, to V and U 1 more: each inner step takes 2, each of two losses 3
+  const passes = 2 * (config.ppgdInnerSteps + 2) + 1;
+  const perPosition = components * (passes + 1) + (decomposed + dModel * vocab) * passes + 3 * ciFn;
+  const flops = 2 * N * perPosition + 6 * sum(modules.map(m => m.dIn * m.dOut * m.C));
+  return { targetParams, components, ciFn, bytes: 4 * (state + (N / R) * acts + 3 * params), flops };
+}
+
+/** Says what a step will take, and refuses what can't fit. */
+function checkSize(problem: Problem, gpu: boolean): void {
+  const { targetParams, components, ciFn, bytes, flops } = estimate(problem);
+  const M = (x: number) => `${(x / 1e6).toFixed(2)}M`;
+  const GiB = (x: number) => `${(x / 2 ** 30).toFixed(2)} GiB`;
+  talk(`size     target ${M(targetParams)} parameters, V and U ${M(components)}, CI function ${M(ciFn)}`);
+  talk(`step     about ${GiB(bytes)} of memory, ${(flops / 1e9).toFixed(1)} GFLOP`);
+  const smi = () => spawnSync('nvidia-smi', ['--query-gpu=memory.total', '--format=csv,noheader,nounits']).stdout;
+  const there = gpu ? Number.parseInt(`${smi()}`, 10) * 2 ** 20 : os.totalmem();
+  if (bytes <= there || Number.isNaN(there)) return;
+  const { microBatches, batchSize } = problem.config;
+  const canSplit = batchSize > microBatches;
+  const advice = canSplit
+    ? `a larger --micro-batches than ${microBatches}`
+    : 'a smaller --seq-len or fewer --components';
+  refuse(`a step takes about ${GiB(bytes)} and there are ${GiB(there)}: try ${advice}, or a smaller --batch-size`);
+}
+
+/** --dry-run: lists the modules, times some steps, writes nothing. */
+async function measureSteps(engine: Engine, problem: Problem, data: Data): Promise<void> {
+  for (const { path: name, dIn, dOut, C } of problem.modules) console.log(`${name}  [${dOut}, ${dIn}]  C ${C}`);
+  const step = compileStep(engine, problem, initialState(problem, initialParams(problem)));
+  const times: number[] = [];
+  for (let n = 0; n < 7; n++) {
+    const started = performance.now();
+    await step(n, data.train);
+    times.push(performance.now() - started);
+  }
+  const typical = times.slice(2).sort((a, b) => a - b)[2]!; // the first two are traced and checked
+  const { nSteps } = problem.config;
+  console.log(
+    `${typical.toFixed(1)} ms per step: ${nSteps} steps take ${((typical * nSteps) / 3.6e6).toFixed(2)} hours`,
+  );
+}
 
 export interface ReportData {
   config: unknown; // of config.json
@@ -2691,7 +2367,8 @@ async function harvestRun(
 ) {
   const { target, modules, config } = problem;
   const rows = firstRows(data.train, config.harvestRows || data.train.count);
-  const show = startProgress(rows.count * rows.seqLen, 0, 'token');
+  const runs = await longRuns();
+  const show = runs.startProgress(rows.count * rows.seqLen, 0, 'token');
   const result = await harvest({
     pass: harvestPass(problem, params),
     engine,
@@ -2706,7 +2383,8 @@ async function harvestRun(
   writeAtomic(path.join(config.out, 'harvest.json'), JSON.stringify(result));
   const template = fileURLToPath(new URL('assets/report.html', import.meta.url));
   if (!fs.existsSync(template)) return talk('no page: assets/report.html is not here');
-  const history = readMetrics(config.out);
+  const { readMetrics } = await import('./engine/long-runs.ts');
+  const history = readMetrics(path.join(config.out, 'metrics.jsonl'));
   const record = readJson(path.join(config.out, 'config.json'));
   const metrics = history.findLast(line => 'eval/ce_kl/ce_target' in line) ?? {};
   const run: ReportData = {
@@ -2766,9 +2444,8 @@ async function open(config: Config, given: ReadonlySet<string>, preset?: Preset)
   talk(`engine   ${engine.description}`);
   const target = await loadTarget(await resolveModel(config.model));
   const { arch, linears } = target;
-  talk(
-    `target   ${config.model}: ${arch.type}, ${arch.nLayers} layers, width ${arch.dModel}, vocabulary ${arch.vocab}`,
-  );
+  const { type, nLayers, dModel, vocab } = arch;
+  talk(`target   ${config.model}: ${type}, ${nLayers} layers, width ${dModel}, vocabulary ${vocab}`);
   for (const [field, meant] of Object.entries(preset?.target ?? {})) {
     const got = arch[field as keyof Architecture];
     if (got !== meant) talk(`warning  this preset is meant for a target with ${field} ${meant}; this one has ${got}`);
@@ -2778,61 +2455,17 @@ async function open(config: Config, given: ReadonlySet<string>, preset?: Preset)
   c.seqLen = data.train.seqLen;
   talk(`data     ${data.train.count} training rows, ${data.heldOut.count} held-out rows of ${c.seqLen} tokens`);
   const problem: Problem = { target, modules: chooseModules(linears, c.components), config: c };
-  const { modules } = problem;
-  talk(`modules  ${modules.length} of ${linears.length} linear layers, ${totalC(modules)} components`);
+  talk(`modules  ${problem.modules.length} of ${linears.length} linear layers, ${totalC(problem.modules)} components`);
   const rows = firstRows(data.heldOut, Math.max(c.evalBatchSize, Math.ceil(LOSS_TOKENS / c.seqLen)));
   let loss = 0;
   for (const indices of inBatches(rows.count, c.evalBatchSize)) {
-    const ofBatch = tf.tidy(() => {
-      const tokens = tokenBatch(rows, indices);
-      return crossEntropy(targetPass(target, tokens).logProbs, tokens);
-    });
+    const tokens = tokenBatch(rows, indices);
+    const ofBatch = tf.tidy(() => crossEntropy(targetPass(target, tokens).logProbs, tokens));
     loss += ((await numbers(ofBatch))[0]! * indices.length) / rows.count;
-    ofBatch.dispose();
+    tf.dispose([tokens, ofBatch]);
   }
   talk(`loss     ${loss.toFixed(4)} nats per token, the target's own on ${rows.count} held-out rows`);
   return { engine, problem, data, heldOut: firstRows(data.heldOut, c.evalBatchSize) };
-}
-
-/** Says what a step will take, and refuses what can't fit. */
-function checkSize(problem: Problem, gpu: boolean): void {
-  const { targetParams, components, ciFn, bytes, flops } = estimate(problem);
-  const M = (x: number) => `${(x / 1e6).toFixed(2)}M`;
-  const GiB = (x: number) => `${(x / 2 ** 30).toFixed(2)} GiB`;
-  talk(`size     target ${M(targetParams)} parameters, V and U ${M(components)}, CI function ${M(ciFn)}`);
-  talk(`step     about ${GiB(bytes)} of memory, ${(flops / 1e9).toFixed(1)} GFLOP`);
-  const smi = () => spawnSync('nvidia-smi', ['--query-gpu=memory.total', '--format=csv,noheader,nounits']).stdout;
-  const there = gpu ? Number.parseInt(`${smi()}`, 10) * 2 ** 20 : os.totalmem();
-  if (bytes <= there || Number.isNaN(there)) return;
-  const { microBatches, batchSize } = problem.config;
-  const canSplit = batchSize > microBatches;
-  const advice = canSplit
-    ? `a larger --micro-batches than ${microBatches}`
-    : 'a smaller --seq-len or fewer --components';
-  refuse(`a step takes about ${GiB(bytes)} and there are ${GiB(there)}: try ${advice}, or a smaller --batch-size`);
-}
-
-/** --dry-run: lists the modules, times some steps, writes nothing. */
-async function measureSteps(engine: Engine, problem: Problem, data: Data): Promise<void> {
-  for (const { path: name, dIn, dOut, C } of problem.modules) console.log(`${name}  [${dOut}, ${dIn}]  C ${C}`);
-  const step = compileStep(engine, problem, initialState(problem, initialParams(problem)));
-  const times: number[] = [];
-  for (let n = 0; n < 7; n++) {
-    const started = performance.now();
-    await step(n, data.train);
-    times.push(performance.now() - started);
-  }
-  const typical = times.slice(2).sort((a, b) => a - b)[2]!; // the first two are traced and checked
-  const { nSteps } = problem.config;
-  console.log(
-    `${typical.toFixed(1)} ms per step: ${nSteps} steps take ${((typical * nSteps) / 3.6e6).toFixed(2)} hours`,
-  );
-}
-
-interface JobOptions {
-  dryRun: boolean;
-  resume?: RunRecord;
-  preset?: Preset | undefined;
 }
 
 /** The main job: warm up, train, evaluate, save, score, harvest, report. */
@@ -2846,26 +2479,31 @@ async function decompose(config: Config, given: ReadonlySet<string>, how: JobOpt
   }
   const labels = c.labels ? readLabels(c.labels, data.heldOut) : undefined;
   const record = runRecord(problem, data, engine);
-  if (how.resume) for (const warning of compareRuns(how.resume, record)) talk(`warning  ${warning}`);
+  if (how.resume) await compareRuns(how.resume, record);
   fs.mkdirSync(c.out, { recursive: true });
   writeAtomic(path.join(c.out, 'config.json'), `${JSON.stringify(record, null, 1)}\n`);
   const params = initialParams(problem);
-  const evaluate = compileEvaluation(engine, problem, params);
-  const { interrupted, evaluated } = await train(engine, problem, params, data.train, how.resume !== undefined, step =>
-    evaluate(heldOut, step),
-  );
+  const evaluateAll = compileEvaluation(engine, problem, params);
+  const evaluate = (when: { step: number; slow: boolean }) => evaluateAll(heldOut, when);
+  const resume = how.resume !== undefined;
+  const { interrupted, evaluated } = await train(engine, problem, params, data.train, evaluate, resume);
   if (interrupted !== undefined) {
     talk(`stopped; go on with --resume --out ${c.out}`);
     return interrupted;
   }
   // a run that was complete already and is resumed has nothing evaluated yet
-  const metrics = evaluated ?? (await evaluate(heldOut, { step: c.nSteps, slow: true })).metrics;
+  const metrics = evaluated ?? (await evaluate({ step: c.nSteps, slow: true })).metrics;
   const board = labels && (await tidyAsync(() => scoreRules(engine, problem, params, data.heldOut, labels)));
   console.log(summary(problem, metrics, board));
   if (c.harvest) await harvestRun(engine, problem, params, data, board);
   const peak = (process.resourceUsage().maxRSS / 2 ** 20).toFixed(2);
   console.log(`\nRun folder: ${c.out}   peak memory: ${peak} GiB`);
   return 0;
+}
+interface JobOptions {
+  dryRun: boolean;
+  resume?: RunRecord;
+  preset?: Preset | undefined;
 }
 
 /** eval and harvest: opens a finished run again with its own config. */
@@ -2877,7 +2515,8 @@ async function revisit(command: string, dir: string, changes: Partial<Config>): 
   if (problem.target.sha256 !== record.model.sha256)
     refuse(`${record.model.path}: not the model of this run (its SHA-256 differs)`);
   const params = initialParams(problem);
-  await restore(inRun(dir, 'components'), params);
+  const { restore } = await import('./engine/long-runs.ts');
+  await restore(path.join(dir, 'components.safetensors'), params);
   if (command === 'harvest') {
     const labels = config.labels && !changes.evalData ? readLabels(config.labels, data.heldOut) : undefined;
     const board = labels && (await scoreRules(engine, problem, params, data.heldOut, labels));
@@ -2892,16 +2531,7 @@ async function revisit(command: string, dir: string, changes: Partial<Config>): 
   return 0;
 }
 
-function help(): string {
-  const presets = Object.entries(PRESETS).map(([name, { source }]) => `  ${name.padEnd(17)} ${source}`);
-  const fields = Object.entries(GROUPS).flatMap(([group, fields]) => [
-    `\n${group}:`,
-    ...Object.entries<Field<Value>>(fields).map(([name, { value, help }]) => {
-      const standard = value === '' || typeof value === 'boolean' ? '' : ` [${value}]`;
-      return `  --${flagOf(name).padEnd(36)} ${help}${standard}`;
-    }),
-  ]);
-  return `nano-param-decomp ${VERSION}: takes a trained language model apart into rank-one subcomponents
+const usage = () => `nano-param-decomp ${VERSION}: takes a trained language model apart into rank-one subcomponents
 
   npx tsx nano-param-decomp.ts [decompose] --model M --data D [--preset P] [flags]
   npx tsx nano-param-decomp.ts [decompose] --resume --out DIR     goes on exactly where DIR stopped
@@ -2910,44 +2540,38 @@ function help(): string {
   npx tsx nano-param-decomp.ts harvest --run DIR [--data D]       (re)builds harvest.json and report.html
 
 Presets (--preset):
-${presets.join('\n')}
-${fields.join('\n')}
-`;
-}
+${Object.entries(PRESETS)
+  .map(([name, { source }]) => `  ${name.padEnd(17)} ${source}\n`)
+  .join('')}`;
 
-/** The flags of the fields as a part of the config; those of the command itself as they are. */
-function parseFlags(args: string[]) {
-  const options: Record<string, { type: 'string' | 'boolean' }> = {};
-  for (const name of ['preset', 'run']) options[name] = { type: 'string' };
-  for (const name of ['resume', 'dry-run', 'help', 'version']) options[name] = { type: 'boolean' };
-  for (const [name, { value }] of Object.entries(FIELDS))
-    options[flagOf(name)] = { type: typeof value === 'boolean' ? 'boolean' : 'string' };
-  let flags: Record<string, string | boolean | undefined>;
-  try {
-    flags = parseArgs({ args, options, strict: true }).values as typeof flags;
-  } catch (error) {
-    return refuse(`${(error as Error).message.split('. To specify')[0]} (--help lists the flags)`);
+/** Flags as --name=value, for want of engine/flags.ts, which takes every form, checks values and writes --help. */
+function plainFlags(args: string[]) {
+  const flags: Record<string, string | boolean | undefined> = {};
+  const values: Record<string, Value> = {};
+  for (const arg of args) {
+    const [, no, flag = '', raw = true] =
+      /^--(no-)?([\w-]+)(?:=(.*))?$/s.exec(arg) ?? refuse(`${arg}: takes --flag=value`);
+    const name = flag.replace(/-(.)/g, (_, letter) => letter.toUpperCase());
+    if (name in FIELDS) values[name] = no ? false : typeof FIELDS[name]!.value === 'number' ? Number(raw) : raw;
+    else flags[flag] = raw;
   }
-  const changes: Partial<Config> = {};
-  for (const [name, { value }] of Object.entries(FIELDS)) {
-    const raw = flags[flagOf(name)];
-    if (raw !== undefined)
-      Object.assign(changes, { [name]: typeof value === 'boolean' ? !raw : fieldValue(name, raw) });
-  }
-  for (const name of ['model', 'data', 'evalData', 'labels', 'out'] as const) {
-    if (changes[name] && fs.existsSync(changes[name])) changes[name] = path.resolve(changes[name]);
-  }
-  return { flags, changes };
+  return { values, flags };
 }
 
 /** Parses and runs a command line. @returns the exit code */
 export async function main(argv: string[]): Promise<number> {
   const hasCommand = /^(decompose|eval|harvest)$/.test(argv[0] ?? '');
   const [command, args] = hasCommand ? [argv[0]!, argv.slice(1)] : ['decompose', argv];
-  const { flags, changes } = parseFlags(args);
-  if (flags.help || flags.version) {
-    console.log(flags.help ? help() : VERSION);
-    return 0;
+  const ours = { preset: 'string', run: 'string', resume: 'boolean', 'dry-run': 'boolean' } as const;
+  const cli = await optional(import('./engine/flags.ts'));
+  const asked = { ...ours, help: 'boolean', version: 'boolean' } as const;
+  const { values, flags } = cli ? cli.parseFlags(FIELDS, asked, args) : plainFlags(args);
+  if (flags.version) console.log(VERSION);
+  if (flags.help) console.log(`${usage()}${cli?.helpLines(GROUPS) ?? Object.keys(FIELDS).join(' ')}\n`);
+  if (flags.help || flags.version) return 0;
+  const changes: Partial<Config> = values;
+  for (const name of ['model', 'data', 'evalData', 'labels', 'out'] as const) {
+    if (changes[name] && fs.existsSync(changes[name])) changes[name] = path.resolve(changes[name]);
   }
   if (command !== 'decompose') {
     if (typeof flags.run !== 'string') return refuse(`${command}: takes --run DIR, the folder of a finished run`);
@@ -2976,7 +2600,7 @@ if (process.argv[1] && fs.realpathSync(process.argv[1]) === fileURLToPath(import
   const failed = (error: NodeJS.ErrnoException): number => {
     const usage = error.name === 'UsageError';
     // what the system says (a full disk …) is no bug of ours: its stack tells nothing
-    const known = usage || error instanceof DivergenceError || /^E[A-Z]+$/.test(error.code ?? '');
+    const known = usage || error.name === 'DivergenceError' || /^E[A-Z]+$/.test(error.code ?? '');
     talk(known ? `nano-param-decomp: ${error.message}` : String(error.stack));
     return usage ? 2 : 1;
   };

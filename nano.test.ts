@@ -10,6 +10,8 @@ import os from 'node:os';
 import path from 'node:path';
 import { after, test } from 'node:test';
 import * as tf from '@tensorflow/tfjs';
+import { loadPair } from './engine/long-runs.ts';
+import { loadTokenizer } from './engine/tokenizer.ts';
 import * as nano from './nano-param-decomp.ts';
 
 // ---- Tolerances -----------------------------------------------------------------------------------------------------
@@ -81,7 +83,7 @@ const temporary = fs.mkdtempSync(path.join(os.tmpdir(), 'nano-test-'));
 after(() => fs.rmSync(temporary, { recursive: true }));
 
 // All awaits of this file come before its first test: else node's runner may take the tests so far for all of them.
-const toyTokenizer = await nano.loadTokenizer(toy);
+const toyTokenizer = loadTokenizer(toy);
 // op by op: the traced graph is tested in engine/graph.test.ts, and by the runs of the toy below
 const options = { ...nano.DEFAULTS, graph: false, threads: 1 };
 const engines = [await nano.startEngine({ ...options, engine: 'wasm' })];
@@ -1208,7 +1210,7 @@ async function shortRun(engine: string): Promise<void> {
     assert.ok(x.every(Number.isFinite) && largest(x) > 0, name);
   }
   components.close();
-  assert.equal((await nano.loadCheckpoint(out))?.step, 6, 'state.safetensors belongs to it');
+  assert.equal((await loadPair(out))?.step, 6, 'state.safetensors belongs to it');
   assert.ok(Object.keys(JSON.parse(read(out, 'harvest.json'))).length > 0);
   assert.match(read(out, 'report.html'), /<html[\s\S]*<\/html>/);
 

@@ -1,9 +1,13 @@
 import * as fs from 'node:fs';
+import * as path from 'node:path';
 import * as zlib from 'node:zlib';
+import type { Tokenizer } from '@huggingface/tokenizers';
+import type { Rows } from '../nano-param-decomp.ts';
 import { datasetShards } from './hub.ts';
-import { orRefuse, UsageError } from './usage-error.ts';
+import { orRefuse, refuse, UsageError } from './usage-error.ts';
 
-// Every reader holds one document (a line, a row, a parquet row group) in memory, never the file.
+// From files and data sets of the Hub to rows of tokens. Every reader holds one document (a line, a row, a parquet row
+// group) in memory, never the file.
 
 /** The documents of a file or of a Hub data set (`org/name[@revision]`): texts, or token ids where it has those. */
 export async function* documents(source: string): AsyncGenerator<string | number[]> {
@@ -136,19 +140,116 @@ async function* parquetDocuments(file: string): AsyncGenerator<string | number[]
 }
 
 // ---- Rows ----
-// Tokens are written once to a file and read by position: a corpus may be larger than memory.
-
-export interface Rows {
-  readonly count: number;
-  readonly seqLen: number;
-  row(i: number): Int32Array;
-}
 
 /** The training rows of a corpus, and those of its last documents, which are never trained on. */
 export interface Corpus {
   train: Rows;
   heldOut: Rows;
 }
+
+const HELD_OUT = 0.05;
+const FITS_IN_MEMORY = 2 ** 28; // bytes of text; what is larger becomes a file of tokens
+const FEW_DOCUMENTS = 20; // of so few none is spared: then the last rows are held out
+
+/** What the rows are made with and for. */
+export interface RowsOptions {
+  seqLen: number; // but rows of a .json file are as long as they are
+  tokenizer: Tokenizer | undefined;
+  /** added behind every document, unless the tokenizer marks the border between documents by itself */
+  endOfText: number | undefined;
+  vocab: number;
+  /** longest row, and what says so */
+  context: number;
+  contextField: string;
+  /** for a corpus that is larger than memory: the file of its tokens, and how many of them will be read */
+  file: string;
+  enough: number;
+}
+
+/**
+ * Training rows of `data`, and the held-out ones: those of `evalData`, else of the last 5 % of the documents.
+ * @throws UsageError naming the file, and the line or row where there is one
+ */
+export async function loadRows(data: string, evalData: string, options: RowsOptions): Promise<Corpus> {
+  const held = evalData ? await openDocuments(evalData, options) : undefined;
+  let heldOut = held && packRows(await collect(held.ids), held.seqLen);
+  const { ids, seqLen } = await openDocuments(data, options);
+  let train: Rows;
+  if (fs.existsSync(data) && fs.statSync(data).size <= FITS_IN_MEMORY) {
+    let texts = await collect(ids);
+    if (!heldOut && texts.length < FEW_DOCUMENTS) {
+      const rows = packRows(texts, seqLen);
+      texts = Array.from({ length: rows.count }, (_, i) => [...rows.row(i)]);
+    }
+    heldOut ??= packRows(texts.splice(-Math.max(1, Math.round(texts.length * HELD_OUT))), seqLen);
+    train = packRows(texts, seqLen);
+  } else {
+    const { file, enough, vocab } = options;
+    fs.mkdirSync(path.dirname(file), { recursive: true });
+    const corpus = await writeCorpus(file, ids, vocab, {
+      seqLen,
+      heldOutShare: heldOut ? 0 : HELD_OUT,
+      enough: enough * (1 + 2 * HELD_OUT),
+    });
+    heldOut ??= corpus.heldOut;
+    train = corpus.train;
+  }
+  const { context, contextField } = options;
+  for (const [name, { count, seqLen }] of [
+    [data, train],
+    [evalData || `${data}, held out`, heldOut],
+  ] as const) {
+    if (count < 1) refuse(`${name}: too short for one row of ${seqLen} tokens (--seq-len)`);
+    const fits = seqLen >= 2 && seqLen <= context;
+    if (!fits) refuse(`${name}: rows of ${seqLen} tokens; takes 2 to ${context} (the target's ${contextField})`);
+  }
+  return { train, heldOut };
+}
+
+/** The documents as checked ids, and the length of the rows. */
+async function openDocuments(source: string, { tokenizer, endOfText, vocab, seqLen }: RowsOptions) {
+  const isRows = source.endsWith('.json');
+  // the first document is read here already: what can't be read is refused before anything is written
+  for await (const first of documents(source)) {
+    if (isRows) seqLen = first.length;
+    break;
+  }
+  async function* ids(): AsyncGenerator<number[]> {
+    for await (const document of documents(source)) {
+      if (typeof document === 'string' && !tokenizer)
+        refuse(`${source}: the model has no tokenizer.json, so data must be ids`);
+      const found = typeof document === 'string' ? documentIds(tokenizer!, document, endOfText) : document;
+      const odd = found.find(id => !Number.isInteger(id) || id < 0 || id >= vocab);
+      if (odd !== undefined) refuse(`${source}: ${odd} is no token id of the model (0 to ${vocab - 1})`);
+      if (isRows && found.length !== seqLen) refuse(`${source}: a row has ${found.length} tokens, the first ${seqLen}`);
+      yield found;
+    }
+  }
+  return { ids: ids(), seqLen };
+}
+
+/** The ids of one document, with the end-of-text id unless the tokenizer adds a mark by itself. */
+export function documentIds(tokenizer: Tokenizer, document: string, endOfText: number | undefined): number[] {
+  const { ids } = tokenizer.encode(document);
+  const marks = tokenizer.encode('').ids.length > 0;
+  return marks || endOfText === undefined ? ids : [...ids, endOfText];
+}
+
+async function collect<X>(items: AsyncIterable<X>): Promise<X[]> {
+  const all: X[] = [];
+  for await (const item of items) all.push(item);
+  return all;
+}
+
+/** Documents joined and cut into rows; an incomplete last row is left out. */
+function packRows(texts: number[][], seqLen: number): Rows {
+  const tokens = Int32Array.from(texts.flat());
+  const row = (i: number) => tokens.subarray(i * seqLen, (i + 1) * seqLen);
+  return { count: Math.floor(tokens.length / seqLen), seqLen, row };
+}
+
+// ---- A corpus in a file ----
+// Tokens are written once and read by position: it may be larger than memory.
 
 /**
  * Writes the documents, one after the other, to `file` (16 bits a token where the vocabulary allows) and gives its rows.
@@ -180,7 +281,8 @@ export async function writeCorpus(
   // one long text has no last 5 % of documents: then of its tokens
   const total = ends.at(-1) ?? 0;
   const kept = Math.ceil(ends.length * heldOutShare);
-  const border = ends.length < 20 ? Math.floor(total * (1 - heldOutShare)) : (ends[ends.length - kept - 1] ?? 0);
+  const border =
+    ends.length < FEW_DOCUMENTS ? Math.floor(total * (1 - heldOutShare)) : (ends[ends.length - kept - 1] ?? 0);
   return { train: openRows(file, Ids, seqLen, 0, border), heldOut: openRows(file, Ids, seqLen, border, total) };
 }
 

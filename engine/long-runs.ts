@@ -1,5 +1,6 @@
 /**
- * What keeps a long run safe: two files that are only ever replaced together, and signals that stop it between steps.
+ * What keeps a long run safe: checkpoints that are only ever replaced whole, going on from the last one, signals that
+ * stop it between steps, numbers that are no longer finite; and a line that says how far it is.
  *
  * A checkpoint is a pair: components.safetensors, and the state.safetensors whose metadata names the step and the
  * SHA-256 of the components that it belongs to. Files under these names are only ever replaced by renames, and before
@@ -10,7 +11,11 @@ import * as crypto from 'node:crypto';
 import * as fs from 'node:fs';
 import * as os from 'node:os';
 import * as path from 'node:path';
-import { UsageError } from './usage-error.ts';
+import * as tf from '@tensorflow/tfjs';
+import { openSafetensors, type TensorToWrite, writeSafetensors } from './safetensors.ts';
+import { orRefuse, refuse, UsageError } from './usage-error.ts';
+
+// ---- The pair of files ----
 
 const PAIR = ['state', 'components'] as const; // in this order: where components are, a checkpoint is
 const pairFile = (dir: string, what: (typeof PAIR)[number], which: '' | '.next' | '.previous' = '') =>
@@ -23,7 +28,12 @@ export interface Pair {
   /** says so when it is not the pair last written */
   warning?: string;
 }
-type Metadata = ReadonlyMap<string, string>;
+
+async function readMetadata(file: string): Promise<ReadonlyMap<string, string>> {
+  const { metadata, close } = await openSafetensors(file);
+  close();
+  return metadata;
+}
 
 /** For files, and for folders after a rename, which only then survives a power cut. (Windows has no such call.) */
 function syncToDisk(fileOrFolder: string): void {
@@ -46,11 +56,7 @@ function sha256(file: string): string {
 }
 
 /** The two files as a pair, unless one is missing or broken or the state belongs to other components. */
-async function fittingPair(
-  components: string,
-  state: string,
-  readMetadata: (file: string) => Promise<Metadata>,
-): Promise<Pair | undefined> {
+async function fittingPair(components: string, state: string): Promise<Pair | undefined> {
   try {
     const metadata = await readMetadata(state);
     if (metadata.get('components') !== sha256(components)) return undefined;
@@ -63,14 +69,14 @@ async function fittingPair(
 }
 
 /**
- * Saves both files as one checkpoint. Each writer writes a file of the given name whole and on disk, the first returns
- * its SHA-256. If this throws or is killed, the last checkpoint can still be loaded.
+ * Saves both files as one checkpoint; the state's metadata names the step and the components. If this throws or is
+ * killed, the last checkpoint can still be loaded.
  */
 export async function savePair(
   dir: string,
-  writeComponents: (file: string) => Promise<string>,
-  writeState: (file: string, componentsSha256: string) => Promise<unknown>,
-  readMetadata: (file: string) => Promise<Metadata>,
+  step: number,
+  components: Iterable<TensorToWrite>,
+  state: Iterable<TensorToWrite>,
 ): Promise<void> {
   const rename = (from: string, to: string) => {
     fs.renameSync(from, to);
@@ -82,16 +88,17 @@ export async function savePair(
   };
   removeUnfinished(); // of a process that was killed
   try {
-    const hash = await writeComponents(pairFile(dir, 'components', '.next'));
+    const ofComponents = { format: 'pt', step: `${step}` };
+    const hash = await writeSafetensors(pairFile(dir, 'components', '.next'), components, ofComponents);
     syncToDisk(dir);
-    await writeState(pairFile(dir, 'state', '.next'), hash);
+    await writeSafetensors(pairFile(dir, 'state', '.next'), state, { step: `${step}`, components: hash });
     syncToDisk(dir);
   } catch (error) {
     removeUnfinished();
     throw error;
   }
   // Two files that don't fit were left by a save cut off between the renames below: the previous pair is then the good one.
-  if (await fittingPair(pairFile(dir, 'components'), pairFile(dir, 'state'), readMetadata))
+  if (await fittingPair(pairFile(dir, 'components'), pairFile(dir, 'state')))
     for (const what of PAIR) {
       const secondName = `${pairFile(dir, what, '.previous')}.tmp-${process.pid}`;
       try {
@@ -106,22 +113,136 @@ export async function savePair(
 }
 
 /** The last checkpoint that is whole; undefined before the first. @throws UsageError if none of several is whole */
-export async function loadPair(
-  dir: string,
-  readMetadata: (file: string) => Promise<Metadata>,
-): Promise<Pair | undefined> {
+export async function loadPair(dir: string): Promise<Pair | undefined> {
   const some = (['', '.previous'] as const).some(which => fs.existsSync(pairFile(dir, 'components', which)));
   if (!some) return;
   for (const stateOf of ['', '.previous'] as const)
     for (const componentsOf of ['', '.previous'] as const) {
       const files = [pairFile(dir, 'components', componentsOf), pairFile(dir, 'state', stateOf)] as const;
-      const pair = await fittingPair(...files, readMetadata);
+      const pair = await fittingPair(...files);
       if (pair && !stateOf && !componentsOf) return pair;
       if (pair) return { ...pair, warning: `${dir}: the last save was cut off; going on from step ${pair.step}` };
     }
   throw new UsageError(
     `${dir}: state.safetensors and components.safetensors are broken or not of the same save, the previous ones too`,
   );
+}
+
+// ---- Going on ----
+
+type Variables = Readonly<Record<string, tf.Variable>>;
+const toWrite = (variables: Variables): TensorToWrite[] =>
+  Object.entries(variables).map(([name, variable]) => {
+    return { name, shape: variable.shape, data: async () => (await variable.data()) as Float32Array };
+  });
+
+/** Saves variables as components.safetensors and state.safetensors, under their names. */
+export const saveCheckpoint = (dir: string, step: number, components: Variables, state: Variables): Promise<void> =>
+  savePair(dir, step, toWrite(components), toWrite(state));
+
+/** Sets variables from a file that holds them under their names. */
+export async function restore(file: string, variables: Variables): Promise<void> {
+  const stored = await openSafetensors(file);
+  for (const [name, variable] of Object.entries(variables)) {
+    const shape = stored.tensors.get(name)?.shape;
+    if (shape?.join() !== variable.shape.join()) refuse(`${file}: ${name} is [${shape}], not [${variable.shape}]`);
+    const value = tf.tensor(stored.readFloat32(name), variable.shape);
+    variable.assign(value);
+    value.dispose();
+  }
+  stored.close();
+}
+
+/** The lines of a metrics.jsonl, without one that was cut off. */
+export function readMetrics(file: string): Record<string, number>[] {
+  const lines = fs.existsSync(file) ? fs.readFileSync(file, 'utf8').split('\n') : [];
+  return lines.filter(line => line.endsWith('}')).map(line => orRefuse(file, () => JSON.parse(line)));
+}
+
+/**
+ * Sets the variables to the last checkpoint in `dir`, and cuts metrics.jsonl to what was known then.
+ * @returns its step; undefined before the first checkpoint: then from the start
+ */
+export async function resume(dir: string, components: Variables, state: Variables, say: (line: string) => void) {
+  const checkpoint = await loadPair(dir);
+  const metrics = path.join(dir, 'metrics.jsonl');
+  if (checkpoint?.warning) say(`warning  ${checkpoint.warning}`);
+  if (checkpoint) {
+    await restore(checkpoint.components, components);
+    await restore(checkpoint.state, state);
+  }
+  const kept = readMetrics(metrics).filter(({ step = 0 }) => step <= (checkpoint?.step ?? -1));
+  fs.writeFileSync(`${metrics}.tmp-${process.pid}`, kept.map(line => `${JSON.stringify(line)}\n`).join(''));
+  fs.renameSync(`${metrics}.tmp-${process.pid}`, metrics);
+  say(
+    checkpoint
+      ? `resume   from step ${checkpoint.step}`
+      : 'resume   from the start: this run was stopped before its first checkpoint',
+  );
+  return checkpoint?.step;
+}
+
+/**
+ * What a resumed run changes: refuses by name what is neither in `free` nor in `costsBits`, and returns a warning for
+ * each of the latter.
+ */
+export function compareConfigs(
+  old: Readonly<Record<string, unknown>>,
+  now: Readonly<Record<string, unknown>>,
+  free: readonly string[],
+  costsBits: readonly string[],
+): string[] {
+  const fields = [...new Set([...Object.keys(old), ...Object.keys(now)])].filter(field => !free.includes(field));
+  const [was, is] = [old, now].map(config => (field: string) => JSON.stringify(config[field]));
+  const changed = fields.filter(field => was!(field) !== is!(field));
+  const change = (field: string) => `${field} was ${was!(field)} and is now ${is!(field)}`;
+  const refused = changed.filter(field => !costsBits.includes(field)).map(change);
+  if (refused.length) throw new UsageError(`--resume: ${refused.join(', ')}; start a new run for that`);
+  return changed.map(field => `${change(field)}: not bit for bit the same run`);
+}
+
+// ---- While it runs ----
+
+/** Losses or gradients are no longer numbers. */
+export class DivergenceError extends Error {
+  override readonly name = 'DivergenceError';
+}
+
+/** Throws when one of a step's numbers is not finite, and names the largest parameter; they are only read then. */
+export async function checkFinite(
+  step: number,
+  scalars: Readonly<Record<string, number>>,
+  parameters: Readonly<Record<string, Pick<tf.Variable, 'data'>>>,
+): Promise<void> {
+  const broken = Object.entries(scalars).filter(([, value]) => !Number.isFinite(value));
+  if (!broken.length) return;
+  let [largest, size] = ['none', -1];
+  for (const [name, parameter] of Object.entries(parameters)) {
+    let most = 0;
+    for (const x of await parameter.data()) most = Math.max(most, Number.isFinite(x) ? Math.abs(x) : Infinity); // NaN too
+    if (most > size) [largest, size] = [name, most];
+  }
+  throw new DivergenceError(
+    `diverged at step ${step}: ${broken.map(([name, value]) => `${name} is ${value}`).join(', ')}; the largest parameter ` +
+      `is in ${largest} (${Number.isFinite(size) ? size.toPrecision(3) : 'not finite'}); the last checkpoint is untouched`,
+  );
+}
+
+/** A long loop's progress: one line that is rewritten on a terminal, a plain line now and then elsewhere. */
+export function startProgress(total: number, first = 0, unit = 'step') {
+  const started = performance.now();
+  const live = process.stderr.isTTY === true;
+  let shown = -Infinity;
+  return (done: number, text: () => string): void => {
+    const now = performance.now();
+    if (done !== total && now - shown < (live ? 100 : 10_000)) return;
+    shown = now;
+    const perStep = (now - started) / Math.max(1, done - first);
+    const left = Math.round((perStep * (total - done)) / 1000);
+    const time = `${Math.floor(left / 60)}:${String(left % 60).padStart(2, '0')}`;
+    const line = `${text()}  ${perStep.toPrecision(3)} ms/${unit}  ${time} left`;
+    process.stderr.write(live ? `\r\x1b[K${line}${done === total ? '\n' : ''}` : `${line}\n`);
+  };
 }
 
 /**

@@ -1,8 +1,18 @@
-import type { SafetensorsHeader, TensorInfo } from '../nano-param-decomp.ts';
+import * as crypto from 'node:crypto';
+import * as fs from 'node:fs';
 import { refuse } from './usage-error.ts';
 
-// The header of a safetensors file from a stranger: what two readers could read differently (a key that comes twice, a
-// hole between two tensors) is refused, and nothing in it can make the reader crash or allocate without bounds.
+// Safetensors files: the length of the header in 8 bytes, the header (JSON), then the tensors' bytes side by side. Those
+// from strangers are read with care: what two readers could read differently (a key that comes twice, a hole between two
+// tensors) is refused, and nothing in a header can make the reader crash or allocate without bounds.
+
+export type TensorInfo = { dtype: string; shape: readonly number[]; begin: number; end: number }; // bytes of the file
+export type SafetensorsHeader = { tensors: ReadonlyMap<string, TensorInfo>; metadata: ReadonlyMap<string, string> };
+/** By dtype: the numbers in a tensor's bytes. */
+export type Decoders = Readonly<Record<string, (bytes: ArrayBuffer) => ArrayLike<number>>>;
+
+const PIECE = 2 ** 22; // bytes, a multiple of every number's
+const sizeOf = (shape: readonly number[]) => shape.reduce((n, d) => n * d, 1);
 
 const DTYPES = 'BOOL U8 I8 F8_E5M2 F8_E4M3 U16 I16 F16 BF16 U32 I32 F32 U64 I64 F64 C64'.split(' ');
 const dtypeBytes = (dtype: string) => Number(/\d+/.exec(dtype)?.[0] ?? 8) / 8; // BOOL takes a byte
@@ -61,7 +71,7 @@ export function readHeader(
     if (!isSizes(shape) || !isSizes(offsets) || offsets.length !== 2 || Object.keys(others).length)
       refuse(`${file}: ${tensor} takes dtype, shape and two data_offsets, all whole numbers, and nothing else`);
     const [begin, end] = offsets as [number, number];
-    if (shape.reduce((n, d) => n * d, 1) * dtypeBytes(dtype) !== end - begin)
+    if (sizeOf(shape) * dtypeBytes(dtype) !== end - begin)
       refuse(`${file}: ${tensor}: bytes ${begin} to ${end} are not what ${dtype} of shape [${shape}] takes`);
     tensors.set(name, { dtype, shape, begin: dataBegin + begin, end: dataBegin + end });
   }
@@ -72,4 +82,88 @@ export function readHeader(
   }
   if (covered !== fileBytes) refuse(`${file}: tensors end at byte ${covered}, not with the file at ${fileBytes}`);
   return { tensors, metadata: new Map(Object.entries(metadata as Record<string, string>)) };
+}
+
+/** Opens a safetensors file, its header checked; tensors are read one at a time, in row-major order. */
+export async function openSafetensors(file: string, decoders: Decoders = { F32: bytes => new Float32Array(bytes) }) {
+  const stat = fs.statSync(file, { throwIfNoEntry: false });
+  if (!stat?.isFile()) refuse(`${file}: is not a file; a .safetensors file is expected here`);
+  const fd = fs.openSync(file, 'r');
+  const close = () => fs.closeSync(fd);
+  const read = (begin: number, end: number): Uint8Array<ArrayBuffer> => {
+    const bytes = new Uint8Array(end - begin);
+    for (let done = 0, n = 0; done < bytes.length; done += n) {
+      n = fs.readSync(fd, bytes, done, bytes.length - done, begin + done);
+      if (n === 0) refuse(`${file}: ends too early for a safetensors file`);
+    }
+    return bytes;
+  };
+  let header: SafetensorsHeader;
+  try {
+    header = readHeader(file, read, stat.size);
+  } catch (error) {
+    close();
+    throw error;
+  }
+  const readFloat32 = (name: string): Float32Array => {
+    const { dtype, shape, begin, end } = header.tensors.get(name) ?? refuse(`${file}: has no tensor "${name}"`);
+    const no = () => refuse(`${file}: "${name}" is ${dtype}; ${Object.keys(decoders)} can be read here`);
+    const [decode, out] = [decoders[dtype] ?? no(), new Float32Array(sizeOf(shape))];
+    for (let from = begin, at = 0; from < end; from += PIECE) {
+      const values = decode(read(from, Math.min(from + PIECE, end)).buffer); // pieces: never a second copy of it all
+      out.set(values, at);
+      at += values.length;
+    }
+    return out;
+  };
+  return { ...header, readFloat32, close };
+}
+
+export interface TensorToWrite {
+  name: string;
+  shape: readonly number[];
+  data: Float32Array | (() => Float32Array | Promise<Float32Array>); // a function is called when the tensor's turn comes
+}
+
+/** Returns the file's SHA-256. Under its own name it is always whole: written beside, put on disk, then renamed. */
+export async function writeSafetensors(
+  file: string,
+  tensors: Iterable<TensorToWrite>,
+  metadata: Readonly<Record<string, string>> = {},
+): Promise<string> {
+  const list = [...tensors];
+  const header: Record<string, unknown> = Object.assign(Object.create(null), { __metadata__: metadata });
+  let end = 0;
+  for (const { name, shape } of list) {
+    if (name in header) throw new Error(`${file}: two tensors have the name ${name}`);
+    header[name] = { dtype: 'F32', shape, data_offsets: [end, end + 4 * sizeOf(shape)] };
+    end += 4 * sizeOf(shape);
+  }
+  const json = Buffer.from(JSON.stringify(header));
+  const start = Buffer.concat([Buffer.alloc(8), json, Buffer.alloc(-json.length & 7, ' ')]); // so the data is aligned
+  start.writeBigUInt64LE(BigInt(start.length - 8));
+
+  const hash = crypto.createHash('sha256');
+  const beside = `${file}.tmp-${process.pid}`;
+  const fd = fs.openSync(beside, 'w');
+  const write = (bytes: Uint8Array) => {
+    for (let done = 0, n = 0; done < bytes.length; done += n) {
+      n = fs.writeSync(fd, bytes, done, Math.min(bytes.length - done, 2 ** 30));
+      hash.update(bytes.subarray(done, done + n));
+    }
+  };
+  try {
+    write(start);
+    for (const { name, shape, data } of list) {
+      const values = typeof data === 'function' ? await data() : data;
+      if (values.length !== sizeOf(shape)) throw new Error(`${file}: the data of ${name} is not of shape [${shape}]`);
+      write(new Uint8Array(values.buffer, values.byteOffset, values.byteLength));
+    }
+    fs.fsyncSync(fd);
+    fs.renameSync(beside, file);
+  } finally {
+    fs.closeSync(fd);
+    fs.rmSync(beside, { force: true }); // after the rename there is nothing to remove
+  }
+  return hash.digest('hex');
 }

@@ -17,6 +17,7 @@ import { fileURLToPath } from 'node:url';
 import { parseArgs } from 'node:util';
 import * as tf from '@tensorflow/tfjs';
 import { readArchitecture } from '../engine/models.ts';
+import { writeSafetensors } from '../engine/safetensors.ts';
 import {
   adam,
   cosine,
@@ -28,7 +29,6 @@ import {
   startEngine,
   type Target,
   targetForward,
-  writeSafetensors,
 } from '../nano-param-decomp.ts';
 
 // ---- A. The grammar ---------------------------------------------------------------------------------------

@@ -7,7 +7,8 @@ import path from 'node:path';
 import { after, before, test } from 'node:test';
 import * as tf from '@tensorflow/tfjs';
 import { readArchitecture } from '../engine/models.ts';
-import { loadTarget, openSafetensors, plainArchitecture, targetForward } from '../nano-param-decomp.ts';
+import { openSafetensors } from '../engine/safetensors.ts';
+import { loadTarget, plainArchitecture, targetForward } from '../nano-param-decomp.ts';
 
 const fixtures = path.join(import.meta.dirname, 'fixtures/models');
 const names = fs.readdirSync(fixtures);
@@ -51,7 +52,6 @@ test("without engine/ a plain Llama and the paper's own model are read the same,
       assert.equal(plain.replace('pytorch_tanh', 'new'), activation);
       same++;
     } else assert.throws(() => plainArchitecture(config, file), /needs engine\/models\.ts/);
-    assert.throws(() => plainArchitecture({ ...config, hidden_size: 1e9 }, file), { name: 'UsageError' });
   }
   assert.ok(same >= 3, `${same} compared`);
 });

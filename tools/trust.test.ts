@@ -11,7 +11,9 @@ import path from 'node:path';
 import { after, before, test } from 'node:test';
 import { setTimeout as sleep } from 'node:timers/promises';
 import * as tf from '@tensorflow/tfjs';
-import { loadCheckpoint, main, openSafetensors, UsageError } from '../nano-param-decomp.ts';
+import { loadPair } from '../engine/long-runs.ts';
+import { openSafetensors } from '../engine/safetensors.ts';
+import { main, UsageError } from '../nano-param-decomp.ts';
 
 const long = process.env.NANO_LONG_TESTS === '1';
 const project = path.join(import.meta.dirname, '..');
@@ -123,7 +125,7 @@ for (const engine of ['wasm', 'tensorflow'] as const) {
       const { code, talk } = await run.ended;
       assert.equal(code, expected, talk);
       assert.match(talk, new RegExp(`\n${signal}: saving after this step; once more stops at once\n`));
-      const checkpoint = (await loadCheckpoint(out))!;
+      const checkpoint = (await loadPair(out))!;
       assert.equal(checkpoint.step, metricsOf(out).at(-1)!.step, 'it was saved at the step it stopped at');
       assert(checkpoint.step < 150);
       assert.match(await finish(resume(out)), new RegExp(`\nresume {3}from step ${checkpoint.step}\n`));
@@ -149,7 +151,7 @@ for (const engine of ['wasm', 'tensorflow'] as const) {
         talk,
       ) ?? [];
     assert(step && largest, talk);
-    const checkpoint = (await loadCheckpoint(out))!;
+    const checkpoint = (await loadPair(out))!;
     assert.equal(checkpoint.step, Number(step) - 1);
     const { tensors, readFloat32, close } = await openSafetensors(checkpoint.components);
     assert(tensors.has(largest), largest);
@@ -233,7 +235,7 @@ test('killed at any moment, a run goes on to the same bytes', async t => {
     const { signal, talk } = await run.ended;
     if (signal) {
       const started = fs.existsSync(path.join(out, 'config.json'));
-      const { step, warning } = (await loadCheckpoint(out)) ?? { step: started ? 0 : -1 };
+      const { step, warning } = (await loadPair(out)) ?? { step: started ? 0 : -1 };
       seen.push(`${engine} ${step}${warning ? '!' : ''}`);
       await finish(started ? resume(out) : begin(engine, out));
     } else assert.equal(run.child.exitCode, 0, talk);

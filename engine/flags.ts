@@ -1,0 +1,59 @@
+import { parseArgs } from 'node:util';
+import type { Field, Value } from '../nano-param-decomp.ts';
+import { refuse } from './usage-error.ts';
+
+// A record of fields as flags of a command line: parsed, checked, and listed by --help.
+
+type Fields = Readonly<Record<string, Field<Value>>>;
+
+/** A field's flag in kebab-case; a boolean one can only be turned off. */
+const flagOf = (name: string, { value }: Field<Value>) =>
+  `${typeof value === 'boolean' ? 'no-' : ''}${name.replace(/[A-Z]/g, c => `-${c.toLowerCase()}`)}`;
+
+/** A field's value from the text of its flag. @throws UsageError naming the flag, what it got and what it takes */
+function fieldValue(name: string, field: Field<Value>, raw: string | boolean): Value {
+  const { value: standard, choices, min = 0, max = 0, integer } = field;
+  const takes = (what: string) => refuse(`--${flagOf(name, field)}: got ${JSON.stringify(raw)}, takes ${what}`);
+  if (typeof standard === 'boolean') return !raw;
+  if (typeof standard === 'string')
+    return !choices || choices.split(' ').includes(`${raw}`) ? raw : takes(`one of ${choices}`);
+  const value = `${raw}`.trim() === '' ? Number.NaN : Number(raw);
+  const fits = value >= min && value <= max && (!integer || Number.isInteger(value));
+  return fits ? value : takes(`${integer ? 'an integer' : 'a number'} from ${min} to ${max}`);
+}
+
+/**
+ * The fields that are given, checked, and the other flags as they are.
+ * @param others flags that are no fields, with their types
+ * @throws UsageError for one that doesn't exist, or a value that its field doesn't take
+ */
+export function parseFlags(fields: Fields, others: Readonly<Record<string, 'string' | 'boolean'>>, args: string[]) {
+  const all = Object.entries(fields).map(([name, field]) => ({ name, field, flag: flagOf(name, field) }));
+  const options: Record<string, { type: 'string' | 'boolean' }> = {};
+  for (const [flag, type] of Object.entries(others)) options[flag] = { type };
+  for (const { flag, field } of all) options[flag] = { type: typeof field.value === 'boolean' ? 'boolean' : 'string' };
+  let flags: Record<string, string | boolean | undefined>;
+  try {
+    flags = parseArgs({ args, options, strict: true }).values as typeof flags;
+  } catch (error) {
+    return refuse(`${(error as Error).message.split('. To specify')[0]} (--help lists the flags)`);
+  }
+  const values: Record<string, Value> = {};
+  for (const { name, field, flag } of all) {
+    const raw = flags[flag];
+    if (raw !== undefined) values[name] = fieldValue(name, field, raw);
+  }
+  return { values, flags };
+}
+
+/** Groups of fields as lines of --help: flag, what it does, [default]. */
+export function helpLines(groups: Readonly<Record<string, Fields>>): string {
+  const lines = Object.entries(groups).flatMap(([group, fields]) => [
+    `\n${group}:`,
+    ...Object.entries(fields).map(([name, field]) => {
+      const standard = field.value === '' || typeof field.value === 'boolean' ? '' : ` [${field.value}]`;
+      return `  --${flagOf(name, field).padEnd(36)} ${field.help}${standard}`;
+    }),
+  ]);
+  return lines.join('\n');
+}
