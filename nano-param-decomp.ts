@@ -251,30 +251,22 @@ const numbers = async (t: T): Promise<Float32Array> => (await t.data()) as Float
 
 type EngineOptions = Pick<Config, 'engine' | 'precision' | 'graph' | 'xla' | 'threads'> & { nSteps?: number };
 
-/** Starts the engine that the config asks for. @throws UsageError if it isn't there */
+/** Starts the engine that the config asks for: by itself TensorFlow if it loads, else WASM. @throws UsageError */
 export async function startEngine(options: EngineOptions): Promise<Engine> {
-  const { engine: wanted, precision } = options;
-  let why = '';
-  if (wanted !== 'wasm') {
-    try {
-      if (wanted === 'webgpu') return { ...opByOp, ...(await (await import('./engine/webgpu.ts')).startWebGpu()) };
-      const part = await optional(import('./engine/tensorflow.ts'));
-      if (part) return { ...opByOp, ...(await part.startTensorFlow(options)) };
-      await import('@tensorflow/tfjs-node-gpu' as string);
-      await tf.setBackend('tensorflow');
-      return { name: 'tensorflow', gpu: false, ...opByOp, description: 'TensorFlow, op by op (no engine/ folder)' };
-    } catch (error) {
-      why = `; ${(error as Error).message.split('\n')[0]}`;
-      if (wanted !== 'auto') refuse(`--engine ${wanted}${why}`);
-    }
+  const part = await optional(import('./engine/engines.ts'));
+  if (part) return { ...opByOp, ...(await part.startEngine(options)) };
+  const packages = { tensorflow: '@tensorflow/tfjs-node-gpu', wasm: '@tensorflow/tfjs-backend-wasm' };
+  for (const [name, from] of Object.entries(packages)) {
+    if (options.engine !== 'auto' && options.engine !== name) continue;
+    const loaded = await import(from).catch(() => undefined);
+    if (loaded && (await tf.setBackend(name))) break;
   }
-  if (/tf32|bf16/.test(precision)) refuse(`--precision ${precision}: only on TensorFlow${why}`);
-  const part = await optional(import('./engine/wasm.ts'));
-  if (part) await part.startWasm();
-  else if (await optional(import('@tensorflow/tfjs-backend-wasm'))) await tf.setBackend('wasm');
-  const name = tf.getBackend();
-  const what = name === 'wasm' ? 'WASM' : 'plain JavaScript, slow (no @tensorflow/tfjs-backend-wasm)';
-  return { name, gpu: false, ...opByOp, description: `TFJS ${tf.version.tfjs} on ${what}${why}` };
+  return {
+    ...opByOp,
+    name: tf.getBackend(),
+    gpu: false,
+    description: `${tf.getBackend()}, op by op (no engine/ folder)`,
+  };
 }
 
 /** What a random number is for. With the seed and the step it is its whole address, so a step can be replayed. */
@@ -1032,8 +1024,8 @@ const asTensors = <K extends string>(feeds: Record<K, number | number[]>) =>
 
 /**
  * Losses and gradients of one batch (or shard), and the adversary's moves: `ppgdInnerSteps` before, one after.
- * @returns losses [4] in the order of LOSSES, gradients by parameter name, the sources `after` it, L0 (mean number of
- *   components with g > ciAliveThreshold)
+ * @returns losses [4] in the order of LOSSES, the gradients of each group side by side in one vector, the sources `after`
+ *   it, L0 (mean number of components with g > ciAliveThreshold)
  */
 export function lossesAndGradients(
   problem: Problem,
@@ -1043,17 +1035,15 @@ export function lossesAndGradients(
   given?: Draws,
 ) {
   const { config } = problem;
-  const { lrPpgd } = feeds;
   const { pass, input, z, g, N, S } = importances(problem, params, feeds.tokens);
   const draws = given ?? stochasticDraws(problem, N, feeds.key);
   const [c1, c2] = [tf.unstack(feeds.ppgdC1), tf.unstack(feeds.ppgdC2)];
+  const inner = config.coeffPpgd > 0 ? config.ppgdInnerSteps : 0;
 
   let sources = before;
-  if (config.coeffPpgd > 0) {
-    for (let k = 0; k < config.ppgdInnerSteps; k++) {
-      const [grad] = tf.grads(s => adversarialLoss(problem, params, pass, g, s))([sources.s]);
-      sources = ascend(sources, grad!, config, lrPpgd, c1[k]!, c2[k]!);
-    }
+  for (let k = 0; k < inner; k++) {
+    const [grad] = tf.grads(s => adversarialLoss(problem, params, pass, g, s))([sources.s]);
+    sources = ascend(sources, grad!, config, feeds.lrPpgd, c1[k]!, c2[k]!);
   }
 
   // z is a leaf here: the losses are differentiated down to it, then the CI function, with dz as upstream gradient
@@ -1066,30 +1056,24 @@ export function lossesAndGradients(
       adversarialLoss(problem, params, pass, gLower, sources.s),
     ]);
   };
-  const names = namesOf(params, 'components');
   // total = Σ coefficient × loss, so the coefficients are the upstream gradient of the vector of losses
   const coefficients = tf.tensor1d([config.coeffFaith, config.coeffImp, config.coeffStoch, config.coeffPpgd]);
-  const leaves = [...names.map(n => params[n]!), z, sources.s];
-  const { value, grads } = tf.valueAndGrads(losses)(leaves, coefficients);
-  const [dz, dSources] = grads.splice(names.length) as [T, T];
-  const gradients: Tensors = Object.fromEntries(names.map((n, i) => [n, grads[i]!]));
-  const ciNames = namesOf(params, 'ci_fn');
-  const ciLeaves = ciNames.map(n => params[n]!);
-  const ciGradients = tf.grads(() => ciLogits(problem, params, input, S))(ciLeaves, dz);
-  for (const [i, n] of ciNames.entries()) gradients[n] = ciGradients[i]!;
+  const components = namesOf(params, 'components').map(name => params[name]!);
+  const { value, grads } = tf.valueAndGrads(losses)([...components, z, sources.s], coefficients);
+  const [dz, dSources] = grads.splice(components.length) as [T, T];
+  const ciFn = namesOf(params, 'ci_fn').map(name => params[name]!);
+  const ciGrads = tf.grads(() => ciLogits(problem, params, input, S))(ciFn, dz);
 
-  if (config.coeffPpgd > 0) {
-    // the adversary's third move needs no backward pass of its own: its gradient is in the total's
-    const k = config.ppgdInnerSteps;
-    sources = ascend(sources, tf.div(dSources, config.coeffPpgd), config, lrPpgd, c1[k]!, c2[k]!);
-  }
-  const l0 = tf.div(tf.sum(indicator(tf.greater(g, config.ciAliveThreshold))), N);
-  return { losses: value, gradients, after: sources, l0 };
+  // the adversary's third move needs no backward pass of its own: its gradient is in the total's
+  const last = () => ascend(sources, tf.div(dSources, config.coeffPpgd), config, feeds.lrPpgd, c1[inner]!, c2[inner]!);
+  return {
+    losses: value,
+    gradients: { components: sideBySide(grads), ci_fn: sideBySide(ciGrads) },
+    after: config.coeffPpgd > 0 ? last() : sources,
+    l0: tf.div(tf.sum(indicator(tf.greater(g, config.ciAliveThreshold))), N),
+  };
 }
-
-/** The gradients of each group side by side in one vector. */
-export const flatten = (gradients: Tensors) =>
-  ofGroups(group => tf.concat(namesOf(gradients, group).map(name => gradients[name]!.flatten())));
+const sideBySide = (tensors: T[]): T<'n'> => tf.concat(tensors.map(x => x.flatten()));
 
 /** min(1, limit / norm), with the 1e-6 of torch.nn.utils.clip_grad_norm_; limit 0 = off. */
 const clipFactor = (norm: T, limit: number): T =>
@@ -1152,10 +1136,9 @@ export function compileStep(engine: Engine, problem: Problem, state: State) {
       const [all, moved] = [sources[name], after[name]];
       all.assign(R > 1 ? tf.tensorScatterUpdate(all, rows.reshape([n, 1]), moved) : moved);
     }
-    const flat = flatten(gradients);
     return {
       values: tf.add(before, tf.div(tf.concat([losses, l0.reshape([1])]), R)),
-      gradients: R > 1 ? ofGroups(group => tf.add(summed[group], tf.div(flat[group], R))) : flat,
+      gradients: R > 1 ? ofGroups(group => tf.add(summed[group], tf.div(gradients[group], R))) : gradients,
     };
   };
   const shard = engine.compile('shard', (feeds: ShardFeeds) => {
@@ -1238,7 +1221,7 @@ export async function warmUp(
   const leaves = namesOf(params, 'components').map(name => params[name]!);
   const step = engine.compile('warm-up', (feeds: AdamFeeds) => {
     const { value, grads } = tf.valueAndGrads(() => faithfulnessLoss(problem, params))(leaves);
-    adamUpdate({ params, m, v }, 'components', tf.concat(grads.map(grad => grad.flatten())), feeds);
+    adamUpdate({ params, m, v }, 'components', sideBySide(grads), feeds);
     return { loss: value };
   });
   for (let i = 0; i < steps; i++) {

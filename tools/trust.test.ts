@@ -13,7 +13,8 @@ import { setTimeout as sleep } from 'node:timers/promises';
 import * as tf from '@tensorflow/tfjs';
 import { loadPair } from '../engine/long-runs.ts';
 import { openSafetensors } from '../engine/safetensors.ts';
-import { main, UsageError } from '../nano-param-decomp.ts';
+import { UsageError } from '../engine/usage-error.ts';
+import { main } from '../nano-param-decomp.ts';
 
 const long = process.env.NANO_LONG_TESTS === '1';
 const project = path.join(import.meta.dirname, '..');
