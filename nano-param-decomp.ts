@@ -67,7 +67,8 @@ function orRefuse<X>(where: string, job: () => X): X {
 }
 const readText = (file: string): string => orRefuse(file, () => fs.readFileSync(file, 'utf8'));
 function readJson(file: string): Record<string, unknown> {
-  const value = orRefuse(file, () => JSON.parse(readText(file)));
+  const content = readText(file);
+  const value = orRefuse(file, () => JSON.parse(content));
   return typeof value === 'object' && value && !Array.isArray(value) ? value : refuse(`${file}: not an object`);
 }
 
@@ -88,11 +89,7 @@ const range = (from: number, to: number) => Array.from({ length: Math.max(0, to 
 /** 0 … count − 1 in batches of `size`, the last one maybe shorter. */
 const inBatches = (count: number, size: number): number[][] =>
   range(0, Math.ceil(count / size)).map(b => range(b * size, Math.min((b + 1) * size, count)));
-function sum(values: Iterable<number>): number {
-  let total = 0;
-  for (const value of values) total += value;
-  return total;
-}
+const sum = (values: Iterable<number>): number => [...values].reduce((total, value) => total + value, 0);
 
 // ---- A. Config ------------------------------------------------------------------------------------------------------
 // One record gives each field its type, default, bounds, flag (kebab-case) and line in --help. Defaults are the paper's
@@ -338,7 +335,7 @@ const HALF_FLOATS = Float32Array.from({ length: 65536 }, (_, bits) => {
   if (exponent === 31) return mantissa ? Number.NaN : sign * Number.POSITIVE_INFINITY;
   return sign * (exponent ? (1024 + mantissa) * 2 ** (exponent - 25) : mantissa * 2 ** -24);
 });
-const DECODERS: Record<string, (bytes: ArrayBuffer) => ArrayLike<number>> = {
+export const DECODERS: Record<string, (bytes: ArrayBuffer) => ArrayLike<number>> = {
   F32: bytes => new Float32Array(bytes),
   F16: bytes => new Float32Array(new Uint16Array(bytes)).map(bits => HALF_FLOATS[bits]!),
   BF16: bytes => new Float32Array(new Uint32Array(new Uint16Array(bytes)).map(upperHalf => upperHalf << 16).buffer),
@@ -360,10 +357,6 @@ export function plainSafetensors(file: string): SafetensorsFile {
     return Float32Array.from(decode(new Uint8Array(bytes.subarray(begin, end)).buffer)); // a copy: aligned
   };
   return { tensors, readFloat32, close: () => {} };
-}
-export async function openSafetensors(file: string): Promise<SafetensorsFile> {
-  const part = await optional(import('./engine/safetensors.ts'));
-  return part ? part.openSafetensors(file, DECODERS) : plainSafetensors(file);
 }
 
 /** What a config.json says, in one vocabulary for all architectures: the options of the one decoder below. */
@@ -465,24 +458,19 @@ export async function loadTarget(dir: string): Promise<Target> {
   const linears = linearLayers(arch);
   const weights = new Map<string, tf.Variable>();
   const sha256 = crypto.createHash('sha256').update(fs.readFileSync(configFile));
-  const where = new Map<string, SafetensorsFile>();
-  const files: SafetensorsFile[] = [];
-  for (const name of models?.weightFiles(dir) ?? ['model.safetensors']) {
-    const file = await openSafetensors(path.join(dir, name));
-    for (const tensor of file.tensors.keys()) where.set(tensor, file);
-    files.push(file);
-  }
+  const files = (models?.weightFiles(dir) ?? ['model.safetensors']).map(name => path.join(dir, name));
+  const part = await optional(import('./engine/safetensors.ts'));
+  const { tensors, readFloat32, close } = part ? await part.openShards(files, DECODERS) : plainSafetensors(files[0]!);
   const used = new Set<string>();
   // gpt2 is published with and without a prefix, gpt_neox with two names of its head
   const stored = (name: string) =>
-    [name, `transformer.${name}`, name.replace('embed_out', 'lm_head')].find(n => where.has(n));
+    [name, `transformer.${name}`, name.replace('embed_out', 'lm_head')].find(n => tensors.has(n));
   const load = (name: string, shape: number[], key = name, transposed = false): void => {
     const source = stored(name) ?? refuse(`${dir}: the safetensors files have no tensor ${name}`);
-    const file = where.get(source)!;
-    const got = file.tensors.get(source)!.shape;
+    const got = tensors.get(source)!.shape;
     if (got.join() !== shape.join()) refuse(`${dir}: ${source} is [${got}], config.json implies [${shape}]`);
     used.add(source);
-    const data = file.readFloat32(source);
+    const data = readFloat32(source);
     sha256.update(source).update(data);
     weights.set(key, frozen(data, shape, transposed));
   };
@@ -505,9 +493,9 @@ export async function loadTarget(dir: string): Promise<Target> {
   if (stored(head)) load(head, [vocab, dModel]);
   else if (!arch.tied) refuse(`${dir}: ${head} is missing and tie_word_embeddings is false`);
   const buffers = /\.(rotary_emb\.inv_freq|(attn|attention)\.(bias|masked_bias))$/; // which no forward needs
-  const others = [...where.keys()].filter(name => !used.has(name) && !buffers.test(name));
+  const others = [...tensors.keys()].filter(name => !used.has(name) && !buffers.test(name));
   if (others.length > 0) refuse(`${dir}: ${arch.type} has no use for the tensors ${others.slice(0, 5).join(', ')}`);
-  for (const file of files) file.close();
+  close();
   return { arch, linears, weights, dir, config, sha256: sha256.digest('hex') };
 }
 
@@ -659,9 +647,8 @@ export async function loadData({ arch, dir, config: model }: Target, config: Con
 function plainRows({ data, seqLen }: Config, tokenizer: Tokenizer | undefined, endOfText: number | undefined) {
   if (!tokenizer || !data.endsWith('.txt'))
     refuse(`${data}: what is no .txt for a tokenizer.json needs engine/data.ts`);
-  const documents = readText(data)
-    .split('\n')
-    .filter(line => line.trim());
+  const lines = readText(data).split('\n');
+  const documents = lines.filter(line => line.trim());
   // joined and cut; a tokenizer that adds begin-of-text by itself marks the border between documents so
   const mark = endOfText === undefined || tokenizer.encode('').ids.length > 0 ? [] : [endOfText];
   const pack = (texts: string[]): Rows => {
@@ -1027,20 +1014,14 @@ const asTensors = <K extends string>(feeds: Record<K, number | number[]>) =>
  * @returns losses [4] in the order of LOSSES, the gradients of each group side by side in one vector, the sources `after`
  *   it, L0 (mean number of components with g > ciAliveThreshold)
  */
-export function lossesAndGradients(
-  problem: Problem,
-  params: Tensors,
-  before: Sources,
-  feeds: StepFeeds,
-  given?: Draws,
-) {
+export function lossesAndGradients(problem: Problem, params: Tensors, old: Sources, feeds: StepFeeds, given?: Draws) {
   const { config } = problem;
   const { pass, input, z, g, N, S } = importances(problem, params, feeds.tokens);
   const draws = given ?? stochasticDraws(problem, N, feeds.key);
   const [c1, c2] = [tf.unstack(feeds.ppgdC1), tf.unstack(feeds.ppgdC2)];
   const inner = config.coeffPpgd > 0 ? config.ppgdInnerSteps : 0;
 
-  let sources = before;
+  let sources = old;
   for (let k = 0; k < inner; k++) {
     const [grad] = tf.grads(s => adversarialLoss(problem, params, pass, g, s))([sources.s]);
     sources = ascend(sources, grad!, config, feeds.lrPpgd, c1[k]!, c2[k]!);
@@ -1382,7 +1363,7 @@ export function compileEvaluation(engine: Engine, problem: Problem, params: Para
     }
     return { metrics, meanCi };
   };
-  return (rows: Rows, { step, slow }: { step: number; slow: boolean }) => tidyAsync(() => evaluate(rows, step, slow));
+  return (rows: Rows, step: number, slow: boolean) => tidyAsync(() => evaluate(rows, step, slow));
 }
 
 // ---- K. The run -----------------------------------------------------------------------------------------------------
@@ -1446,25 +1427,12 @@ function runRecord({ target, modules, config }: Problem, { train, heldOut }: Dat
 }
 
 // What a resumed run may change: nothing that the training's numbers depend on (model and data are compared by content) …
-export const MAY_CHANGE = [
-  ...['model', 'data', 'evalData', 'labels', 'out', 'logEvery', 'saveEvery', 'harvest', 'harvestRows'],
-  ...Object.keys(GROUPS.Evaluation),
-];
+const PLACES = ['model', 'data', 'evalData', 'labels', 'out', 'logEvery', 'saveEvery', 'harvest', 'harvestRows'];
+export const MAY_CHANGE = [...PLACES, ...Object.keys(GROUPS.Evaluation)];
 // … and what changes only how they are rounded, or which random numbers are drawn: with a warning.
 export const CHANGES_BITS = Object.keys(GROUPS.Engine);
 
-/** Refuses to resume with another config, model or data. */
-async function compareRuns(old: RunRecord, now: RunRecord): Promise<void> {
-  for (const part of ['model', 'data'] as const) {
-    if (old[part].sha256 !== now[part].sha256)
-      refuse(`--resume: ${part} is not the one of this run (${old[part].path}): its SHA-256 differs`);
-  }
-  const { compareConfigs } = await import('./engine/long-runs.ts');
-  // "auto" may have been another engine then
-  const fields = ({ config, engine, modules }: RunRecord) => ({ ...config, engine: engine.name, modules });
-  for (const warning of compareConfigs(fields(old), fields(now), MAY_CHANGE, CHANGES_BITS)) talk(`warning  ${warning}`);
-}
-
+type Evaluate = (step: number, slow: boolean) => Promise<Evaluation>;
 /**
  * The training loop: warm up, step, log, evaluate, save, until the last step or a signal.
  * @returns the signal's exit code if there was one, and the last evaluation
@@ -1474,9 +1442,9 @@ async function train(
   problem: Problem,
   params: Params,
   rows: Rows,
-  evaluate: (when: { step: number; slow: boolean }) => Promise<Evaluation>,
+  evaluate: Evaluate,
   resume: boolean,
-): Promise<{ interrupted: number | undefined; evaluated: Metrics | undefined }> {
+) {
   const { config: c } = problem;
   const state = initialState(problem, params);
   const runs = await longRuns();
@@ -1515,7 +1483,7 @@ async function train(
     }
     if (due(c.evalFreq)) {
       // before the save: what a resumed run finds in metrics.jsonl up to its step is then complete
-      evaluated = (await evaluate({ step: done, slow: due(c.slowEvalFreq) })).metrics;
+      evaluated = (await evaluate(done, due(c.slowEvalFreq))).metrics;
       log(done, evaluated);
     }
     interrupted = await signals.interrupted();
@@ -2200,7 +2168,7 @@ function checkSize(problem: Problem, gpu: boolean): void {
 }
 
 /** --dry-run: lists the modules, times some steps, writes nothing. */
-async function measureSteps(engine: Engine, problem: Problem, data: Data): Promise<void> {
+async function measureSteps(engine: Engine, problem: Problem, data: Data): Promise<number> {
   for (const { path: name, dIn, dOut, C } of problem.modules) console.log(`${name}  [${dOut}, ${dIn}]  C ${C}`);
   const step = compileStep(engine, problem, initialState(problem, initialParams(problem)));
   const times: number[] = [];
@@ -2214,6 +2182,7 @@ async function measureSteps(engine: Engine, problem: Problem, data: Data): Promi
   console.log(
     `${typical.toFixed(1)} ms per step: ${nSteps} steps take ${((typical * nSteps) / 3.6e6).toFixed(2)} hours`,
   );
+  return 0;
 }
 
 export interface ReportData {
@@ -2411,13 +2380,6 @@ export function resolveConfig(config: Config, arch: Architecture, given: Readonl
   return c;
 }
 
-/** A folder as it is; a hub id through the Hugging Face cache. */
-async function resolveModel(spec: string): Promise<string> {
-  if (fs.existsSync(spec)) return spec;
-  const hub = await optional(import('./engine/hub.ts'));
-  return hub ? hub.resolveModel(spec) : refuse(`${spec}: no such folder; hub ids need engine/hub.ts`);
-}
-
 const LOSS_TOKENS = 8192; // over which the target's own loss is averaged, where there are so many
 /** What every job starts with: engine, target, data, modules; last the target's own loss: a wrongly loaded model shows. */
 async function open(config: Config, given: ReadonlySet<string>, preset?: Preset) {
@@ -2425,7 +2387,8 @@ async function open(config: Config, given: ReadonlySet<string>, preset?: Preset)
   if (!config.data) refuse('--data: missing; takes a .txt, .jsonl or .json file');
   const engine = await startEngine(config);
   talk(`engine   ${engine.description}`);
-  const target = await loadTarget(await resolveModel(config.model));
+  const hub = await optional(import('./engine/hub.ts')); // an id becomes the folder of its snapshot
+  const target = await loadTarget((await hub?.resolveModel(config.model)) ?? config.model);
   const { arch, linears } = target;
   const { type, nLayers, dModel, vocab } = arch;
   talk(`target   ${config.model}: ${type}, ${nLayers} layers, width ${dModel}, vocabulary ${vocab}`);
@@ -2451,31 +2414,27 @@ async function open(config: Config, given: ReadonlySet<string>, preset?: Preset)
   return { engine, problem, data, heldOut: firstRows(data.heldOut, c.evalBatchSize) };
 }
 
-/** The main job: warm up, train, evaluate, save, score, harvest, report. */
-async function decompose(config: Config, given: ReadonlySet<string>, how: JobOptions): Promise<number> {
-  const { engine, problem, data, heldOut } = await open(config, given, how.preset);
+/** The main job: warm up, train, evaluate, save, score, harvest, report; `old`: the run to go on with. */
+async function decompose(config: Config, given: Set<string>, dryRun: boolean, preset?: Preset, old?: RunRecord) {
+  const { engine, problem, data, heldOut } = await open(config, given, preset);
   const { config: c } = problem;
   checkSize(problem, engine.gpu);
-  if (how.dryRun) {
-    await measureSteps(engine, problem, data);
-    return 0;
-  }
+  if (dryRun) return measureSteps(engine, problem, data);
   const labels = c.labels ? readLabels(c.labels, data.heldOut) : undefined;
   const record = runRecord(problem, data, engine);
-  if (how.resume) await compareRuns(how.resume, record);
+  if (old) (await import('./engine/long-runs.ts')).compareRuns(old, record, MAY_CHANGE, CHANGES_BITS, talk);
   fs.mkdirSync(c.out, { recursive: true });
   writeAtomic(path.join(c.out, 'config.json'), `${JSON.stringify(record, null, 1)}\n`);
   const params = initialParams(problem);
-  const evaluateAll = compileEvaluation(engine, problem, params);
-  const evaluate = (when: { step: number; slow: boolean }) => evaluateAll(heldOut, when);
-  const resume = how.resume !== undefined;
-  const { interrupted, evaluated } = await train(engine, problem, params, data.train, evaluate, resume);
+  const evaluateRows = compileEvaluation(engine, problem, params);
+  const evaluate = (step: number, slow: boolean) => evaluateRows(heldOut, step, slow);
+  const { interrupted, evaluated } = await train(engine, problem, params, data.train, evaluate, old !== undefined);
   if (interrupted !== undefined) {
     talk(`stopped; go on with --resume --out ${c.out}`);
     return interrupted;
   }
   // a run that was complete already and is resumed has nothing evaluated yet
-  const metrics = evaluated ?? (await evaluate({ step: c.nSteps, slow: true })).metrics;
+  const metrics = evaluated ?? (await evaluate(c.nSteps, true)).metrics;
   const board = labels && (await tidyAsync(() => scoreRules(engine, problem, params, data.heldOut, labels)));
   console.log(summary(problem, metrics, board));
   if (c.harvest) await harvestRun(engine, problem, params, data, board);
@@ -2483,12 +2442,6 @@ async function decompose(config: Config, given: ReadonlySet<string>, how: JobOpt
   console.log(`\nRun folder: ${c.out}   peak memory: ${peak} GiB`);
   return 0;
 }
-interface JobOptions {
-  dryRun: boolean;
-  resume?: RunRecord;
-  preset?: Preset | undefined;
-}
-
 /** eval and harvest: opens a finished run again with its own config. */
 async function revisit(command: string, dir: string, changes: Partial<Config>): Promise<number> {
   const record = readJson(path.join(dir, 'config.json')) as unknown as RunRecord;
@@ -2509,7 +2462,7 @@ async function revisit(command: string, dir: string, changes: Partial<Config>): 
   // given rows are one batch, since the importance loss is no mean over batches; --eval-batch-size splits them
   if (changes.evalData && !changes.evalBatchSize) problem.config.evalBatchSize = data.heldOut.count;
   const rows = changes.evalData ? data.heldOut : heldOut;
-  const evaluation = await compileEvaluation(engine, problem, params)(rows, { step: config.nSteps, slow: true });
+  const evaluation = await compileEvaluation(engine, problem, params)(rows, config.nSteps, true);
   console.log(JSON.stringify(evaluation.metrics));
   return 0;
 }
@@ -2565,7 +2518,7 @@ export async function main(argv: string[]): Promise<number> {
     if (!changes.out) return refuse('--resume: takes --out DIR, the folder of the run to go on with');
     const record = readJson(path.join(changes.out, 'config.json')) as unknown as RunRecord;
     const config = { ...DEFAULTS, ...record.config, ...changes };
-    return decompose(config, new Set(Object.keys(config)), { dryRun, resume: record });
+    return decompose(config, new Set(Object.keys(config)), dryRun, undefined, record);
   }
   const preset = flags.preset === undefined ? undefined : PRESETS[String(flags.preset)];
   if (flags.preset !== undefined && !preset)
@@ -2576,7 +2529,7 @@ export async function main(argv: string[]): Promise<number> {
   if (fs.existsSync(path.join(config.out, 'config.json')))
     refuse(`${config.out}: holds a run; --resume goes on with it, or take another --out`);
   const given = new Set([...Object.keys(preset?.config ?? {}), ...Object.keys(changes)]);
-  return decompose(config, given, { dryRun, preset });
+  return decompose(config, given, dryRun, preset);
 }
 
 if (process.argv[1] && fs.realpathSync(process.argv[1]) === fileURLToPath(import.meta.url)) {
@@ -2587,9 +2540,6 @@ if (process.argv[1] && fs.realpathSync(process.argv[1]) === fileURLToPath(import
     talk(known ? `nano-param-decomp: ${error.message}` : String(error.stack));
     return usage ? 2 : 1;
   };
-  main(process.argv.slice(2))
-    .catch(failed)
-    .then(code => {
-      process.exitCode = code;
-    });
+  const exit = (code: number) => Object.assign(process, { exitCode: code });
+  main(process.argv.slice(2)).catch(failed).then(exit);
 }

@@ -11,6 +11,7 @@ import path from 'node:path';
 import { after, test } from 'node:test';
 import * as tf from '@tensorflow/tfjs';
 import { loadPair } from './engine/long-runs.ts';
+import { openSafetensors } from './engine/safetensors.ts';
 import { loadTokenizer } from './engine/tokenizer.ts';
 import * as nano from './nano-param-decomp.ts';
 
@@ -139,7 +140,7 @@ const readAnswers = (name: TargetName): Answers => JSON.parse(read(fixtureFolder
 async function fixture(name: TargetName, changes: Partial<nano.Config> = {}) {
   const dir = fixtureFolder(name);
   const { tokens: rows, tokens2: rows2, ...answers } = readAnswers(name);
-  const file = await nano.openSafetensors(path.join(dir, 'fixture.safetensors'));
+  const file = await openSafetensors(path.join(dir, 'fixture.safetensors'));
   const stored = new Map([...file.tensors].map(([key, { shape }]) => [key, { shape, data: file.readFloat32(key) }]));
   file.close();
   const get = (key: string): T => {
@@ -308,7 +309,7 @@ onEveryTarget('the target gives the logits and pre-weight inputs of PyTorch', f 
 });
 
 onWasm('F32, F16 and BF16 files of the same weights give the same model', async () => {
-  const file = await nano.openSafetensors(path.join(fixtureFolder('llama'), 'model.safetensors'));
+  const file = await openSafetensors(path.join(fixtureFolder('llama'), 'model.safetensors'));
   // odd multiples of 1/16 up to 4 have 7 bits: all three types hold them
   const weights = [...file.tensors].map(([name, { shape }]) => {
     const data = file.readFloat32(name).map(x => (Math.floor(Math.max(-4, Math.min(3.9, x)) * 8) + 0.5) / 8);
@@ -982,7 +983,7 @@ const deterministic = (metrics: nano.Metrics) =>
 /** All metrics of the fixture's rows, with p as in the fixture. */
 const evaluate = async (f: Fixture, engine: nano.Engine, rows = f.data, slow = true) => {
   const problem = { ...f.problem, config: { ...f.config, pStart: f.p, pEnd: f.p } };
-  return nano.compileEvaluation(engine, problem, f.params)(rows, { step: 1, slow });
+  return nano.compileEvaluation(engine, problem, f.params)(rows, 1, slow);
 };
 
 for (const name of TARGETS)
@@ -1220,7 +1221,7 @@ async function shortRun(engine: string): Promise<void> {
   assert.ok(Object.keys(last).every(name => name.startsWith('eval/')));
   assert.ok(last['eval/ce_kl/kl_zero_masked']! > 5 && last['eval/ce_kl/ce_target']! < 1);
 
-  const components = await nano.openSafetensors(path.join(out, 'components.safetensors'));
+  const components = await openSafetensors(path.join(out, 'components.safetensors'));
   const shapes = [...components.tensors].map(([name, { shape }]) => `${name} ${shape}`);
   const learned = Object.entries(TOY_MODULES).flatMap(([name, { dIn, dOut, C }]) => {
     return [`components.${name}.V ${dIn},${C}`, `components.${name}.U ${C},${dOut}`];
@@ -1267,7 +1268,7 @@ test('the one file alone, in an empty folder with the packages, still runs', asy
   assert.match(child.stderr, /no page: assets\/report.html is not here/);
   const files = ['components.safetensors', 'config.json', 'harvest.json', 'metrics.jsonl'];
   assert.deepEqual(fs.readdirSync(path.join(alone, 'run')).sort(), files);
-  const components = await nano.openSafetensors(path.join(alone, 'run/components.safetensors')); // the strict reader
+  const components = await openSafetensors(path.join(alone, 'run/components.safetensors')); // the strict reader
   assert.deepEqual(components.tensors.get('components.h.0.attn.q_proj.V')?.shape, [48, 4]);
   for (const name of components.tensors.keys()) assert.ok(components.readFloat32(name).every(Number.isFinite), name);
   components.close();

@@ -201,6 +201,32 @@ export function compareConfigs(
   return changed.map(field => `${change(field)}: not bit for bit the same run`);
 }
 
+/** What the two config.json say of what a run depends on. */
+interface RunRecord {
+  config: object;
+  engine: { name: string };
+  modules: object;
+  model: { path: string; sha256: string };
+  data: { path: string; sha256: string };
+}
+
+/** Refuses to resume with another config, model or data, see `compareConfigs`; says what it warns of. */
+export function compareRuns(
+  old: RunRecord,
+  now: RunRecord,
+  free: readonly string[],
+  costsBits: readonly string[],
+  say: (line: string) => void,
+): void {
+  for (const part of ['model', 'data'] as const) {
+    if (old[part].sha256 !== now[part].sha256)
+      refuse(`--resume: ${part} is not the one of this run (${old[part].path}): its SHA-256 differs`);
+  }
+  // "auto" may have been another engine then
+  const fields = ({ config, engine, modules }: RunRecord) => ({ ...config, engine: engine.name, modules });
+  for (const warning of compareConfigs(fields(old), fields(now), free, costsBits)) say(`warning  ${warning}`);
+}
+
 // ---- While it runs ----
 
 /** Losses or gradients are no longer numbers. */

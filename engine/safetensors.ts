@@ -119,6 +119,23 @@ export async function openSafetensors(file: string, decoders: Decoders = { F32: 
   return { ...header, readFloat32, close };
 }
 
+/** Several files as one: the shards of a model. */
+export async function openShards(files: readonly string[], decoders?: Decoders) {
+  const shards = new Map<string, Awaited<ReturnType<typeof openSafetensors>>>(); // by tensor
+  const tensors = new Map<string, TensorInfo>();
+  for (const file of files) {
+    const shard = await openSafetensors(file, decoders);
+    for (const [name, info] of shard.tensors) {
+      shards.set(name, shard);
+      tensors.set(name, info);
+    }
+  }
+  const close = () => {
+    for (const shard of new Set(shards.values())) shard.close();
+  };
+  return { tensors, readFloat32: (name: string) => shards.get(name)!.readFloat32(name), close };
+}
+
 export interface TensorToWrite {
   name: string;
   shape: readonly number[];

@@ -8,12 +8,10 @@ import os from 'node:os';
 import path from 'node:path';
 import { after, test } from 'node:test';
 import * as engine from '../engine/safetensors.ts';
-import { openSafetensors as openAny, plainSafetensors } from '../nano-param-decomp.ts';
+import { DECODERS, plainSafetensors } from '../nano-param-decomp.ts';
 
 const { writeSafetensors } = engine;
-/** With the decoders of nano-param-decomp.ts. */
-const openSafetensors = async (file: string) =>
-  (await openAny(file)) as Awaited<ReturnType<typeof engine.openSafetensors>>;
+const openSafetensors = (file: string) => engine.openSafetensors(file, DECODERS);
 
 const fixtures = path.join(import.meta.dirname, 'fixtures/safetensors');
 const folder = fs.mkdtempSync(path.join(os.tmpdir(), 'safetensors-'));
