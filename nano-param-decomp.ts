@@ -443,9 +443,8 @@ export function linearLayers(arch: Architecture): LinearLayer[] {
     ['gate', dModel, dMlp], ['up', dModel, dMlp], ['down', dMlp, dModel],
   ];
   const present = sizes.filter(([part]) => arch.names[part]);
-  return range(0, nLayers).flatMap(i =>
-    present.map(([part, dIn, dOut]) => ({ path: nameOf(arch, part, i), dIn, dOut })),
-  );
+  const ofBlock = (i: number) => present.map(([part, dIn, dOut]) => ({ path: nameOf(arch, part, i), dIn, dOut }));
+  return range(0, nLayers).flatMap(ofBlock);
 }
 
 /** Loads a Hugging Face folder. @throws UsageError naming the file and what is wrong with it */
@@ -629,9 +628,8 @@ export type Data = { train: Rows; heldOut: Rows; tokenizer: Tokenizer | undefine
 export async function loadData({ arch, dir, config: model }: Target, config: Config): Promise<Data> {
   const json = path.join(dir, 'tokenizer.json');
   const repaired = await optional(import('./engine/tokenizer.ts')); // what the JavaScript library splits otherwise
-  const load =
-    repaired?.loadTokenizer ?? (() => new Tokenizer(readJson(json), { clean_up_tokenization_spaces: false }));
-  const tokenizer = fs.existsSync(json) ? load(dir) : undefined;
+  const plain = () => new Tokenizer(readJson(json), { clean_up_tokenization_spaces: false });
+  const tokenizer = fs.existsSync(json) ? (repaired?.loadTokenizer(dir) ?? plain()) : undefined;
   const first = [model.eos_token_id].flat()[0]; // of a list in some Llamas
   const endOfText = Number.isInteger(first) ? (first as number) : undefined;
   const part = await optional(import('./engine/data.ts'));
@@ -864,9 +862,8 @@ export function importances(problem: Problem, params: Tensors, tokens: T<'B S'>)
 
 /** Σ ‖Δ‖² / Σ numel(Δ) over all modules: with everything on, the parts must add up to the target. */
 export function faithfulnessLoss({ target, modules }: Problem, params: Tensors): tf.Scalar {
-  const squares = modules.map(m =>
-    tf.sum(tf.square(tf.sub(weight(target, m.path), matmul(V(params, m), U(params, m))))),
-  );
+  const delta = (m: Module) => tf.sub(weight(target, m.path), matmul(V(params, m), U(params, m))); // Δᵀ
+  const squares = modules.map(m => tf.sum(tf.square(delta(m))));
   const numel = sum(modules.map(m => m.dIn * m.dOut));
   return tf.div(tf.addN(squares), numel);
 }
@@ -988,19 +985,19 @@ export function schedule(config: Config, step: number) {
 /** V and U, and the CI function: clipped separately. */
 const GROUPS_OF_PARAMS = ['components', 'ci_fn'] as const;
 type Group = (typeof GROUPS_OF_PARAMS)[number];
-const namesOf = (params: Tensors, group: Group) => Object.keys(params).filter(name => name.startsWith(group));
+const ofGroup = <X extends T>(params: Record<string, X>, group: Group): X[] =>
+  Object.entries(params).flatMap(([name, param]) => (name.startsWith(group) ? [param] : []));
 const ofGroups = <X>(make: (group: Group) => X) =>
   Object.fromEntries(GROUPS_OF_PARAMS.map(group => [group, make(group)])) as Record<Group, X>;
 
-/** What a training step reads and changes: all tf.Variables, so that a traced graph keeps them on the device. */
-export interface State {
-  params: Params;
-  /** Adam's moments: one vector for all of a group, so that Adam is a few large ops and not many small ones */
-  m: Record<Group, tf.Variable>;
-  v: Record<Group, tf.Variable>;
-  sources: Sources<tf.Variable>; // [batchSize·S, ΣC + M]
-  summed: Record<Group, tf.Variable>; // gradients of a batch's shards so far, laid out like the moments
-}
+/** One vector for all of a group: Adam is then a few large ops and not many small ones. */
+type Vectors = Record<Group, tf.Variable>;
+type Learned = { params: Params; m: Vectors; v: Vectors }; // with Adam's moments
+/**
+ * What a training step reads and changes: all tf.Variables, so that a traced graph keeps them on the device. Sources are
+ * [batchSize·S, ΣC + M]; `summed` are the gradients of a batch's shards so far.
+ */
+export type State = Learned & { sources: Sources<tf.Variable>; summed: Vectors };
 
 const LOSSES = ['faith', 'imp', 'stoch', 'ppgd'] as const;
 /** The feeds of one step, or of one shard of it: those of the schedule, tokens int32 [B,S] and randomKey's int32 [2]. */
@@ -1039,11 +1036,10 @@ export function lossesAndGradients(problem: Problem, params: Tensors, old: Sourc
   };
   // total = Σ coefficient × loss, so the coefficients are the upstream gradient of the vector of losses
   const coefficients = tf.tensor1d([config.coeffFaith, config.coeffImp, config.coeffStoch, config.coeffPpgd]);
-  const components = namesOf(params, 'components').map(name => params[name]!);
-  const { value, grads } = tf.valueAndGrads(losses)([...components, z, sources.s], coefficients);
-  const [dz, dSources] = grads.splice(components.length) as [T, T];
-  const ciFn = namesOf(params, 'ci_fn').map(name => params[name]!);
-  const ciGrads = tf.grads(() => ciLogits(problem, params, input, S))(ciFn, dz);
+  const leaves = ofGroup(params, 'components');
+  const { value, grads } = tf.valueAndGrads(losses)([...leaves, z, sources.s], coefficients);
+  const [dz, dSources] = grads.splice(leaves.length) as [T, T];
+  const ciGrads = tf.grads(() => ciLogits(problem, params, input, S))(ofGroup(params, 'ci_fn'), dz);
 
   // the adversary's third move needs no backward pass of its own: its gradient is in the total's
   const last = () => ascend(sources, tf.div(dSources, config.coeffPpgd), config, feeds.lrPpgd, c1[inner]!, c2[inner]!);
@@ -1056,35 +1052,27 @@ export function lossesAndGradients(problem: Problem, params: Tensors, old: Sourc
 }
 const sideBySide = (tensors: T[]): T<'n'> => tf.concat(tensors.map(x => x.flatten()));
 
-/** min(1, limit / norm), with the 1e-6 of torch.nn.utils.clip_grad_norm_; limit 0 = off. */
-const clipFactor = (norm: T, limit: number): T =>
-  limit > 0 ? tf.minimum(1, tf.div(limit, tf.add(norm, 1e-6))) : tf.onesLike(norm);
-
 /** AdamW with weight decay 0: moves a group's parameters and its moments. */
-function adamUpdate(
-  state: Pick<State, 'params' | 'm' | 'v'>,
-  group: Group,
-  gradient: T<'n'>,
-  { lrMain, c1, c2 }: AdamFeeds,
-): void {
-  const step = adam(gradient, state.m[group], state.v[group], MAIN_BETAS, c1, c2);
-  const params = namesOf(state.params, group).map(name => state.params[name]!);
-  const sizes = params.map(param => param.size);
+function adamUpdate({ params, m, v }: Learned, group: Group, gradient: T<'n'>, { lrMain, c1, c2 }: AdamFeeds): void {
+  const step = adam(gradient, m[group], v[group], MAIN_BETAS, c1, c2);
+  const moved = ofGroup(params, group);
+  const sizes = moved.map(param => param.size);
   const moves = tf.split(tf.mul(lrMain, step.direction), sizes);
-  for (const [i, param] of params.entries()) param.assign(tf.sub(param, moves[i]!.reshape(param.shape)));
-  state.m[group].assign(step.m);
-  state.v[group].assign(step.v);
+  for (const [i, param] of moved.entries()) param.assign(tf.sub(param, moves[i]!.reshape(param.shape)));
+  m[group].assign(step.m);
+  v[group].assign(step.v);
 }
 
 /** Clips the gradients and moves every parameter. @returns the norms before clipping */
-export function applyGradients({ config }: Problem, state: State, gradients: Record<Group, T>, feeds: AdamFeeds) {
+export function applyGradients({ config }: Problem, state: Learned, gradients: Record<Group, T>, feeds: AdamFeeds) {
   const norms = ofGroups(group => tf.sqrt(tf.sum(tf.square(gradients[group]))));
   // a gradient that is not finite moves nothing, so that the parameters can still be looked at when the run stops
   const finite = tf.isFinite(tf.add(norms.components, norms.ci_fn));
   const lrMain = tf.where(finite, feeds.lrMain, tf.scalar(0));
   const limits = { components: config.gradClipComponents, ci_fn: config.gradClipCi };
   for (const group of GROUPS_OF_PARAMS) {
-    const clipped = tf.mul(gradients[group], clipFactor(norms[group], limits[group]));
+    const scale = tf.minimum(1, tf.div(limits[group], tf.add(norms[group], 1e-6))); // as in torch's clip_grad_norm_
+    const clipped = limits[group] > 0 ? tf.mul(gradients[group], scale) : gradients[group];
     adamUpdate(state, group, tf.where(finite, clipped, tf.zerosLike(clipped)), { ...feeds, lrMain });
   }
   return norms;
@@ -1181,7 +1169,7 @@ const zeros = (shape: number[]): tf.Variable => tf.tidy(() => tf.variable(tf.zer
 export function initialState({ modules, config }: Problem, params: Params): State {
   const shape = [config.batchSize * config.seqLen, totalC(modules) + modules.length];
   const s = frozen(uniformArray(shape[0]! * shape[1]!, config.seed, 0, PURPOSE.sources), shape);
-  const size = (group: Group) => sum(namesOf(params, group).map(name => params[name]!.size));
+  const size = (group: Group) => sum(ofGroup(params, group).map(param => param.size));
   return {
     params,
     m: ofGroups(group => zeros([size(group)])),
@@ -1195,14 +1183,14 @@ export function initialState({ modules, config }: Problem, params: Params): Stat
 export async function warmUp(
   engine: Engine,
   problem: Problem,
-  { params, m, v }: State,
+  state: State,
   goOn: (done: number, loss: number) => Promise<boolean>,
 ): Promise<void> {
   const { faithfulnessWarmupSteps: steps, faithfulnessWarmupLr, faithfulnessWarmupLrFinalFrac } = problem.config;
-  const leaves = namesOf(params, 'components').map(name => params[name]!);
+  const leaves = ofGroup(state.params, 'components');
   const step = engine.compile('warm-up', (feeds: AdamFeeds) => {
-    const { value, grads } = tf.valueAndGrads(() => faithfulnessLoss(problem, params))(leaves);
-    adamUpdate({ params, m, v }, 'components', sideBySide(grads), feeds);
+    const { value, grads } = tf.valueAndGrads(() => faithfulnessLoss(problem, state.params))(leaves);
+    adamUpdate(state, 'components', sideBySide(grads), feeds);
     return { loss: value };
   });
   for (let i = 0; i < steps; i++) {
@@ -1211,7 +1199,7 @@ export async function warmUp(
     const [loss] = await tidyAsync(async () => numbers((await step(asTensors(feeds))).loss));
     if (!(await goOn(i + 1, loss!))) return;
   }
-  for (const moment of [m.components, v.components]) tf.tidy(() => moment.assign(tf.zerosLike(moment)));
+  for (const moment of [state.m.components, state.v.components]) tf.tidy(() => moment.assign(tf.zerosLike(moment)));
 }
 
 // ---- J. Evaluation (method 6) ---------------------------------------------------------------------------------------
@@ -1432,19 +1420,14 @@ export const MAY_CHANGE = [...PLACES, ...Object.keys(GROUPS.Evaluation)];
 // … and what changes only how they are rounded, or which random numbers are drawn: with a warning.
 export const CHANGES_BITS = Object.keys(GROUPS.Engine);
 
+/** What the jobs work on. */
+type Job = { engine: Engine; problem: Problem; params: Params; data: Data };
 type Evaluate = (step: number, slow: boolean) => Promise<Evaluation>;
 /**
  * The training loop: warm up, step, log, evaluate, save, until the last step or a signal.
  * @returns the signal's exit code if there was one, and the last evaluation
  */
-async function train(
-  engine: Engine,
-  problem: Problem,
-  params: Params,
-  rows: Rows,
-  evaluate: Evaluate,
-  resume: boolean,
-) {
+async function train({ engine, problem, params, data }: Job, evaluate: Evaluate, resume: boolean) {
   const { config: c } = problem;
   const state = initialState(problem, params);
   const runs = await longRuns();
@@ -1468,7 +1451,7 @@ async function train(
   const show = runs.startProgress(c.nSteps, start);
   for (let n = start; n < c.nSteps && interrupted === undefined; n++) {
     const started = performance.now();
-    const values = await step(n, rows);
+    const values = await step(n, data.train);
     const metrics: Metrics = Object.fromEntries(STEP_METRICS.map((name, i) => [name, values[i]!]));
     const done = n + 1;
     const due = (every: number) => done === c.nSteps || (every > 0 && done % every === 0);
@@ -2043,13 +2026,7 @@ const ANSWERS_ABOVE = 0.1;
  * component from the full model (all others and all deltas on) costs more than 0.1 nats where the rule is in force, and
  * less than a tenth of that elsewhere.
  */
-export async function scoreRules(
-  engine: Engine,
-  problem: Problem,
-  params: Params,
-  rows: Rows,
-  { rules, labels }: Labels,
-) {
+export async function scoreRules({ engine, problem, params, data }: Job, { rules, labels }: Labels) {
   const { target, modules } = problem;
   const sumC = totalC(modules);
   const answers = engine.compile('answers', ({ tokens }: Record<'tokens', T>) => ({
@@ -2060,7 +2037,7 @@ export async function scoreRules(
     const logits = maskedLogits(problem, params, tokens, { mask, delta: tf.ones([1, modules.length]) });
     return { kl: tf.sum(tf.mul(probs, tf.sub(logProbs, tf.logSoftmax(logits))), 1) };
   });
-  const tokens = tokenBatch(rows, range(0, labels.length));
+  const tokens = tokenBatch(data.heldOut, range(0, labels.length));
   const active = await numbers((await answers({ tokens })).active); // [N, ΣC]
   const inForce = labels.flat();
   const [firings, support] = [new Float64Array(sumC), new Float64Array(rules.length)];
@@ -2125,9 +2102,8 @@ function readLabels(file: string, rows: Rows): Labels {
 }
 
 // ---- M. Report -----------------------------------------------------------------------------------------------------
-// What a run says of itself: what a step will take, before; a summary on standard output, after; and one HTML file that
-// opens from disk, assets/report.html with the run's data inlined. Token texts are data of strangers: they travel as JSON
-// with everything but plain ASCII escaped, and the page only ever sets textContent.
+// What a run says of itself: what a step will take, before; a summary on standard output, after; and a page that opens
+// from disk (assets/report.ts).
 
 /** What a training step takes, before anything is allocated: parameters, bytes (about) and floating-point operations. */
 export function estimate({ target, modules, config }: Problem) {
@@ -2185,79 +2161,6 @@ async function measureSteps(engine: Engine, problem: Problem, data: Data): Promi
   return 0;
 }
 
-export interface ReportData {
-  config: unknown; // of config.json
-  metrics: Record<string, number>; // the final evaluation
-  history: Record<string, number>[]; // the lines of metrics.jsonl
-  scoreboard?: Scoreboard;
-  harvest: Harvest;
-}
-
-const PLACEHOLDER = '"@@report-data@@"';
-const MAX_REPORT_BYTES = 19e6; // a larger page gets shorter lists and fewer examples; harvest.json has them all
-
-/** The page of a run. Throws when the template has not exactly one placeholder. */
-export function renderReport(template: string, run: ReportData): string {
-  const [before, after, ...more] = template.split(PLACEHOLDER);
-  if (before === undefined || after === undefined || more.length > 0) {
-    throw new Error(`the report's template needs ${PLACEHOLDER} exactly once`);
-  }
-  const { components, vocabulary, ...rest } = run.harvest;
-  const ids = Object.keys(vocabulary).map(Number);
-  const numberOf = new Map(ids.map((id, k) => [id, k])); // tokens are numbered by their place in `texts`
-  const tokenBytes = ids.length > 2 ** 16 ? 3 : 2;
-  const inline = (examples: number, perList: number) => {
-    const short = <X>(list: X[]) => list.slice(0, perList);
-    const packed = components.map(({ module, index, input, output, partners, ...component }) => {
-      const { top, random } = component.examples;
-      const scale = Math.max(...[...top, ...random].flatMap(e => e.activation.map(Math.abs)), 1e-30);
-      const pack = (list: Example[], n: number) =>
-        list.slice(0, n).map(e => packExample(e, numberOf, tokenBytes, scale));
-      return {
-        ...component,
-        input: { ...input, top: short(input.top), bottom: short(input.bottom) },
-        output: { top: short(output.top), bottom: short(output.bottom) },
-        partners: { jaccard: short(partners.jaccard), pmi: short(partners.pmi) },
-        examples: { scale, top: pack(top, Math.ceil(examples / 2)), random: pack(random, Math.floor(examples / 2)) },
-      };
-    });
-    const texts = Object.values(vocabulary);
-    return asciiJson({ ...run, harvest: { ...rest, ids, texts, tokenBytes, components: packed } });
-  };
-  const size = (examples: number, perList: number) => template.length + inline(examples, perList).length;
-  let perList = run.harvest.settings.listLength;
-  while (perList > 1 && size(2, perList) > MAX_REPORT_BYTES) perList = Math.floor(perList / 2);
-  const [none, two] = [size(0, perList), size(2, perList)];
-  const examples = Math.floor((2 * (MAX_REPORT_BYTES - none)) / Math.max(1, two - none));
-  return before + inline(Math.max(1, examples), perList) + after;
-}
-
-/** JSON in which nothing can end a script, start a comment or turn the reading direction: plain ASCII without <>&. */
-export function asciiJson(value: unknown): string {
-  const escaped = (char: string) => `\\u${char.charCodeAt(0).toString(16).padStart(4, '0')}`;
-  return JSON.stringify(value).replace(/[<>&\u007f-\uffff]/g, escaped);
-}
-
-/**
- * [row, start, at, base64]: first the tokens (their numbers, little-endian), then a byte of CI each (255 is 1), then a
- * signed byte of activation each (127 is the largest of the component's examples).
- */
-function packExample(
-  { row, start, at, tokens, ci, activation }: Example,
-  numberOf: Map<number, number>,
-  tokenBytes: number,
-  scale: number,
-): [number, number, number, string] {
-  const L = tokens.length;
-  const bytes = Buffer.alloc((tokenBytes + 2) * L);
-  for (let k = 0; k < L; k++) {
-    bytes.writeUIntLE(numberOf.get(tokens[k]!)!, tokenBytes * k, tokenBytes);
-    bytes.writeUInt8(Math.ceil(ci[k]! * 255), tokenBytes * L + k); // up: what fires must not look like 0
-    bytes.writeInt8(Math.round((activation[k]! / scale) * 127), (tokenBytes + 1) * L + k);
-  }
-  return [row, start, at, bytes.toString('base64')];
-}
-
 /** The final numbers, for people. */
 function summary({ modules, config }: Problem, metrics: Metrics, board: Scoreboard | undefined): string {
   const value = (name: string) => metrics[`eval/${name}`]!;
@@ -2310,13 +2213,7 @@ export function harvestPass(problem: Problem, params: Params): HarvestPass {
 }
 
 /** Harvests a run and writes harvest.json and report.html into its folder. */
-async function harvestRun(
-  engine: Engine,
-  problem: Problem,
-  params: Params,
-  data: Data,
-  scoreboard: Scoreboard | undefined,
-) {
+async function harvestRun({ engine, problem, params, data }: Job, scoreboard: Scoreboard | undefined) {
   const { target, modules, config } = problem;
   const rows = firstRows(data.train, config.harvestRows || data.train.count);
   const runs = await longRuns();
@@ -2333,20 +2230,14 @@ async function harvestRun(
     progress: positions => show(positions, () => `harvest ${positions} tokens`),
   });
   writeAtomic(path.join(config.out, 'harvest.json'), JSON.stringify(result));
-  const template = fileURLToPath(new URL('assets/report.html', import.meta.url));
-  if (!fs.existsSync(template)) return talk('no page: assets/report.html is not here');
+  const page = await optional(import('./assets/report.ts'));
+  if (!page) return talk('no page: assets/report.html is not here');
   const { readMetrics } = await import('./engine/long-runs.ts');
   const history = readMetrics(path.join(config.out, 'metrics.jsonl'));
   const record = readJson(path.join(config.out, 'config.json'));
   const metrics = history.findLast(line => 'eval/ce_kl/ce_target' in line) ?? {};
-  const run: ReportData = {
-    config: record,
-    metrics,
-    history,
-    ...(scoreboard ? { scoreboard: { ...scoreboard } } : {}),
-    harvest: result,
-  };
-  writeAtomic(path.join(config.out, 'report.html'), renderReport(readText(template), run));
+  const shown = { config: record, metrics, history, harvest: result, ...(scoreboard && { scoreboard }) };
+  writeAtomic(path.join(config.out, 'report.html'), page.renderReport(shown));
 }
 
 /** A token as text, with its leading space. */
@@ -2425,19 +2316,19 @@ async function decompose(config: Config, given: Set<string>, dryRun: boolean, pr
   if (old) (await import('./engine/long-runs.ts')).compareRuns(old, record, MAY_CHANGE, CHANGES_BITS, talk);
   fs.mkdirSync(c.out, { recursive: true });
   writeAtomic(path.join(c.out, 'config.json'), `${JSON.stringify(record, null, 1)}\n`);
-  const params = initialParams(problem);
-  const evaluateRows = compileEvaluation(engine, problem, params);
+  const job = { engine, problem, params: initialParams(problem), data };
+  const evaluateRows = compileEvaluation(engine, problem, job.params);
   const evaluate = (step: number, slow: boolean) => evaluateRows(heldOut, step, slow);
-  const { interrupted, evaluated } = await train(engine, problem, params, data.train, evaluate, old !== undefined);
+  const { interrupted, evaluated } = await train(job, evaluate, old !== undefined);
   if (interrupted !== undefined) {
     talk(`stopped; go on with --resume --out ${c.out}`);
     return interrupted;
   }
   // a run that was complete already and is resumed has nothing evaluated yet
   const metrics = evaluated ?? (await evaluate(c.nSteps, true)).metrics;
-  const board = labels && (await tidyAsync(() => scoreRules(engine, problem, params, data.heldOut, labels)));
+  const board = labels && (await tidyAsync(() => scoreRules(job, labels)));
   console.log(summary(problem, metrics, board));
-  if (c.harvest) await harvestRun(engine, problem, params, data, board);
+  if (c.harvest) await harvestRun(job, board);
   const peak = (process.resourceUsage().maxRSS / 2 ** 20).toFixed(2);
   console.log(`\nRun folder: ${c.out}   peak memory: ${peak} GiB`);
   return 0;
@@ -2450,19 +2341,18 @@ async function revisit(command: string, dir: string, changes: Partial<Config>): 
   const { engine, problem, data, heldOut } = await open(config, new Set(Object.keys(config)));
   if (problem.target.sha256 !== record.model.sha256)
     refuse(`${record.model.path}: not the model of this run (its SHA-256 differs)`);
-  const params = initialParams(problem);
+  const job = { engine, problem, params: initialParams(problem), data };
   const { restore } = await import('./engine/long-runs.ts');
-  await restore(path.join(dir, 'components.safetensors'), params);
+  await restore(path.join(dir, 'components.safetensors'), job.params);
   if (command === 'harvest') {
     const labels = config.labels && !changes.evalData ? readLabels(config.labels, data.heldOut) : undefined;
-    const board = labels && (await scoreRules(engine, problem, params, data.heldOut, labels));
-    await harvestRun(engine, problem, params, data, board);
+    await harvestRun(job, labels && (await scoreRules(job, labels)));
     return 0;
   }
   // given rows are one batch, since the importance loss is no mean over batches; --eval-batch-size splits them
   if (changes.evalData && !changes.evalBatchSize) problem.config.evalBatchSize = data.heldOut.count;
   const rows = changes.evalData ? data.heldOut : heldOut;
-  const evaluation = await compileEvaluation(engine, problem, params)(rows, config.nSteps, true);
+  const evaluation = await compileEvaluation(engine, problem, job.params)(rows, config.nSteps, true);
   console.log(JSON.stringify(evaluation.metrics));
   return 0;
 }

@@ -4,8 +4,8 @@ import { readFileSync } from 'node:fs';
 import { test } from 'node:test';
 import { fileURLToPath } from 'node:url';
 import * as tf from '@tensorflow/tfjs';
+import { asciiJson, renderReport } from '../assets/report.ts';
 import {
-  asciiJson,
   chooseModules,
   DEFAULTS,
   type Harvest,
@@ -18,7 +18,6 @@ import {
   linearLayers,
   loadTarget,
   PRESETS,
-  renderReport,
 } from '../nano-param-decomp.ts';
 
 const range = (n: number) => Array.from({ length: n }, (_, i) => i);
@@ -481,7 +480,7 @@ test('the report inlines the data once, whatever it contains', async () => {
   const rows = randomRows(seeded(9), 30, 12, HOSTILE.length);
   const result = await run(tables, rows, { tokenText: id => HOSTILE[id]!, modules: modulesOf([6]) });
   const data = { config: { note: HOSTILE }, metrics: { a: 1 }, history: [{ step: 0, a: 1 }], harvest: result };
-  const page = renderReport('<script id="data">"@@report-data@@"</script>', data);
+  const page = renderReport(data, '<script id="data">"@@report-data@@"</script>');
   const [, inlined] = /^<script id="data">([^<]*)<\/script>$/.exec(page) ?? [];
   assert.ok(inlined, "the only < and > are the template's");
   const { harvest: packed, config } = JSON.parse(inlined);
@@ -501,8 +500,8 @@ test('the report inlines the data once, whatever it contains', async () => {
     assert.equal(bytes[2 * L + k]! > 0, original.ci[k]! > 0, 'what fires does not look like 0');
     assert.ok(Math.abs((bytes.readInt8(3 * L + k) / 127) * scale - original.activation[k]!) <= scale / 253);
   }
-  assert.throws(() => renderReport('no placeholder', data), /exactly once/);
-  assert.throws(() => renderReport('"@@report-data@@" "@@report-data@@"', data), /exactly once/);
+  assert.throws(() => renderReport(data, 'no placeholder'), /exactly once/);
+  assert.throws(() => renderReport(data, '"@@report-data@@" "@@report-data@@"'), /exactly once/);
 });
 
 test('a large harvest makes a page of bounded size', async () => {
@@ -511,7 +510,7 @@ test('a large harvest makes a page of bounded size', async () => {
   for (const copies of [1000]) {
     const many = range(copies).flatMap(() => result.components); // 20,000 components
     const data = { config: {}, metrics: {}, history: [], harvest: { ...result, components: many } };
-    const megabytes = renderReport('"@@report-data@@"', data).length / 1e6;
+    const megabytes = renderReport(data, '"@@report-data@@"').length / 1e6;
     assert.ok(megabytes > 10 && megabytes < 20, `${megabytes} MB`);
   }
 });

@@ -6,14 +6,8 @@ import path from 'node:path';
 import { after, before, test } from 'node:test';
 import { fileURLToPath, pathToFileURL } from 'node:url';
 import { type Browser, chromium, type Locator, type Page } from 'playwright-core';
-import {
-  type Example,
-  type Harvest,
-  type HarvestComponent,
-  harvestDefaults,
-  type ReportData,
-  renderReport,
-} from '../nano-param-decomp.ts';
+import { type ReportData, renderReport } from '../assets/report.ts';
+import { type Example, type Harvest, type HarvestComponent, harvestDefaults } from '../nano-param-decomp.ts';
 
 const template = fs.readFileSync(fileURLToPath(new URL('../assets/report.html', import.meta.url)), 'utf8');
 const folder = fs.mkdtempSync(path.join(os.tmpdir(), 'page-'));
@@ -139,7 +133,7 @@ function makeRun(layers: number, C: number, texts: string[]): ReportData {
 
 function write(name: string, run: ReportData): string {
   const file = path.join(folder, name);
-  fs.writeFileSync(file, renderReport(template, run));
+  fs.writeFileSync(file, renderReport(run, template));
   return pathToFileURL(file).href;
 }
 
