@@ -23,8 +23,7 @@
  *   J. Evaluation        the original's metrics, and ours                         method 6
  *   K. The run           its folder: config, metrics, checkpoints; the training loop
  *   L. Harvest           what every component does; the scoreboard of known rules
- *   M. Report            what a run says of itself: its size before, the summary and the page after
- *   N. Command line      the jobs: decompose, eval, harvest
+ *   M. Command line      the jobs: decompose, eval, harvest
  *
  * engine/ holds what makes TFJS fast and what stands between this file and the world: flags, hub, corpora, more model
  * families, files from strangers, checkpoints that survive a crash. It knows nothing of the method, and is optional:
@@ -36,10 +35,8 @@
  * Conventions: N = B·S positions; activations are [N, ·] matrices (only attention unfolds B and S). A module has C
  * components; ΣC are those of all M modules side by side, modules sorted by path ("wide" tensors).
  */
-import { spawnSync } from 'node:child_process';
 import * as crypto from 'node:crypto';
 import * as fs from 'node:fs';
-import * as os from 'node:os';
 import * as path from 'node:path';
 import { fileURLToPath } from 'node:url';
 import { Tokenizer } from '@huggingface/tokenizers';
@@ -96,22 +93,24 @@ const sum = (values: Iterable<number>): number => [...values].reduce((total, val
 // run (method 5); "0 = auto" are sizes that follow the target, by a rule that gives the paper's at the paper's target.
 
 export type Value = string | number | boolean;
-/** `choices`: one of these words. */
-export type Field<V> = { value: V; help: string; min?: number; max?: number; integer?: boolean; choices?: string };
+type Bounds = { min?: number; max?: number; integer?: boolean };
+/** `choices`: one of these words; `place`: a file, a folder, or a name on the hub. */
+export type Field<V> = { value: V; help: string; choices?: string; place?: boolean } & Bounds;
 const real = (value: number, help: string, min = 0, max = 1e12): Field<number> => ({ value, help, min, max });
 const int = (value: number, help: string, min = 0, max = 1e9) => ({ ...real(value, help, min, max), integer: true });
 const text = (value: string, help: string, choices = ''): Field<string> => ({ value, help, choices });
+const place = (help: string): Field<string> => ({ value: '', help, place: true });
 const flag = (value: boolean, help: string): Field<boolean> => ({ value, help });
 
 const GROUPS = {
   'Target and data': {
-    model: text('', 'Hugging Face folder, or hub id org/name[@revision]'),
-    data: text('', 'training data: .txt, .jsonl, .json rows of ids, or a hub dataset org/name'),
-    evalData: text('', 'held-out data; without it the last 5 % of the documents, never trained on'),
-    labels: text('', 'JSON with the rules in force in the rows of --eval-data: adds a scoreboard'),
+    model: place('Hugging Face folder, or hub id org/name[@revision]'),
+    data: place('training data: .txt, .jsonl, .json rows of ids, or a hub dataset org/name'),
+    evalData: place('held-out data; without it the last 5 % of the documents, never trained on'),
+    labels: place('JSON with the rules in force in the rows of --eval-data: adds a scoreboard'),
     seqLen: int(512, 'tokens in a row, at most what the target allows', 2, 1 << 20),
     components: text('auto', 'pattern=C, first match wins: "*.q_proj=64,*.mlp.*=172"; auto: all, C = max(dIn, dOut)'),
-    out: text('', 'run folder; without it runs/<model>-<time>'),
+    out: place('run folder; without it runs/<model>-<time>'),
   },
   Training: {
     nSteps: int(400_000, 'training steps', 1),
@@ -225,6 +224,7 @@ export interface Engine {
   readonly name: string;
   readonly gpu: boolean;
   readonly description: string; // a line for people: which engine, and why
+  readonly memoryBytes?: number; // of the GPU, or of the machine
   /**
    * A function with the same meaning as `fn`, and faster where the engine can trace it: `fn` is then run once as it is
    * and from then on as one graph. So whatever changes from call to call must enter through `feeds`, and no branch of
@@ -1415,8 +1415,8 @@ function runRecord({ target, modules, config }: Problem, { train, heldOut }: Dat
 }
 
 // What a resumed run may change: nothing that the training's numbers depend on (model and data are compared by content) …
-const PLACES = ['model', 'data', 'evalData', 'labels', 'out', 'logEvery', 'saveEvery', 'harvest', 'harvestRows'];
-export const MAY_CHANGE = [...PLACES, ...Object.keys(GROUPS.Evaluation)];
+const NOT_TRAINING = ['logEvery', 'saveEvery', 'harvest', 'harvestRows', ...Object.keys(GROUPS.Evaluation)];
+export const MAY_CHANGE = Object.keys(FIELDS).filter(name => FIELDS[name]!.place || NOT_TRAINING.includes(name));
 // … and what changes only how they are rounded, or which random numbers are drawn: with a warning.
 export const CHANGES_BITS = Object.keys(GROUPS.Engine);
 
@@ -2101,105 +2101,6 @@ function readLabels(file: string, rows: Rows): Labels {
   );
 }
 
-// ---- M. Report -----------------------------------------------------------------------------------------------------
-// What a run says of itself: what a step will take, before; a summary on standard output, after; and a page that opens
-// from disk (assets/report.ts).
-
-/** What a training step takes, before anything is allocated: parameters, bytes (about) and floating-point operations. */
-export function estimate({ target, modules, config }: Problem) {
-  const { vocab, dModel } = target.arch;
-  const { ciDModel, ciNBlocks, ciMlpHidden, ciNHeads, seqLen, batchSize, microBatches: R } = config;
-  const [sumC, N] = [totalC(modules), batchSize * seqLen];
-  const targetParams = sum([...target.weights.values()].map(w => w.size));
-  const decomposed = sum(modules.map(m => m.dIn * m.dOut));
-  const components = sum(modules.map(m => m.C * (m.dIn + m.dOut)));
-  const ciFn = sum(Object.values(ciShapes({ target, modules, config })).map(sizeOf));
-  const params = components + ciFn;
-  const state = targetParams + params * (R > 1 ? 4 : 3) + 3 * N * (sumC + modules.length);
-  const ciActs = ciNBlocks * (16 * ciDModel + 5 * ciMlpHidden + 4 * ciNHeads * seqLen);
-  const acts = 40 * sumC + 12 * vocab + 40 * sum(modules.map(m => m.dIn + m.dOut)) + ciActs; // a position's
-  // forward 1, backward to the masks 1, to V and U 1 more: each inner step takes 2, each of two losses 3
-  const passes = 2 * (config.ppgdInnerSteps + 2) + 1;
-  const perPosition = components * (passes + 1) + (decomposed + dModel * vocab) * passes + 3 * ciFn;
-  const flops = 2 * N * perPosition + 6 * sum(modules.map(m => m.dIn * m.dOut * m.C));
-  return { targetParams, components, ciFn, bytes: 4 * (state + (N / R) * acts + 3 * params), flops };
-}
-
-/** Says what a step will take, and refuses what can't fit. */
-function checkSize(problem: Problem, gpu: boolean): void {
-  const { targetParams, components, ciFn, bytes, flops } = estimate(problem);
-  const M = (x: number) => `${(x / 1e6).toFixed(2)}M`;
-  const GiB = (x: number) => `${(x / 2 ** 30).toFixed(2)} GiB`;
-  talk(`size     target ${M(targetParams)} parameters, V and U ${M(components)}, CI function ${M(ciFn)}`);
-  talk(`step     about ${GiB(bytes)} of memory, ${(flops / 1e9).toFixed(1)} GFLOP`);
-  const smi = () => spawnSync('nvidia-smi', ['--query-gpu=memory.total', '--format=csv,noheader,nounits']).stdout;
-  const there = gpu ? Number.parseInt(`${smi()}`, 10) * 2 ** 20 : os.totalmem();
-  if (bytes <= there || Number.isNaN(there)) return;
-  const { microBatches, batchSize } = problem.config;
-  const canSplit = batchSize > microBatches;
-  const advice = canSplit
-    ? `a larger --micro-batches than ${microBatches}`
-    : 'a smaller --seq-len or fewer --components';
-  refuse(`a step takes about ${GiB(bytes)} and there are ${GiB(there)}: try ${advice}, or a smaller --batch-size`);
-}
-
-/** --dry-run: lists the modules, times some steps, writes nothing. */
-async function measureSteps(engine: Engine, problem: Problem, data: Data): Promise<number> {
-  for (const { path: name, dIn, dOut, C } of problem.modules) console.log(`${name}  [${dOut}, ${dIn}]  C ${C}`);
-  const step = compileStep(engine, problem, initialState(problem, initialParams(problem)));
-  const times: number[] = [];
-  for (let n = 0; n < 7; n++) {
-    const started = performance.now();
-    await step(n, data.train);
-    times.push(performance.now() - started);
-  }
-  const typical = times.slice(2).sort((a, b) => a - b)[2]!; // the first two are traced and checked
-  const { nSteps } = problem.config;
-  console.log(
-    `${typical.toFixed(1)} ms per step: ${nSteps} steps take ${((typical * nSteps) / 3.6e6).toFixed(2)} hours`,
-  );
-  return 0;
-}
-
-/** The final numbers, for people. */
-function summary({ modules, config }: Problem, metrics: Metrics, board: Scoreboard | undefined): string {
-  const value = (name: string) => metrics[`eval/${name}`]!;
-  const number = (x: number) => (Math.abs(x) >= 1e-3 ? x.toFixed(4) : x.toExponential(2)).padStart(10);
-  const strategies = { unmasked: 'everything on', ci_masked: 'CI masks', rounded_masked: 'rounded CI masks' };
-  const all = {
-    ...strategies,
-    stoch_masked: 'stochastic masks',
-    random_masked: 'random masks',
-    zero_masked: 'nothing on',
-  };
-  const line = (name: string, label: string) => {
-    const ce = value('ce_kl/ce_target') + value(`ce_kl/ce_difference_${name}`);
-    return `  ${label.padEnd(18)}${number(ce)}${number(value(`ce_kl/kl_${name}`))}`;
-  };
-  const lines = [
-    `\n${''.padEnd(20)}        CE        KL   (nats per token, held-out rows)`,
-    `  ${'the target'.padEnd(18)}${number(value('ce_kl/ce_target'))}`,
-    ...Object.entries(all).map(([name, label]) => line(name, label)),
-    `  ${'dead ones deleted'.padEnd(28)}${number(value('ce_kl/kl_alive'))}`,
-    `  ${`fresh PGD, ${config.pgdEvalNSteps} steps`.padEnd(28)}${number(value('loss/PGDReconLoss'))}`,
-    `  faithfulness ${value('loss/FaithfulnessLoss').toExponential(2)}`,
-    `  L0 ${Object.entries(metrics)
-      .find(([n]) => /^eval\/l0\/[\d.]+_total$/.test(n))![1]
-      .toFixed(2)} of ` + `${value('n_alive')} alive of ${totalC(modules)} components`,
-  ];
-  if (!board) return lines.join('\n');
-  const best = board.rules.map(({ name, component: { module, index }, precision, recall, f1, causal }) => {
-    const [p, r, f] = [precision, recall, f1].map(x => x.toFixed(2).padStart(10));
-    return `  ${name.padEnd(18)}${p}${r}${f}   ${module}:${index}${causal ? '  causal' : ''}`;
-  });
-  return [
-    ...lines,
-    `\n  ${'rule'.padEnd(18)} precision    recall        F1   best component`,
-    ...best,
-    `  mean F1 ${board.meanF1.toFixed(3)}; ${board.nF1AtLeast80} of ${board.rules.length} rules with F1 of at least 0.8; ${board.nCausal} causal`,
-  ].join('\n');
-}
-
 /** What the harvest reads of a run. */
 export function harvestPass(problem: Problem, params: Params): HarvestPass {
   return tokens => {
@@ -2231,7 +2132,7 @@ async function harvestRun({ engine, problem, params, data }: Job, scoreboard: Sc
   });
   writeAtomic(path.join(config.out, 'harvest.json'), JSON.stringify(result));
   const page = await optional(import('./assets/report.ts'));
-  if (!page) return talk('no page: assets/report.html is not here');
+  if (!page) return talk('no page: assets/report.ts is not here');
   const { readMetrics } = await import('./engine/long-runs.ts');
   const history = readMetrics(path.join(config.out, 'metrics.jsonl'));
   const record = readJson(path.join(config.out, 'config.json'));
@@ -2248,7 +2149,7 @@ function tokenText(tokenizer: Tokenizer | undefined, id: number): string {
   return tokenizer.decode([id], { skip_special_tokens: false }) || token;
 }
 
-// ---- N. Command line ------------------------------------------------------------------------------------------------
+// ---- M. Command line ------------------------------------------------------------------------------------------------
 // Exit codes: 0, 1 failed, 2 bad input, 130 or 143 interrupted.
 
 /** Fills in what is "auto" and checks what one field alone can't tell. `given`: fields set by the user or a preset. */
@@ -2305,11 +2206,61 @@ async function open(config: Config, given: ReadonlySet<string>, preset?: Preset)
   return { engine, problem, data, heldOut: firstRows(data.heldOut, c.evalBatchSize) };
 }
 
+/** What a training step takes, before anything is allocated: parameters, bytes (about) and floating-point operations. */
+export function estimate({ target, modules, config }: Problem) {
+  const { vocab, dModel } = target.arch;
+  const { ciDModel, ciNBlocks, ciMlpHidden, ciNHeads, seqLen, batchSize, microBatches: R } = config;
+  const [sumC, N] = [totalC(modules), batchSize * seqLen];
+  const targetParams = sum([...target.weights.values()].map(w => w.size));
+  const decomposed = sum(modules.map(m => m.dIn * m.dOut));
+  const components = sum(modules.map(m => m.C * (m.dIn + m.dOut)));
+  const ciFn = sum(Object.values(ciShapes({ target, modules, config })).map(sizeOf));
+  const params = components + ciFn;
+  const state = targetParams + params * (R > 1 ? 4 : 3) + 3 * N * (sumC + modules.length);
+  const ciActs = ciNBlocks * (16 * ciDModel + 5 * ciMlpHidden + 4 * ciNHeads * seqLen);
+  const acts = 40 * sumC + 12 * vocab + 40 * sum(modules.map(m => m.dIn + m.dOut)) + ciActs; // a position's
+  // forward 1, backward to the masks 1, to V and U 1 more: each inner step takes 2, each of two losses 3
+  const passes = 2 * (config.ppgdInnerSteps + 2) + 1;
+  const perPosition = components * (passes + 1) + (decomposed + dModel * vocab) * passes + 3 * ciFn;
+  const flops = 2 * N * perPosition + 6 * sum(modules.map(m => m.dIn * m.dOut * m.C));
+  return { targetParams, components, ciFn, bytes: 4 * (state + (N / R) * acts + 3 * params), flops };
+}
+
+/** Says what a step will take, and refuses what can't fit. */
+function checkSize(problem: Problem, { memoryBytes = Infinity }: Engine): void {
+  const { targetParams, components, ciFn, bytes, flops } = estimate(problem);
+  const M = (x: number) => `${(x / 1e6).toFixed(2)}M`;
+  const GiB = (x: number) => `${(x / 2 ** 30).toFixed(2)} GiB`;
+  talk(`size     target ${M(targetParams)} parameters, V and U ${M(components)}, CI function ${M(ciFn)}`);
+  talk(`step     about ${GiB(bytes)} of memory, ${(flops / 1e9).toFixed(1)} GFLOP`);
+  if (bytes <= memoryBytes) return;
+  const { microBatches, batchSize } = problem.config;
+  const split = batchSize > microBatches && `a larger --micro-batches than ${microBatches}`;
+  const advice = `${split || 'a smaller --seq-len or fewer --components'}, or a smaller --batch-size`;
+  refuse(`a step takes about ${GiB(bytes)} and there are ${GiB(memoryBytes)}: try ${advice}`);
+}
+
+/** --dry-run: lists the modules, times some steps, writes nothing. */
+async function measureSteps(engine: Engine, problem: Problem, { train }: Data): Promise<number> {
+  for (const { path: name, dIn, dOut, C } of problem.modules) console.log(`${name}  [${dOut}, ${dIn}]  C ${C}`);
+  const step = compileStep(engine, problem, initialState(problem, initialParams(problem)));
+  const times: number[] = [];
+  for (let n = 0; n < 7; n++) {
+    const started = performance.now();
+    await step(n, train);
+    if (n >= 2) times.push(performance.now() - started); // the first two are traced and checked
+  }
+  const [typical, { nSteps }] = [times.sort((a, b) => a - b)[2]!, problem.config];
+  const hours = ((typical * nSteps) / 3.6e6).toFixed(2);
+  console.log(`${typical.toFixed(1)} ms per step: ${nSteps} steps take ${hours} hours`);
+  return 0;
+}
+
 /** The main job: warm up, train, evaluate, save, score, harvest, report; `old`: the run to go on with. */
 async function decompose(config: Config, given: Set<string>, dryRun: boolean, preset?: Preset, old?: RunRecord) {
   const { engine, problem, data, heldOut } = await open(config, given, preset);
   const { config: c } = problem;
-  checkSize(problem, engine.gpu);
+  checkSize(problem, engine);
   if (dryRun) return measureSteps(engine, problem, data);
   const labels = c.labels ? readLabels(c.labels, data.heldOut) : undefined;
   const record = runRecord(problem, data, engine);
@@ -2327,7 +2278,9 @@ async function decompose(config: Config, given: Set<string>, dryRun: boolean, pr
   // a run that was complete already and is resumed has nothing evaluated yet
   const metrics = evaluated ?? (await evaluate(c.nSteps, true)).metrics;
   const board = labels && (await tidyAsync(() => scoreRules(job, labels)));
-  console.log(summary(problem, metrics, board));
+  const report = await optional(import('./assets/report.ts'));
+  const sizes = { components: totalC(problem.modules), pgdSteps: c.pgdEvalNSteps };
+  console.log(report?.summary(metrics, sizes, board) ?? metrics);
   if (c.harvest) await harvestRun(job, board);
   const peak = (process.resourceUsage().maxRSS / 2 ** 20).toFixed(2);
   console.log(`\nRun folder: ${c.out}   peak memory: ${peak} GiB`);
@@ -2396,9 +2349,7 @@ export async function main(argv: string[]): Promise<number> {
   if (flags.help) console.log(`${usage()}${cli?.helpLines(GROUPS) ?? Object.keys(FIELDS).join(' ')}\n`);
   if (flags.help || flags.version) return 0;
   const changes: Partial<Config> = values;
-  for (const name of ['model', 'data', 'evalData', 'labels', 'out'] as const) {
-    if (changes[name] && fs.existsSync(changes[name])) changes[name] = path.resolve(changes[name]);
-  }
+  if (!cli && (flags.resume || command !== 'decompose')) refuse('--resume, eval and harvest need the folder engine/');
   if (command !== 'decompose') {
     if (typeof flags.run !== 'string') return refuse(`${command}: takes --run DIR, the folder of a finished run`);
     return revisit(command, flags.run, changes);

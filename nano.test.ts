@@ -1265,7 +1265,7 @@ test('the one file alone, in an empty folder with the packages, still runs', asy
   const argv = ['--import', 'tsx', 'nano-param-decomp.ts', ...flags, ...small, ...others];
   const child = spawnSync(process.execPath, argv, { cwd: alone, encoding: 'utf8' });
   assert.equal(child.status, 0, child.stderr);
-  assert.match(child.stderr, /no page: assets\/report.html is not here/);
+  assert.match(child.stderr, /no page: assets\/report.ts is not here/);
   const files = ['components.safetensors', 'config.json', 'harvest.json', 'metrics.jsonl'];
   assert.deepEqual(fs.readdirSync(path.join(alone, 'run')).sort(), files);
   const components = await openSafetensors(path.join(alone, 'run/components.safetensors')); // the strict reader

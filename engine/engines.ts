@@ -1,14 +1,29 @@
+import { spawnSync } from 'node:child_process';
+import * as os from 'node:os';
 import * as tf from '@tensorflow/tfjs';
 import { startTensorFlow } from './tensorflow.ts';
 import { refuse } from './usage-error.ts';
 import { startWasm } from './wasm.ts';
 import { startWebGpu } from './webgpu.ts';
 
+/** Of the GPU, as far as its driver tells, or of the machine. */
+function memoryBytes(gpu: boolean): number {
+  if (!gpu) return os.totalmem();
+  const { stdout } = spawnSync('nvidia-smi', ['--query-gpu=memory.total', '--format=csv,noheader,nounits']);
+  return Number.parseInt(`${stdout}`, 10) * 2 ** 20 || Infinity;
+}
+
 /**
  * Starts the engine that is asked for; `auto`: TensorFlow if it loads, else WASM, and the description says why.
  * @throws UsageError if it isn't there
  */
-export async function startEngine(options: Parameters<typeof startTensorFlow>[0] & { engine: string }) {
+export async function startEngine(options: Options) {
+  const engine = await start(options);
+  return { ...engine, memoryBytes: memoryBytes(engine.gpu) };
+}
+
+type Options = Parameters<typeof startTensorFlow>[0] & { engine: string };
+async function start(options: Options) {
   const { engine: wanted, precision } = options;
   let why = '';
   if (wanted !== 'wasm') {

@@ -1,3 +1,5 @@
+import * as fs from 'node:fs';
+import * as path from 'node:path';
 import { parseArgs } from 'node:util';
 import type { Field, Value } from '../nano-param-decomp.ts';
 import { refuse } from './usage-error.ts';
@@ -15,6 +17,7 @@ function fieldValue(name: string, field: Field<Value>, raw: string | boolean): V
   const { value: standard, choices, min = 0, max = 0, integer } = field;
   const takes = (what: string) => refuse(`--${flagOf(name, field)}: got ${JSON.stringify(raw)}, takes ${what}`);
   if (typeof standard === 'boolean') return !raw;
+  if (field.place) return fs.existsSync(`${raw}`) ? path.resolve(`${raw}`) : raw; // a run may be revisited from elsewhere
   if (typeof standard === 'string')
     return !choices || choices.split(' ').includes(`${raw}`) ? raw : takes(`one of ${choices}`);
   const value = `${raw}`.trim() === '' ? Number.NaN : Number(raw);
