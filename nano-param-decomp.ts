@@ -62,21 +62,17 @@ function orRefuse<X>(where: string, job: () => X): X {
     return refuse(`${where}: ${(error as Error).message}`);
   }
 }
-const readText = (file: string): string => orRefuse(file, () => fs.readFileSync(file, 'utf8'));
 function readJson(file: string): Record<string, unknown> {
-  const content = readText(file);
-  const value = orRefuse(file, () => JSON.parse(content));
+  const value = orRefuse(file, () => JSON.parse(fs.readFileSync(file, 'utf8')));
   return typeof value === 'object' && value && !Array.isArray(value) ? value : refuse(`${file}: not an object`);
 }
 
-/** A part of engine/ or a package, by import(); undefined where it is missing. */
-async function optional<M>(part: Promise<M>): Promise<M | undefined> {
-  try {
-    return await part;
-  } catch (error) {
-    if ((error as NodeJS.ErrnoException).code !== 'ERR_MODULE_NOT_FOUND') throw error;
-  }
-}
+/** A part of engine/ or assets/, by import(); undefined where it is missing (but not where it lacks a package). */
+const optional = <M>(part: Promise<M>): Promise<M | undefined> =>
+  part.catch((error: NodeJS.ErrnoException) => {
+    if (error.code !== 'ERR_MODULE_NOT_FOUND' || error.message.startsWith('Cannot find package')) throw error;
+    return undefined;
+  });
 
 /** Standard output is the result, standard error the talk. */
 const talk = (line: string): void => void process.stderr.write(`${line}\n`);
@@ -178,7 +174,7 @@ const GROUPS = {
 type Merged<U> = (U extends unknown ? (u: U) => void : never) extends (merged: infer I) => void ? I : never;
 type Fields = Merged<(typeof GROUPS)[keyof typeof GROUPS]>;
 /** Every field with its value: what config.json stores. */
-export type Config = { [K in keyof Fields]: Fields[K] extends Field<infer V> ? V : never };
+export type Config = { [K in keyof Fields]: Fields[K]['value'] };
 const FIELDS: Record<string, Field<Value>> = Object.assign({}, ...Object.values(GROUPS));
 export const DEFAULTS = Object.fromEntries(Object.entries(FIELDS).map(([k, f]) => [k, f.value])) as Config;
 
@@ -246,10 +242,8 @@ export async function tidyAsync<X>(job: () => Promise<X>): Promise<X> {
 }
 const numbers = async (t: T): Promise<Float32Array> => (await t.data()) as Float32Array;
 
-type EngineOptions = Pick<Config, 'engine' | 'precision' | 'graph' | 'xla' | 'threads'> & { nSteps?: number };
-
 /** Starts the engine that the config asks for: by itself TensorFlow if it loads, else WASM. @throws UsageError */
-export async function startEngine(options: EngineOptions): Promise<Engine> {
+export async function startEngine(options: Config): Promise<Engine> {
   const part = await optional(import('./engine/engines.ts'));
   if (part) return { ...opByOp, ...(await part.startEngine(options)) };
   const packages = { tensorflow: '@tensorflow/tfjs-node-gpu', wasm: '@tensorflow/tfjs-backend-wasm' };
@@ -258,18 +252,17 @@ export async function startEngine(options: EngineOptions): Promise<Engine> {
     const loaded = await import(from).catch(() => undefined);
     if (loaded && (await tf.setBackend(name))) break;
   }
-  return {
-    ...opByOp,
-    name: tf.getBackend(),
-    gpu: false,
-    description: `${tf.getBackend()}, op by op (no engine/ folder)`,
-  };
+  await tf.ready();
+  const name = tf.getBackend();
+  if (![name, 'auto'].includes(options.engine)) refuse(`--engine ${options.engine}: does not load here`);
+  return { ...opByOp, name, gpu: false, description: `${name}, op by op (no engine/ folder)` };
 }
 
 /** What a random number is for. With the seed and the step it is its whole address, so a step can be replayed. */
 // biome-ignore format: a line each takes ten lines
 const PURPOSE = {
-  mask: 1, delta: 2, route: 3, routeCount: 4, randomMask: 5, pgd: 6, shuffle: 7, sources: 8, harvest: 9, init: 16,
+  mask: 1, delta: 2, route: 3, routeCount: 4, randomMask: 5, pgd: 6, shuffle: 7, sources: 8, harvest: 9,
+  init: 16, // and on from there, one for each random tensor
 };
 
 /** The part of the address that changes from step to step: a tensor, since it must enter a traced graph as a feed. */
@@ -324,11 +317,6 @@ function scramble(x: number): number {
 // A Hugging Face folder: config.json names the architecture, safetensors files hold the weights. A safetensors file is
 // the length of its header in 8 bytes, the header (JSON), then the tensors' bytes side by side.
 
-export interface SafetensorsFile {
-  readonly tensors: ReadonlyMap<string, { dtype: string; shape: readonly number[] }>;
-  readFloat32(name: string): Float32Array; // row-major
-  close(): void;
-}
 /** The number behind 16 bits: a sign, 5 bits of exponent (0: subnormal, 31: infinity and NaN), 10 bits of mantissa. */
 const HALF_FLOATS = Float32Array.from({ length: 65536 }, (_, bits) => {
   const [sign, exponent, mantissa] = [bits >> 15 ? -1 : 1, (bits >> 10) & 31, bits & 1023];
@@ -343,13 +331,13 @@ export const DECODERS: Record<string, (bytes: ArrayBuffer) => ArrayLike<number>>
 };
 
 /** Of an honest file, read whole; engine/safetensors.ts reads tensor by tensor, and files from strangers. */
-export function plainSafetensors(file: string): SafetensorsFile {
+export function plainSafetensors(file: string) {
   const bytes = orRefuse(file, () => fs.readFileSync(file));
   const start = orRefuse(file, () => 8 + Number(bytes.readBigUInt64LE()));
   const header = orRefuse(file, () => JSON.parse(bytes.toString('utf8', 8, start)));
   type Entry = { dtype: string; shape: number[]; data_offsets: [number, number] };
   const tensors = new Map(Object.entries<Entry>(header).filter(([name]) => name !== '__metadata__'));
-  const readFloat32 = (name: string) => {
+  const readFloat32 = (name: string): Float32Array => {
     const { dtype, data_offsets } = tensors.get(name)!;
     const decode = DECODERS[dtype] ?? refuse(`${file}: ${name} is ${dtype}; takes ${Object.keys(DECODERS)}`);
     const [begin = 0, end = 0] = data_offsets.map(offset => start + offset);
@@ -385,8 +373,7 @@ export interface Names {
 const NAMES: Record<string, Names> = {
   llama: {
     embed: 'model.embed_tokens', blocks: 'model.layers', last: 'model.norm', head: 'lm_head',
-    norm1: 'input_layernorm',
-    q: 'self_attn.q_proj', k: 'self_attn.k_proj', v: 'self_attn.v_proj', o: 'self_attn.o_proj',
+    norm1: 'input_layernorm', q: 'self_attn.q_proj', k: 'self_attn.k_proj', v: 'self_attn.v_proj', o: 'self_attn.o_proj',
     norm2: 'post_attention_layernorm', gate: 'mlp.gate_proj', up: 'mlp.up_proj', down: 'mlp.down_proj',
   },
   llama_simple_mlp: {
@@ -413,7 +400,7 @@ export function plainArchitecture(config: Record<string, any>, file: string): Ar
     vocab: config.vocab_size, dMlp: config.intermediate_size, nLayers: config.num_hidden_layers,
     context: config.max_position_embeddings ?? 2048, contextField: 'max_position_embeddings',
     norm: 'rms', eps: config.rms_norm_eps ?? 1e-6,
-    rotary: Float32Array.from({ length: headDim / 2 }, (_, i) => theta ** ((-2 * i) / headDim)),
+    rotary: inverseWavelengths(headDim, theta),
     qkv: 'separate', conv1d: false, parallelResidual: false, biased: undefined,
     tied: config.tie_word_embeddings ?? type === 'llama_simple_mlp',
   };
@@ -471,7 +458,7 @@ export async function loadTarget(dir: string): Promise<Target> {
     used.add(source);
     const data = readFloat32(source);
     sha256.update(source).update(data);
-    weights.set(key, frozen(data, shape, transposed));
+    weights.set(key, makeVariable(data, shape, transposed));
   };
   const loadNorm = (name: string) => {
     load(`${name}.weight`, [dModel]);
@@ -498,7 +485,8 @@ export async function loadTarget(dir: string): Promise<Target> {
   return { arch, linears, weights, dir, config, sha256: sha256.digest('hex') };
 }
 
-const frozen = (data: Float32Array, shape: number[], transposed = false): tf.Variable =>
+/** A variable, of the target or moved by our own Adam: `trainable` only concerns TFJS's optimisers. */
+const makeVariable = (data: Float32Array, shape: number[], transposed = false): tf.Variable =>
   tf.tidy(() => tf.variable(transposed ? tf.transpose(tf.tensor(data, shape)) : tf.tensor(data, shape), false));
 
 /** How a linear layer is computed: by the target itself, or in one of the masked forwards of section E. */
@@ -508,12 +496,11 @@ const weight = ({ weights }: Target, name: string): tf.Tensor => weights.get(nam
 /** All products are [N,k] x [k,m]: TFJS's own 3-D x 2-D matMul has no gradient. */
 const matmul = (a: T<'n k'>, b: T<'k m'>, transposeB = false): T<'n m'> =>
   tf.matMul(a as tf.Tensor2D, b as tf.Tensor2D, false, transposeB);
-function addBias({ weights }: Target, name: string, y: T<'N dOut'>): T<'N dOut'> {
-  const bias = weights.get(`${name}.bias`);
-  return bias ? tf.add(y, bias) : y;
-}
+/** 1 where the condition holds, else 0. */
+const indicator = (condition: T): T => tf.cast(condition, 'float32');
+const addBias = (y: T<'N dOut'>, bias: T<'dOut'> | undefined): T<'N dOut'> => (bias ? tf.add(y, bias) : y);
 export function ownLinear(target: Target): Linear {
-  return (name, x) => addBias(target, name, matmul(x, weight(target, name)));
+  return (name, x) => addBias(matmul(x, weight(target, name)), target.weights.get(`${name}.bias`));
 }
 
 const gelu = (x: T): T => tf.mul(tf.mul(0.5, x), tf.add(1, tf.erf(tf.mul(x, Math.SQRT1_2))));
@@ -537,8 +524,13 @@ export const rmsNormalize = (x: T, eps: number): T =>
 function norm(target: Target, name: string, x: T<'N d'>): T<'N d'> {
   const { norm, eps } = target.arch;
   const centred = norm === 'layer' ? tf.sub(x, tf.mean(x, -1, true)) : x;
-  return addBias(target, name, tf.mul(rmsNormalize(centred, eps), weight(target, `${name}.weight`)));
+  const scaled = tf.mul(rmsNormalize(centred, eps), weight(target, `${name}.weight`));
+  return addBias(scaled, target.weights.get(`${name}.bias`));
 }
+
+/** Of the pairs that a rotary embedding turns. */
+const inverseWavelengths = (headDim: number, base: number): Float32Array =>
+  Float32Array.from(range(0, headDim / 2), i => base ** ((-2 * i) / headDim));
 
 /** Half-split rotary embedding of the first 2·len(frequencies) dims of each head. x [B,H,S,hd] */
 export function rotate(x: T<'B H S hd'>, frequencies: Float32Array): T<'B H S hd'> {
@@ -564,7 +556,7 @@ function attend(q: T<'B H S hd'>, k: T<'B H S hd'>, v: T<'B H S hd'>, causal: bo
   let scores: T = tf.matMul(scaled, k, false, true).reshape([B, H, S, S]);
   if (causal) {
     const position = tf.range(0, S, 1, 'float32');
-    const later = tf.cast(tf.greater(position.reshape([1, S]), position.reshape([S, 1])), 'float32');
+    const later = indicator(tf.greater(position.reshape([1, S]), position.reshape([S, 1])));
     scores = tf.add(scores, tf.mul(-1e9, later));
   }
   const mixed: T = tf.matMul(tf.softmax(scores).reshape([B, kvHeads, rows, S]), v).reshape([B, H, S, headDim]);
@@ -576,10 +568,8 @@ function targetAttention(target: Target, i: number, h: T<'N d'>, B: number, S: n
   const { qkv, nHeads, nKvHeads, names, rotary, eps } = arch;
   const project = (part: keyof Names) => linear(nameOf(arch, part, i), h);
   const first = project('q'); // [N,dQ], or fused [N,3·dQ]: all of q, all of k, all of v, or q, k, v head by head
-  let parts = [first];
-  if (qkv === 'separate') parts = [first, project('k'), project('v')];
-  if (qkv === 'concatenated') parts = tf.split(first, 3, 1);
-  if (qkv === 'by head') parts = tf.split(first.reshape([B * S, nHeads, -1]), 3, 2);
+  const fused = qkv === 'by head' ? first.reshape([B * S, nHeads, -1]) : first;
+  const parts = qkv === 'separate' ? [first, project('k'), project('v')] : tf.split(fused, 3, fused.rank - 1);
   let [q, k, v] = parts.map((x, part) => toHeads(x, B, S, part === 0 ? nHeads : nKvHeads)) as [T, T, T];
   const headNorm = (part: 'qNorm' | 'kNorm', x: T) =>
     names[part] ? tf.mul(rmsNormalize(x, eps), weight(target, `${nameOf(arch, part, i)}.weight`)) : x;
@@ -615,11 +605,7 @@ export function targetForward(target: Target, tokens: T<'B S'>, linear = ownLine
 // ---- D. Data --------------------------------------------------------------------------------------------------------
 
 /** Rows of tokens, all of the same length. */
-export interface Rows {
-  readonly count: number;
-  readonly seqLen: number;
-  row(i: number): Int32Array;
-}
+export type Rows = { readonly count: number; readonly seqLen: number; row(i: number): Int32Array };
 const firstRows = (rows: Rows, n: number): Rows => ({ ...rows, count: Math.min(n, rows.count) });
 
 export type Data = { train: Rows; heldOut: Rows; tokenizer: Tokenizer | undefined };
@@ -642,10 +628,13 @@ export async function loadData({ arch, dir, config: model }: Target, config: Con
 }
 
 /** Of a text file, a document a line; other sources and all checks are in engine/data.ts. */
-function plainRows({ data, seqLen }: Config, tokenizer: Tokenizer | undefined, endOfText: number | undefined) {
-  if (!tokenizer || !data.endsWith('.txt'))
-    refuse(`${data}: what is no .txt for a tokenizer.json needs engine/data.ts`);
-  const lines = readText(data).split('\n');
+function plainRows(
+  { data, evalData, seqLen }: Config,
+  tokenizer: Tokenizer | undefined,
+  endOfText: number | undefined,
+) {
+  if (!tokenizer || !data.endsWith('.txt') || evalData) refuse(`${data}: more than one .txt file needs engine/data.ts`);
+  const lines = orRefuse(data, () => fs.readFileSync(data, 'utf8').split('\n'));
   const documents = lines.filter(line => line.trim());
   // joined and cut; a tokenizer that adds begin-of-text by itself marks the border between documents so
   const mark = endOfText === undefined || tokenizer.encode('').ids.length > 0 ? [] : [endOfText];
@@ -655,7 +644,8 @@ function plainRows({ data, seqLen }: Config, tokenizer: Tokenizer | undefined, e
     return { count: Math.floor(tokens.length / seqLen), seqLen, row };
   };
   const border = Math.floor(0.95 * documents.length);
-  return { train: pack(documents.slice(0, border)), heldOut: pack(documents.slice(border)) };
+  const [train, heldOut] = [pack(documents.slice(0, border)), pack(documents.slice(border))];
+  return train.count && heldOut.count ? { train, heldOut } : refuse(`${data}: too short for rows of ${seqLen} tokens`);
 }
 
 /** The given rows as an int32 tensor [B,S]. */
@@ -674,7 +664,7 @@ let lastShuffle = { key: '', order: new Uint32Array() };
 function shuffled(count: number, seed: number, epoch: number): Uint32Array {
   const key = `${count},${seed},${epoch}`;
   if (lastShuffle.key !== key) {
-    const order = Uint32Array.from(range(0, count));
+    const order = new Uint32Array(count).map((_, i) => i);
     const draws = uniformArray(count, seed, epoch, PURPOSE.shuffle);
     for (let i = count - 1; i > 0; i--) {
       const j = Math.floor(draws[i]! * (i + 1)); // Fisher-Yates
@@ -723,10 +713,8 @@ const U = (params: Tensors, { path }: Module): T<'C dOut'> => params[`components
 /** What a masked forward lets through, at every position. Wide tensors: module by module side by side. */
 export interface Masks {
   mask: T<'N ΣC'>;
-  /** mask of the delta components; none: all 0 */
-  delta?: T<'N M'>;
-  /** 1: the module is computed by its components, 0: by the target's own weight; none: all 1 */
-  route?: T<'N M'>;
+  delta?: T<'N M'>; // mask of the delta components; none: all 0
+  route?: T<'N M'>; // 1: the module is computed by its components, 0: by the target's own weight; none: all 1
 }
 
 /**
@@ -742,7 +730,7 @@ export function maskedLinear({ target, modules }: Problem, params: Tensors, mask
   const sizes = modules.map(m => m.C);
   const masks = tf.split(mask, sizes, 1);
   const [deltas, routes] = [delta && columns(delta), route && columns(route)];
-  const kept = route ? columns(tf.sub(1, tf.mul(route, tf.sub(1, delta ?? 0)))) : deltas; // s
+  const s = route ? columns(tf.sub(1, tf.mul(route, tf.sub(1, delta ?? 0)))) : deltas;
   const own = ownLinear(target);
   return (name, x) => {
     const i = index.get(name);
@@ -750,10 +738,9 @@ export function maskedLinear({ target, modules }: Problem, params: Tensors, mask
     const [m, δ, r] = [masks[i]!, deltas?.[i], routes?.[i]];
     let a: T<'N C'> = δ ? tf.sub(m, δ) : m;
     if (r) a = tf.mul(r, a);
-    const inner = tf.mul(matmul(x, V(params, modules[i]!)), a);
-    const y = matmul(inner, U(params, modules[i]!));
-    if (!kept) return addBias(target, name, y); // s = 0
-    return addBias(target, name, tf.add(y, tf.mul(kept[i]!, matmul(x, weight(target, name)))));
+    let y = matmul(tf.mul(matmul(x, V(params, modules[i]!)), a), U(params, modules[i]!));
+    if (s) y = tf.add(y, tf.mul(s[i]!, matmul(x, weight(target, name)))); // else s = 0
+    return addBias(y, target.weights.get(`${name}.bias`));
   };
 }
 
@@ -806,14 +793,11 @@ export function ciShapes({ modules, config }: Problem): Record<string, number[]>
 
 /** Logits z [N, ΣC] of causal importance; input: every module's activation, RMS-normed without a scale, side by side. */
 export function ciLogits({ config }: Problem, params: Tensors, input: T<'N ΣdIn'>, S: number): T<'N ΣC'> {
-  const linear = (name: string, x: T): T => {
-    const y = matmul(x, params[`ci_fn.${name}.weight`]!, true);
-    const bias = params[`ci_fn.${name}.bias`];
-    return bias ? tf.add(y, bias) : y;
-  };
+  const linear = (name: string, x: T): T =>
+    addBias(matmul(x, params[`ci_fn.${name}.weight`]!, true), params[`ci_fn.${name}.bias`]);
   const B = input.shape[0]! / S;
   const headDim = config.ciDModel / config.ciNHeads;
-  const frequencies = Float32Array.from(range(0, headDim / 2), i => config.ciRopeBase ** ((-2 * i) / headDim));
+  const frequencies = inverseWavelengths(headDim, config.ciRopeBase);
   let x: T<'N d'> = linear('proj_in', input);
   for (let i = 0; i < config.ciNBlocks; i++) {
     let h: T<'N d'> = rmsNormalize(x, FLOAT32_EPSILON);
@@ -825,8 +809,6 @@ export function ciLogits({ config }: Problem, params: Tensors, input: T<'N ΣdIn
   }
   return linear('proj_out', x);
 }
-
-const indicator = (condition: T): T => tf.cast(condition, 'float32');
 
 /**
  * The lower-leaky hard sigmoid g = clamp(z, 0, 1), which builds masks (method 2). Its gradient is made by hand: the
@@ -937,7 +919,7 @@ export function adam(grad: T, m: T, v: T, betas: { beta1: number; beta2: number;
   const { beta1, beta2, eps } = betas;
   const newM = tf.add(tf.mul(m, beta1), tf.mul(grad, 1 - beta1));
   const newV = tf.add(tf.mul(v, beta2), tf.mul(tf.square(grad), 1 - beta2));
-  // the same, with c1 and c2 moved into factors that are scalars
+  // m̂ / (√v̂ + ε) = m (√c2 / c1) / (√v + ε √c2): c1 and c2 in factors that are scalars
   const root = tf.sqrt(c2);
   const direction = tf.div(tf.mul(newM, tf.div(root, c1)), tf.add(tf.sqrt(newV), tf.mul(eps, root)));
   return { direction, m: newM, v: newV };
@@ -957,26 +939,29 @@ export function ascend({ s, m, v }: Sources, grad: T, config: Config, lr: T, c1:
 
 const MAIN_BETAS = { beta1: 0.9, beta2: 0.999, eps: 1e-8 };
 
-/** Cosine from 1 to `finalFrac`; progress reaches 1 at the last step. */
-export function cosine(step: number, nSteps: number, finalFrac: number): number {
-  const progress = nSteps > 1 ? step / (nSteps - 1) : 0;
-  return finalFrac + (1 - finalFrac) * 0.5 * (1 + Math.cos(Math.PI * progress));
-}
+/** From 0 at the first step to 1 at the last. */
+const progress = (step: number, nSteps: number): number => (nSteps > 1 ? step / (nSteps - 1) : 0);
+/** Cosine from 1 to `finalFrac`. */
+export const cosine = (step: number, nSteps: number, finalFrac: number): number =>
+  finalFrac + (1 - finalFrac) * 0.5 * (1 + Math.cos(Math.PI * progress(step, nSteps)));
+/** What makes up for Adam's moments having started at 0. */
+const biasCorrections = (step: number) => ({
+  c1: 1 - MAIN_BETAS.beta1 ** (step + 1),
+  c2: 1 - MAIN_BETAS.beta2 ** (step + 1),
+});
 
 /** Everything that changes with the step by a rule: learning rates, p, and the bias corrections of both Adams. */
 export function schedule(config: Config, step: number) {
   const { nSteps, ppgdInnerSteps } = config;
   const warmup = Math.floor(config.ppgdWarmupPct * nSteps);
   const ppgd = step < warmup ? step / warmup : cosine(step - warmup, nSteps - warmup, config.ppgdLrFinalFrac);
-  const progress = nSteps > 1 ? step / (nSteps - 1) : 0;
   // the adversary's counter t goes up by its inner steps and the one after the main update
-  const t = Array.from({ length: ppgdInnerSteps + 1 }, (_, k) => step * (ppgdInnerSteps + 1) + k + 1);
+  const t = range(1, ppgdInnerSteps + 2).map(k => step * (ppgdInnerSteps + 1) + k);
   return {
+    ...biasCorrections(step),
     lrMain: config.mainLr * cosine(step, nSteps, config.mainLrFinalFrac),
     lrPpgd: config.ppgdLr * ppgd,
-    p: config.pStart + (config.pEnd - config.pStart) * progress,
-    c1: 1 - MAIN_BETAS.beta1 ** (step + 1),
-    c2: 1 - MAIN_BETAS.beta2 ** (step + 1),
+    p: config.pStart + (config.pEnd - config.pStart) * progress(step, nSteps),
     ppgdC1: t.map(n => 1 - config.ppgdBeta1 ** n),
     ppgdC2: t.map(n => 1 - config.ppgdBeta2 ** n),
   };
@@ -987,8 +972,7 @@ const GROUPS_OF_PARAMS = ['components', 'ci_fn'] as const;
 type Group = (typeof GROUPS_OF_PARAMS)[number];
 const ofGroup = <X extends T>(params: Record<string, X>, group: Group): X[] =>
   Object.entries(params).flatMap(([name, param]) => (name.startsWith(group) ? [param] : []));
-const ofGroups = <X>(make: (group: Group) => X) =>
-  Object.fromEntries(GROUPS_OF_PARAMS.map(group => [group, make(group)])) as Record<Group, X>;
+const eachGroup = <X>(make: (group: Group) => X) => ({ components: make('components'), ci_fn: make('ci_fn') });
 
 /** One vector for all of a group: Adam is then a few large ops and not many small ones. */
 type Vectors = Record<Group, tf.Variable>;
@@ -1000,8 +984,9 @@ type Learned = { params: Params; m: Vectors; v: Vectors }; // with Adam's moment
 export type State = Learned & { sources: Sources<tf.Variable>; summed: Vectors };
 
 const LOSSES = ['faith', 'imp', 'stoch', 'ppgd'] as const;
-/** The feeds of one step, or of one shard of it: those of the schedule, tokens int32 [B,S] and randomKey's int32 [2]. */
+const coefficientsOf = (c: Config) => [c.coeffFaith, c.coeffImp, c.coeffStoch, c.coeffPpgd]; // in the same order
 type AdamFeeds = Record<'lrMain' | 'c1' | 'c2', T>;
+/** The feeds of one step, or of one shard of it: those of the schedule, tokens int32 [B,S] and randomKey's int32 [2]. */
 export type StepFeeds = AdamFeeds & Record<'p' | 'lrPpgd' | 'ppgdC1' | 'ppgdC2' | 'tokens' | 'key', T>;
 const asTensors = <K extends string>(feeds: Record<K, number | number[]>) =>
   Object.fromEntries(Object.entries<number | number[]>(feeds).map(([k, x]) => [k, tf.tensor(x)])) as Record<K, T>;
@@ -1024,7 +1009,8 @@ export function lossesAndGradients(problem: Problem, params: Tensors, old: Sourc
     sources = ascend(sources, grad!, config, feeds.lrPpgd, c1[k]!, c2[k]!);
   }
 
-  // z is a leaf here: the losses are differentiated down to it, then the CI function, with dz as upstream gradient
+  // z is a leaf here: the losses are differentiated down to it, then the CI function, with dz as upstream gradient. TFJS
+  // records only what runs inside of `grads`, so the CI function's forward is said twice; a graph merges the two
   const losses = () => {
     const gLower = lowerLeaky(z, config.leakyAlpha);
     return tf.stack([
@@ -1035,7 +1021,7 @@ export function lossesAndGradients(problem: Problem, params: Tensors, old: Sourc
     ]);
   };
   // total = Σ coefficient × loss, so the coefficients are the upstream gradient of the vector of losses
-  const coefficients = tf.tensor1d([config.coeffFaith, config.coeffImp, config.coeffStoch, config.coeffPpgd]);
+  const coefficients = tf.tensor1d(coefficientsOf(config));
   const leaves = ofGroup(params, 'components');
   const { value, grads } = tf.valueAndGrads(losses)([...leaves, z, sources.s], coefficients);
   const [dz, dSources] = grads.splice(leaves.length) as [T, T];
@@ -1065,7 +1051,7 @@ function adamUpdate({ params, m, v }: Learned, group: Group, gradient: T<'n'>, {
 
 /** Clips the gradients and moves every parameter. @returns the norms before clipping */
 export function applyGradients({ config }: Problem, state: Learned, gradients: Record<Group, T>, feeds: AdamFeeds) {
-  const norms = ofGroups(group => tf.sqrt(tf.sum(tf.square(gradients[group]))));
+  const norms = eachGroup(group => tf.sqrt(tf.sum(tf.square(gradients[group]))));
   // a gradient that is not finite moves nothing, so that the parameters can still be looked at when the run stops
   const finite = tf.isFinite(tf.add(norms.components, norms.ci_fn));
   const lrMain = tf.where(finite, feeds.lrMain, tf.scalar(0));
@@ -1079,10 +1065,8 @@ export function applyGradients({ config }: Problem, state: Learned, gradients: R
 }
 
 /** What a compiled step returns, in order. */
-const STEP_METRICS = [
-  ...LOSSES.map(l => `loss/${l}`),
-  ...['train/l0', 'loss/total', 'grad_norm/components', 'grad_norm/ci_fn'],
-];
+const STEP_METRICS =
+  'loss/faith loss/imp loss/stoch loss/ppgd train/l0 loss/total grad_norm/components grad_norm/ci_fn'.split(' ');
 
 /**
  * Compiles the training step: moves the state on and resolves to STEP_METRICS. With microBatches = R > 1 the batch
@@ -1093,35 +1077,31 @@ export function compileStep(engine: Engine, problem: Problem, state: State) {
   const { sources, summed } = state;
   const R = config.microBatches;
   const n = sources.s.shape[0]! / R; // positions of a shard
-  type ShardFeeds = StepFeeds & Record<'index' | 'before', T>;
 
-  /** One forward and backward, which moves the shard's rows of the sources: values and gradients with those `before`. */
-  const runShard = ({ index, before, ...feeds }: ShardFeeds) => {
-    const rows = tf.add(tf.range(0, n, 1, 'int32'), tf.mul(index, tf.scalar(n, 'int32'))) as tf.Tensor1D;
-    const mine = (all: tf.Variable): T => (R > 1 ? tf.gather(all, rows) : all);
-    const own = { s: mine(sources.s), m: mine(sources.m), v: mine(sources.v) };
-    const { losses, l0, gradients, after } = lossesAndGradients(problem, state.params, own, feeds);
-    for (const name of ['s', 'm', 'v'] as const) {
-      const [all, moved] = [sources[name], after[name]];
-      all.assign(R > 1 ? tf.tensorScatterUpdate(all, rows.reshape([n, 1]), moved) : moved);
-    }
-    return {
-      values: tf.add(before, tf.div(tf.concat([losses, l0.reshape([1])]), R)),
-      gradients: R > 1 ? ofGroups(group => tf.add(summed[group], tf.div(gradients[group], R))) : gradients,
-    };
-  };
-  const shard = engine.compile('shard', (feeds: ShardFeeds) => {
-    const { values, gradients } = runShard(feeds);
+  /** One forward and backward, which moves the shard's rows of the sources, and what is done with what it adds up to. */
+  const compileShard = (name: string, finish: (values: T, gradients: Record<Group, T>, feeds: StepFeeds) => T) =>
+    engine.compile(name, ({ index, before, ...feeds }: StepFeeds & Record<'index' | 'before', T>) => {
+      const rows = tf.add(tf.range(0, n, 1, 'int32'), tf.mul(index, tf.scalar(n, 'int32'))) as tf.Tensor1D;
+      const mine = (all: tf.Variable): T => (R > 1 ? tf.gather(all, rows) : all);
+      const own = { s: mine(sources.s), m: mine(sources.m), v: mine(sources.v) };
+      const { losses, l0, gradients, after } = lossesAndGradients(problem, state.params, own, feeds);
+      for (const part of ['s', 'm', 'v'] as const) {
+        const [all, moved] = [sources[part], after[part]];
+        all.assign(R > 1 ? tf.tensorScatterUpdate(all, rows.reshape([n, 1]), moved) : moved);
+      }
+      const values = tf.add(before, tf.div(tf.concat([losses, l0.reshape([1])]), R));
+      const total = R > 1 ? eachGroup(group => tf.add(summed[group], tf.div(gradients[group], R))) : gradients;
+      return { values: finish(values, total, feeds) };
+    });
+  const shard = compileShard('shard', (values, gradients) => {
     for (const group of GROUPS_OF_PARAMS) summed[group].assign(gradients[group]);
-    return { values };
+    return values;
   });
-  const lastShard = engine.compile('step', (feeds: ShardFeeds) => {
-    const { values, gradients } = runShard(feeds);
+  const lastShard = compileShard('step', (values, gradients, feeds) => {
     const norms = applyGradients(problem, state, gradients, feeds);
     if (R > 1) for (const gradient of Object.values(summed)) gradient.assign(tf.zerosLike(gradient));
-    const coefficients = [config.coeffFaith, config.coeffImp, config.coeffStoch, config.coeffPpgd, 0];
-    const total = tf.sum(tf.mul(values, coefficients));
-    return { metrics: tf.concat([values, tf.stack([total, norms.components, norms.ci_fn])]) };
+    const total = tf.sum(tf.mul(values, [...coefficientsOf(config), 0])); // the last value is L0
+    return tf.concat([values, tf.stack([total, norms.components, norms.ci_fn])]);
   });
 
   return (step: number, data: Rows): Promise<Float32Array> =>
@@ -1129,14 +1109,14 @@ export function compileStep(engine: Engine, problem: Problem, state: State) {
       const rows = batchIndices(data.count, config.batchSize, step, config.seed);
       const perShard = rows.length / R;
       const shared = asTensors(schedule(config, step));
-      let before: T = tf.zeros([LOSSES.length + 1]);
-      for (let r = 0; ; r++) {
+      let values: T = tf.zeros([LOSSES.length + 1]); // of the shards so far
+      for (let r = 0; r < R; r++) {
         const tokens = tokenBatch(data, rows.slice(r * perShard, (r + 1) * perShard));
         const [key, index] = [randomKey(config.seed, step * R + r), tf.scalar(r, 'int32')];
-        const feeds = { ...shared, tokens, key, index, before };
-        if (r === R - 1) return numbers((await lastShard(feeds)).metrics);
-        before = (await shard(feeds)).values;
+        const feeds = { ...shared, tokens, key, index, before: values };
+        values = (await (r < R - 1 ? shard(feeds) : lastShard(feeds))).values;
       }
+      return numbers(values);
     });
 }
 
@@ -1148,18 +1128,17 @@ export function initialParams(problem: Problem): Params {
   const draws = (n: number) => uniformArray(n, config.seed, 0, purpose++);
   const normal = (n: number, deviation: number) => {
     const [u, w] = [draws(n), draws(n)]; // Box-Muller
-    const value = (x: number, i: number) => Math.sqrt(-2 * Math.log(1 - x)) * Math.cos(2 * Math.PI * w[i]!);
-    return u.map((x, i) => deviation * value(x, i));
+    return u.map((x, i) => deviation * (Math.sqrt(-2 * Math.log(1 - x)) * Math.cos(2 * Math.PI * w[i]!)));
   };
   for (const { path: name, dIn, dOut, C } of modules) {
-    params[`components.${name}.V`] = frozen(normal(dIn * C, 1 / Math.sqrt(dIn)), [dIn, C]);
-    params[`components.${name}.U`] = frozen(normal(C * dOut, 1 / Math.sqrt(C)), [C, dOut]);
+    params[`components.${name}.V`] = makeVariable(normal(dIn * C, 1 / Math.sqrt(dIn)), [dIn, C]);
+    params[`components.${name}.U`] = makeVariable(normal(C * dOut, 1 / Math.sqrt(C)), [C, dOut]);
   }
   const shapes = ciShapes(problem);
   for (const [name, shape] of Object.entries(shapes)) {
     const bound = 1 / Math.sqrt(shapes[name.replace(/bias$/, 'weight')]![1]!);
     const values = draws(sizeOf(shape)).map(u => bound * (2 * u - 1));
-    params[name] = frozen(values, shape);
+    params[name] = makeVariable(values, shape);
   }
   return params;
 }
@@ -1168,24 +1147,20 @@ const zeros = (shape: number[]): tf.Variable => tf.tidy(() => tf.variable(tf.zer
 /** The state of step 0: moments 0, sources U(0, 1). */
 export function initialState({ modules, config }: Problem, params: Params): State {
   const shape = [config.batchSize * config.seqLen, totalC(modules) + modules.length];
-  const s = frozen(uniformArray(shape[0]! * shape[1]!, config.seed, 0, PURPOSE.sources), shape);
+  const s = makeVariable(uniformArray(shape[0]! * shape[1]!, config.seed, 0, PURPOSE.sources), shape);
   const size = (group: Group) => sum(ofGroup(params, group).map(param => param.size));
   return {
     params,
-    m: ofGroups(group => zeros([size(group)])),
-    v: ofGroups(group => zeros([size(group)])),
+    m: eachGroup(group => zeros([size(group)])),
+    v: eachGroup(group => zeros([size(group)])),
     sources: { s, m: zeros(shape), v: zeros(shape) },
-    summed: ofGroups(group => zeros([config.microBatches > 1 ? size(group) : 0])),
+    summed: eachGroup(group => zeros([config.microBatches > 1 ? size(group) : 0])),
   };
 }
 
+type GoOn = (done: number, loss: number) => Promise<boolean>;
 /** Faithfulness warm-up: AdamW on V and U alone, from moments 0, which it leaves at 0; stops when `goOn` says so. */
-export async function warmUp(
-  engine: Engine,
-  problem: Problem,
-  state: State,
-  goOn: (done: number, loss: number) => Promise<boolean>,
-): Promise<void> {
+export async function warmUp(engine: Engine, problem: Problem, state: State, goOn: GoOn): Promise<void> {
   const { faithfulnessWarmupSteps: steps, faithfulnessWarmupLr, faithfulnessWarmupLrFinalFrac } = problem.config;
   const leaves = ofGroup(state.params, 'components');
   const step = engine.compile('warm-up', (feeds: AdamFeeds) => {
@@ -1195,8 +1170,8 @@ export async function warmUp(
   });
   for (let i = 0; i < steps; i++) {
     const lrMain = faithfulnessWarmupLr * cosine(i, steps, faithfulnessWarmupLrFinalFrac);
-    const feeds = { lrMain, c1: 1 - MAIN_BETAS.beta1 ** (i + 1), c2: 1 - MAIN_BETAS.beta2 ** (i + 1) };
-    const [loss] = await tidyAsync(async () => numbers((await step(asTensors(feeds))).loss));
+    const feeds = () => asTensors({ lrMain, ...biasCorrections(i) });
+    const [loss] = await tidyAsync(async () => numbers((await step(feeds())).loss));
     if (!(await goOn(i + 1, loss!))) return;
   }
   for (const moment of [state.m.components, state.v.components]) tf.tidy(() => moment.assign(tf.zerosLike(moment)));
@@ -1232,8 +1207,8 @@ function smallKl({ probs, logProbs }: TargetPass, predicted: T<'N vocab'>): T {
 /** Random numbers of the evaluations; `subset`: of StochasticReconSubsetLoss and of the hidden activations. */
 export type EvaluationDraws = { stoch: Draws; random: T<'N ΣC'>; subset: Draws };
 function evaluationDraws(problem: Problem, N: number, key: T): EvaluationDraws {
-  const [stoch, subset] = [0, 1].map(i => stochasticDraws(problem, N, tf.add(key, tf.tensor1d([0, i], 'int32'))));
-  return { stoch: stoch!, subset: subset!, random: uniform([N, totalC(problem.modules)], key, PURPOSE.randomMask) };
+  const draws = (i: number) => stochasticDraws(problem, N, tf.add(key, tf.tensor1d([0, i], 'int32')));
+  return { stoch: draws(0), subset: draws(1), random: uniform([N, totalC(problem.modules)], key, PURPOSE.randomMask) };
 }
 
 /** CE and KL under every masking strategy (delta 0 except in stoch), and the training losses but the adversary's. */
@@ -1293,19 +1268,16 @@ export type Evaluation = { metrics: Metrics; meanCi: Float64Array };
 export function compileEvaluation(engine: Engine, problem: Problem, params: Params) {
   const { modules, config } = problem;
   const [sumC, sumOut] = [totalC(modules), sum(modules.map(m => m.dOut))];
-  type Batch = Record<'tokens' | 'key', T>;
-  const masks = engine.compile('evaluate', ({ tokens, key, p }: Batch & { p: T }) =>
-    evaluateMasks(problem, params, tokens, p, evaluationDraws(problem, tokens.size, key)),
+  type Feeds<K extends string> = Record<'tokens' | K, T>;
+  const draws = (f: Feeds<'key'>) => evaluationDraws(problem, f.tokens.size, f.key);
+  const masks = engine.compile('evaluate', (f: Feeds<'key' | 'p'>) =>
+    evaluateMasks(problem, params, f.tokens, f.p, draws(f)),
   );
-  const pgd = engine.compile('pgd', ({ tokens, source }: Record<'tokens' | 'source', T>) =>
-    pgdStep(problem, params, tokens, source),
+  const pgd = engine.compile('pgd', (f: Feeds<'source'>) => pgdStep(problem, params, f.tokens, f.source));
+  const hidden = engine.compile('hidden acts', (f: Feeds<'key'>) =>
+    hiddenActsErrors(problem, params, f.tokens, draws(f).subset),
   );
-  const hidden = engine.compile('hidden acts', ({ tokens, key }: Batch) =>
-    hiddenActsErrors(problem, params, tokens, evaluationDraws(problem, tokens.size, key).subset),
-  );
-  const alive = engine.compile('alive', ({ tokens, mask }: Record<'tokens' | 'mask', T>) => ({
-    kl: klAlive(problem, params, tokens, mask),
-  }));
+  const alive = engine.compile('alive', (f: Feeds<'mask'>) => ({ kl: klAlive(problem, params, f.tokens, f.mask) }));
 
   const evaluate = async (rows: Rows, step: number, slow: boolean): Promise<Evaluation> => {
     const p = tf.scalar(schedule(config, Math.min(step, config.nSteps - 1)).p);
@@ -1342,8 +1314,7 @@ export function compileEvaluation(engine: Engine, problem: Problem, params: Para
     const threshold = config.ciAliveThreshold; // as Python writes a float
     const l0 = `eval/l0/${Number.isInteger(threshold) ? threshold.toFixed(1) : threshold}`;
     metrics[`${l0}_total`] = sum(active!);
-    for (const { path: name, offset, C } of modules)
-      metrics[`${l0}_${name}`] = sum(active!.subarray(offset, offset + C));
+    for (const m of modules) metrics[`${l0}_${m.path}`] = sum(active!.subarray(m.offset, m.offset + m.C));
     for (const [kind, errors] of slow ? Object.entries({ CI, Stochastic }) : []) {
       const loss = `eval/loss/${kind}HiddenActsReconLoss`;
       for (const [i, m] of modules.entries()) metrics[`${loss}/${m.path}`] = errors![i]!;
@@ -1365,7 +1336,9 @@ const plainRuns = {
     if (done === total || Number.isInteger(Math.log2(done))) talk(line());
   },
   watchSignals: () => ({ interrupted: async () => undefined, stop: () => {} }),
-  checkFinite: async () => {},
+  async checkFinite(step: number, metrics: Metrics): Promise<void> {
+    if (!Object.values(metrics).every(Number.isFinite)) throw new Error(`diverged at step ${step}`);
+  },
   async saveCheckpoint(dir: string, _step: number, components: Params): Promise<void> {
     const header: Record<string, object> = {};
     const data: Buffer[] = [];
@@ -1400,13 +1373,13 @@ export type RunRecord = ReturnType<typeof runRecord>;
 const VERSION = '0.1.0';
 
 function runRecord({ target, modules, config }: Problem, { train, heldOut }: Data, engine: Engine) {
-  const rows = crypto.createHash('sha256'); // of the training rows
-  for (const i of range(0, train.count)) rows.update(train.row(i));
+  const ofRows = crypto.createHash('sha256');
+  for (let i = 0; i < train.count; i++) ofRows.update(train.row(i));
   return {
     formatVersion: 1,
     config,
     model: { path: config.model, type: target.arch.type, sha256: target.sha256 },
-    data: { path: config.data, sha256: rows.digest('hex'), trainRows: train.count, heldOutRows: heldOut.count },
+    data: { path: config.data, sha256: ofRows.digest('hex'), trainRows: train.count, heldOutRows: heldOut.count },
     modules: Object.fromEntries(modules.map(({ path: name, dIn, dOut, C }) => [name, { dIn, dOut, C }])),
     engine: { name: engine.name, description: engine.description },
     versions: { 'nano-param-decomp': VERSION, node: process.versions.node, tfjs: tf.version.tfjs },
@@ -1422,19 +1395,20 @@ export const CHANGES_BITS = Object.keys(GROUPS.Engine);
 
 /** What the jobs work on. */
 type Job = { engine: Engine; problem: Problem; params: Params; data: Data };
-type Evaluate = (step: number, slow: boolean) => Promise<Evaluation>;
 /**
  * The training loop: warm up, step, log, evaluate, save, until the last step or a signal.
- * @returns the signal's exit code if there was one, and the last evaluation
+ * @returns the last evaluation, or the signal's exit code if there was one
  */
-async function train({ engine, problem, params, data }: Job, evaluate: Evaluate, resume: boolean) {
+async function train({ engine, problem, params, data }: Job, resume: boolean): Promise<Metrics | number> {
   const { config: c } = problem;
   const state = initialState(problem, params);
   const runs = await longRuns();
-  const goOn = async () => (await import('./engine/long-runs.ts')).resume(c.out, params, stateVariables(state), talk);
-  const start = (resume && (await goOn())) || 0;
+  const saved = async () => (await import('./engine/long-runs.ts')).resume(c.out, params, stateVariables(state), talk);
+  const start = (resume && (await saved())) || 0;
   const signals = runs.watchSignals(talk);
   let [interrupted, evaluated]: [number | undefined, Metrics | undefined] = [undefined, undefined];
+  const evaluateRows = compileEvaluation(engine, problem, params);
+  const evaluate = (step: number, slow: boolean) => evaluateRows(firstRows(data.heldOut, c.evalBatchSize), step, slow);
 
   const showWarmUp = runs.startProgress(c.faithfulnessWarmupSteps);
   const afterWarmUpStep = async (done: number, loss: number) => {
@@ -1474,7 +1448,8 @@ async function train({ engine, problem, params, data }: Job, evaluate: Evaluate,
       await runs.saveCheckpoint(c.out, done, params, stateVariables(state));
   }
   signals.stop();
-  return { interrupted, evaluated };
+  // a run that was complete already and is resumed has nothing evaluated yet
+  return interrupted ?? evaluated ?? (await evaluate(c.nSteps, true)).metrics;
 }
 
 // ---- L. Harvest ----------------------------------------------------------------------------------------------------
@@ -2131,10 +2106,9 @@ async function harvestRun({ engine, problem, params, data }: Job, scoreboard: Sc
     progress: positions => show(positions, () => `harvest ${positions} tokens`),
   });
   writeAtomic(path.join(config.out, 'harvest.json'), JSON.stringify(result));
-  const page = await optional(import('./assets/report.ts'));
-  if (!page) return talk('no page: assets/report.ts is not here');
-  const { readMetrics } = await import('./engine/long-runs.ts');
-  const history = readMetrics(path.join(config.out, 'metrics.jsonl'));
+  const [page, more] = [await optional(import('./assets/report.ts')), await optional(import('./engine/long-runs.ts'))];
+  if (!page || !more) return talk('no page: that takes the folders assets/ and engine/');
+  const history = more.readMetrics(path.join(config.out, 'metrics.jsonl'));
   const record = readJson(path.join(config.out, 'config.json'));
   const metrics = history.findLast(line => 'eval/ce_kl/ce_target' in line) ?? {};
   const shown = { config: record, metrics, history, harvest: result, ...(scoreboard && { scoreboard }) };
@@ -2191,7 +2165,8 @@ async function open(config: Config, given: ReadonlySet<string>, preset?: Preset)
   const c = resolveConfig(config, arch, given, engine.gpu);
   const data = await loadData(target, c);
   c.seqLen = data.train.seqLen;
-  talk(`data     ${data.train.count} training rows, ${data.heldOut.count} held-out rows of ${c.seqLen} tokens`);
+  const rowsOf = ({ count, seqLen }: Rows) => `${count} rows of ${seqLen} tokens`;
+  talk(`data     ${rowsOf(data.train)} to train on, ${rowsOf(data.heldOut)} held out`);
   const problem: Problem = { target, modules: chooseModules(linears, c.components), config: c };
   talk(`modules  ${problem.modules.length} of ${linears.length} linear layers, ${totalC(problem.modules)} components`);
   const rows = firstRows(data.heldOut, Math.max(c.evalBatchSize, Math.ceil(LOSS_TOKENS / c.seqLen)));
@@ -2203,11 +2178,11 @@ async function open(config: Config, given: ReadonlySet<string>, preset?: Preset)
     tf.dispose([tokens, ofBatch]);
   }
   talk(`loss     ${loss.toFixed(4)} nats per token, the target's own on ${rows.count} held-out rows`);
-  return { engine, problem, data, heldOut: firstRows(data.heldOut, c.evalBatchSize) };
+  return { engine, problem, data };
 }
 
-/** What a training step takes, before anything is allocated: parameters, bytes (about) and floating-point operations. */
-export function estimate({ target, modules, config }: Problem) {
+/** Says what a training step will take, before anything is allocated, and refuses what can't fit. */
+function checkSize({ target, modules, config }: Problem, { memoryBytes = Infinity }: Engine): void {
   const { vocab, dModel } = target.arch;
   const { ciDModel, ciNBlocks, ciMlpHidden, ciNHeads, seqLen, batchSize, microBatches: R } = config;
   const [sumC, N] = [totalC(modules), batchSize * seqLen];
@@ -2223,19 +2198,13 @@ export function estimate({ target, modules, config }: Problem) {
   const passes = 2 * (config.ppgdInnerSteps + 2) + 1;
   const perPosition = components * (passes + 1) + (decomposed + dModel * vocab) * passes + 3 * ciFn;
   const flops = 2 * N * perPosition + 6 * sum(modules.map(m => m.dIn * m.dOut * m.C));
-  return { targetParams, components, ciFn, bytes: 4 * (state + (N / R) * acts + 3 * params), flops };
-}
-
-/** Says what a step will take, and refuses what can't fit. */
-function checkSize(problem: Problem, { memoryBytes = Infinity }: Engine): void {
-  const { targetParams, components, ciFn, bytes, flops } = estimate(problem);
+  const bytes = 4 * (state + (N / R) * acts + 3 * params);
   const M = (x: number) => `${(x / 1e6).toFixed(2)}M`;
   const GiB = (x: number) => `${(x / 2 ** 30).toFixed(2)} GiB`;
   talk(`size     target ${M(targetParams)} parameters, V and U ${M(components)}, CI function ${M(ciFn)}`);
   talk(`step     about ${GiB(bytes)} of memory, ${(flops / 1e9).toFixed(1)} GFLOP`);
   if (bytes <= memoryBytes) return;
-  const { microBatches, batchSize } = problem.config;
-  const split = batchSize > microBatches && `a larger --micro-batches than ${microBatches}`;
+  const split = batchSize > R && `a larger --micro-batches than ${R}`;
   const advice = `${split || 'a smaller --seq-len or fewer --components'}, or a smaller --batch-size`;
   refuse(`a step takes about ${GiB(bytes)} and there are ${GiB(memoryBytes)}: try ${advice}`);
 }
@@ -2258,7 +2227,7 @@ async function measureSteps(engine: Engine, problem: Problem, { train }: Data): 
 
 /** The main job: warm up, train, evaluate, save, score, harvest, report; `old`: the run to go on with. */
 async function decompose(config: Config, given: Set<string>, dryRun: boolean, preset?: Preset, old?: RunRecord) {
-  const { engine, problem, data, heldOut } = await open(config, given, preset);
+  const { engine, problem, data } = await open(config, given, preset);
   const { config: c } = problem;
   checkSize(problem, engine);
   if (dryRun) return measureSteps(engine, problem, data);
@@ -2268,15 +2237,11 @@ async function decompose(config: Config, given: Set<string>, dryRun: boolean, pr
   fs.mkdirSync(c.out, { recursive: true });
   writeAtomic(path.join(c.out, 'config.json'), `${JSON.stringify(record, null, 1)}\n`);
   const job = { engine, problem, params: initialParams(problem), data };
-  const evaluateRows = compileEvaluation(engine, problem, job.params);
-  const evaluate = (step: number, slow: boolean) => evaluateRows(heldOut, step, slow);
-  const { interrupted, evaluated } = await train(job, evaluate, old !== undefined);
-  if (interrupted !== undefined) {
+  const metrics = await train(job, old !== undefined);
+  if (typeof metrics === 'number') {
     talk(`stopped; go on with --resume --out ${c.out}`);
-    return interrupted;
+    return metrics; // the exit code
   }
-  // a run that was complete already and is resumed has nothing evaluated yet
-  const metrics = evaluated ?? (await evaluate(c.nSteps, true)).metrics;
   const board = labels && (await tidyAsync(() => scoreRules(job, labels)));
   const report = await optional(import('./assets/report.ts'));
   const sizes = { components: totalC(problem.modules), pgdSteps: c.pgdEvalNSteps };
@@ -2286,12 +2251,15 @@ async function decompose(config: Config, given: Set<string>, dryRun: boolean, pr
   console.log(`\nRun folder: ${c.out}   peak memory: ${peak} GiB`);
   return 0;
 }
+function readRun(dir: string): RunRecord {
+  const record = readJson(path.join(dir, 'config.json')) as unknown as RunRecord;
+  return record.formatVersion === 1 ? record : refuse(`${dir}: config.json is not of a run with formatVersion 1`);
+}
 /** eval and harvest: opens a finished run again with its own config. */
 async function revisit(command: string, dir: string, changes: Partial<Config>): Promise<number> {
-  const record = readJson(path.join(dir, 'config.json')) as unknown as RunRecord;
-  if (record.formatVersion !== 1) refuse(`${dir}/config.json: formatVersion is ${record.formatVersion}, takes 1`);
-  const config = { ...DEFAULTS, ...record.config, out: dir, ...changes };
-  const { engine, problem, data, heldOut } = await open(config, new Set(Object.keys(config)));
+  const record = readRun(dir);
+  const config = { ...DEFAULTS, ...record.config, ...changes, out: dir };
+  const { engine, problem, data } = await open(config, new Set(Object.keys(config)));
   if (problem.target.sha256 !== record.model.sha256)
     refuse(`${record.model.path}: not the model of this run (its SHA-256 differs)`);
   const job = { engine, problem, params: initialParams(problem), data };
@@ -2304,13 +2272,14 @@ async function revisit(command: string, dir: string, changes: Partial<Config>): 
   }
   // given rows are one batch, since the importance loss is no mean over batches; --eval-batch-size splits them
   if (changes.evalData && !changes.evalBatchSize) problem.config.evalBatchSize = data.heldOut.count;
-  const rows = changes.evalData ? data.heldOut : heldOut;
+  const rows = changes.evalData ? data.heldOut : firstRows(data.heldOut, problem.config.evalBatchSize);
   const evaluation = await compileEvaluation(engine, problem, job.params)(rows, config.nSteps, true);
   console.log(JSON.stringify(evaluation.metrics));
   return 0;
 }
 
-const usage = () => `nano-param-decomp ${VERSION}: takes a trained language model apart into rank-one subcomponents
+const presetLines = Object.entries(PRESETS).map(([name, { source }]) => `  ${name.padEnd(17)} ${source}\n`);
+const usage = `nano-param-decomp ${VERSION}: takes a trained language model apart into rank-one subcomponents
 
   npx tsx nano-param-decomp.ts [decompose] --model M --data D [--preset P] [flags]
   npx tsx nano-param-decomp.ts [decompose] --resume --out DIR     goes on exactly where DIR stopped
@@ -2319,34 +2288,39 @@ const usage = () => `nano-param-decomp ${VERSION}: takes a trained language mode
   npx tsx nano-param-decomp.ts harvest --run DIR [--data D]       (re)builds harvest.json and report.html
 
 Presets (--preset):
-${Object.entries(PRESETS)
-  .map(([name, { source }]) => `  ${name.padEnd(17)} ${source}\n`)
-  .join('')}`;
+${presetLines.join('')}`;
+
+/** The flags of each command besides the config's fields. */
+const ALWAYS = { help: 'boolean', version: 'boolean' } as const;
+const OWN_FLAGS = {
+  decompose: { preset: 'string', resume: 'boolean', 'dry-run': 'boolean', ...ALWAYS },
+  eval: { run: 'string', ...ALWAYS },
+  harvest: { run: 'string', ...ALWAYS },
+} as const;
 
 /** Flags as --name=value, for want of engine/flags.ts, which takes every form, checks values and writes --help. */
-function plainFlags(args: string[]) {
+function plainFlags(own: object, args: string[]) {
   const flags: Record<string, string | boolean | undefined> = {};
   const values: Record<string, Value> = {};
   for (const arg of args) {
-    const [, no, flag = '', raw = true] =
-      /^--(no-)?([\w-]+)(?:=(.*))?$/s.exec(arg) ?? refuse(`${arg}: takes --flag=value`);
+    const [, no, flag = '', raw = true] = /^--(no-)?([\w-]+)(?:=(.*))?$/s.exec(arg) ?? [];
     const name = flag.replace(/-(.)/g, (_, letter) => letter.toUpperCase());
-    if (name in FIELDS) values[name] = no ? false : typeof FIELDS[name]!.value === 'number' ? Number(raw) : raw;
-    else flags[flag] = raw;
+    if (Object.hasOwn(own, flag)) flags[flag] = raw;
+    else if (!Object.hasOwn(FIELDS, name)) refuse(`${arg}: is no flag; takes --name=value (--help lists the names)`);
+    else values[name] = no ? false : typeof FIELDS[name]!.value === 'number' ? Number(raw) : raw;
   }
   return { values, flags };
 }
 
 /** Parses and runs a command line. @returns the exit code */
 export async function main(argv: string[]): Promise<number> {
-  const hasCommand = /^(decompose|eval|harvest)$/.test(argv[0] ?? '');
-  const [command, args] = hasCommand ? [argv[0]!, argv.slice(1)] : ['decompose', argv];
-  const ours = { preset: 'string', run: 'string', resume: 'boolean', 'dry-run': 'boolean' } as const;
+  const named = Object.hasOwn(OWN_FLAGS, argv[0] ?? '');
+  const command = named ? (argv[0] as keyof typeof OWN_FLAGS) : 'decompose';
+  const [own, args] = [OWN_FLAGS[command], named ? argv.slice(1) : argv];
   const cli = await optional(import('./engine/flags.ts'));
-  const asked = { ...ours, help: 'boolean', version: 'boolean' } as const;
-  const { values, flags } = cli ? cli.parseFlags(FIELDS, asked, args) : plainFlags(args);
+  const { values, flags } = cli ? cli.parseFlags(FIELDS, own, args) : plainFlags(own, args);
   if (flags.version) console.log(VERSION);
-  if (flags.help) console.log(`${usage()}${cli?.helpLines(GROUPS) ?? Object.keys(FIELDS).join(' ')}\n`);
+  if (flags.help) console.log(`${usage}${cli?.helpLines(GROUPS) ?? Object.keys(FIELDS).join(' ')}\n`);
   if (flags.help || flags.version) return 0;
   const changes: Partial<Config> = values;
   if (!cli && (flags.resume || command !== 'decompose')) refuse('--resume, eval and harvest need the folder engine/');
@@ -2357,13 +2331,14 @@ export async function main(argv: string[]): Promise<number> {
   const dryRun = flags['dry-run'] === true;
   if (flags.resume) {
     if (!changes.out) return refuse('--resume: takes --out DIR, the folder of the run to go on with');
-    const record = readJson(path.join(changes.out, 'config.json')) as unknown as RunRecord;
+    const record = readRun(changes.out);
     const config = { ...DEFAULTS, ...record.config, ...changes };
     return decompose(config, new Set(Object.keys(config)), dryRun, undefined, record);
   }
-  const preset = flags.preset === undefined ? undefined : PRESETS[String(flags.preset)];
-  if (flags.preset !== undefined && !preset)
-    refuse(`--preset: got ${flags.preset}, takes one of ${Object.keys(PRESETS).join(', ')}`);
+  const name = flags.preset as string | undefined;
+  if (name !== undefined && !Object.hasOwn(PRESETS, name))
+    refuse(`--preset: got ${name}, takes one of ${Object.keys(PRESETS).join(', ')}`);
+  const preset = PRESETS[name ?? ''];
   const config: Config = { ...DEFAULTS, ...preset?.config, ...changes };
   const stamp = new Date().toISOString().slice(0, 19).replace(/\D/g, '-');
   config.out ||= path.join('runs', `${path.basename(config.model) || 'run'}-${stamp}`);

@@ -1265,11 +1265,25 @@ test('the one file alone, in an empty folder with the packages, still runs', asy
   const argv = ['--import', 'tsx', 'nano-param-decomp.ts', ...flags, ...small, ...others];
   const child = spawnSync(process.execPath, argv, { cwd: alone, encoding: 'utf8' });
   assert.equal(child.status, 0, child.stderr);
-  assert.match(child.stderr, /no page: assets\/report.ts is not here/);
+  assert.match(child.stderr, /no page: that takes the folders assets\/ and engine\//);
   const files = ['components.safetensors', 'config.json', 'harvest.json', 'metrics.jsonl'];
   assert.deepEqual(fs.readdirSync(path.join(alone, 'run')).sort(), files);
   const components = await openSafetensors(path.join(alone, 'run/components.safetensors')); // the strict reader
   assert.deepEqual(components.tensors.get('components.h.0.attn.q_proj.V')?.shape, [48, 4]);
   for (const name of components.tensors.keys()) assert.ok(components.readFloat32(name).every(Number.isFinite), name);
   components.close();
+
+  const refused: [string[], RegExp][] = [
+    [[...argv, '--n-stepz=3'], /--n-stepz=3: is no flag; takes --name=value/],
+    [[...argv, `--data=${toy('eval.json')}`], /eval\.json: more than one \.txt file needs engine\/data\.ts/],
+    [[...argv, `--eval-data=${toy('eval.json')}`], /more than one \.txt file needs engine\/data\.ts/],
+    [[...argv, '--engine=webgpu'], /--engine webgpu: does not load here/],
+    [[...argv.slice(0, 3), '--resume', '--out=run'], /--resume, eval and harvest need the folder engine\//],
+    [[...argv.slice(0, 3), 'eval', '--run=run'], /--resume, eval and harvest need the folder engine\//],
+  ];
+  for (const [args, message] of refused) {
+    const { status, stderr } = spawnSync(process.execPath, [...args, '--out=new'], { cwd: alone, encoding: 'utf8' });
+    assert.equal(status, 2, `${args}: ${stderr}`);
+    assert.match(stderr.trimEnd().split('\n').at(-1)!, message);
+  }
 });
