@@ -67,10 +67,10 @@ function readJson(file: string): Record<string, unknown> {
   return typeof value === 'object' && value && !Array.isArray(value) ? value : refuse(`${file}: not an object`);
 }
 
-/** A part of engine/ or assets/, by import(); undefined where it is missing (but not where it lacks a package). */
+/** A part of engine/ or assets/, by import(); undefined where that file is missing (but not what it imports itself). */
 const optional = <M>(part: Promise<M>): Promise<M | undefined> =>
   part.catch((error: NodeJS.ErrnoException) => {
-    if (error.code !== 'ERR_MODULE_NOT_FOUND' || error.message.startsWith('Cannot find package')) throw error;
+    if (!error.message.endsWith(`imported from ${fileURLToPath(import.meta.url)}`)) throw error;
     return undefined;
   });
 
@@ -254,7 +254,9 @@ export async function startEngine(options: Config): Promise<Engine> {
   }
   await tf.ready();
   const name = tf.getBackend();
-  if (![name, 'auto'].includes(options.engine)) refuse(`--engine ${options.engine}: does not load here`);
+  const { engine, precision } = options;
+  const fits = [name, 'auto'].includes(engine) && ['float32', 'auto'].includes(precision);
+  if (!fits) refuse(`--engine ${engine}, --precision ${precision}: not without engine/`);
   return { ...opByOp, name, gpu: false, description: `${name}, op by op (no engine/ folder)` };
 }
 
@@ -464,24 +466,28 @@ export async function loadTarget(dir: string): Promise<Target> {
     load(`${name}.weight`, [dModel]);
     if (arch.norm === 'layer') load(`${name}.bias`, [dModel]);
   };
-  load(`${names.embed}.weight`, [vocab, dModel]);
-  if (names.positions) load(`${names.positions}.weight`, [arch.context, dModel]);
-  for (const { path: name, dIn, dOut } of linears) {
-    load(`${name}.weight`, conv1d ? [dIn, dOut] : [dOut, dIn], name, !conv1d); // as Wᵀ: no transposed product later
-    if (arch.biased?.test(name) || stored(`${name}.bias`)) load(`${name}.bias`, [dOut]);
+  try {
+    load(`${names.embed}.weight`, [vocab, dModel]);
+    if (names.positions) load(`${names.positions}.weight`, [arch.context, dModel]);
+    for (const { path: name, dIn, dOut } of linears) {
+      load(`${name}.weight`, conv1d ? [dIn, dOut] : [dOut, dIn], name, !conv1d); // as Wᵀ: no transposed product later
+      if (arch.biased?.test(name) || stored(`${name}.bias`)) load(`${name}.bias`, [dOut]);
+    }
+    for (const i of range(0, nLayers)) {
+      for (const part of ['norm1', 'norm2'] as const) loadNorm(nameOf(arch, part, i));
+      for (const part of ['qNorm', 'kNorm'] as const)
+        if (names[part]) load(`${nameOf(arch, part, i)}.weight`, [headDim]);
+    }
+    loadNorm(names.last);
+    const head = `${names.head}.weight`;
+    if (stored(head)) load(head, [vocab, dModel]);
+    else if (!arch.tied) refuse(`${dir}: ${head} is missing and tie_word_embeddings is false`);
+    const buffers = /\.(rotary_emb\.inv_freq|(attn|attention)\.(bias|masked_bias))$/; // which no forward needs
+    const others = [...tensors.keys()].filter(name => !used.has(name) && !buffers.test(name));
+    if (others.length > 0) refuse(`${dir}: ${arch.type} has no use for the tensors ${others.slice(0, 5).join(', ')}`);
+  } finally {
+    close();
   }
-  for (const i of range(0, nLayers)) {
-    for (const part of ['norm1', 'norm2'] as const) loadNorm(nameOf(arch, part, i));
-    for (const part of ['qNorm', 'kNorm'] as const) if (names[part]) load(`${nameOf(arch, part, i)}.weight`, [headDim]);
-  }
-  loadNorm(names.last);
-  const head = `${names.head}.weight`;
-  if (stored(head)) load(head, [vocab, dModel]);
-  else if (!arch.tied) refuse(`${dir}: ${head} is missing and tie_word_embeddings is false`);
-  const buffers = /\.(rotary_emb\.inv_freq|(attn|attention)\.(bias|masked_bias))$/; // which no forward needs
-  const others = [...tensors.keys()].filter(name => !used.has(name) && !buffers.test(name));
-  if (others.length > 0) refuse(`${dir}: ${arch.type} has no use for the tensors ${others.slice(0, 5).join(', ')}`);
-  close();
   return { arch, linears, weights, dir, config, sha256: sha256.digest('hex') };
 }
 
@@ -622,18 +628,15 @@ export async function loadData({ arch, dir, config: model }: Target, config: Con
   if (!part) return { tokenizer, ...plainRows(config, tokenizer, endOfText) };
   const { context, contextField, vocab } = arch;
   const file = path.join(config.out, 'tokens.bin'); // of a corpus larger than memory
-  const enough = config.nSteps * config.batchSize * config.seqLen;
-  const options = { seqLen: config.seqLen, tokenizer, endOfText, vocab, context, contextField, file, enough };
+  const rows = config.nSteps * config.batchSize;
+  const options = { seqLen: config.seqLen, tokenizer, endOfText, vocab, context, contextField, file, rows };
   return { tokenizer, ...(await part.loadRows(config.data, config.evalData, options)) };
 }
 
 /** Of a text file, a document a line; other sources and all checks are in engine/data.ts. */
-function plainRows(
-  { data, evalData, seqLen }: Config,
-  tokenizer: Tokenizer | undefined,
-  endOfText: number | undefined,
-) {
-  if (!tokenizer || !data.endsWith('.txt') || evalData) refuse(`${data}: more than one .txt file needs engine/data.ts`);
+function plainRows({ data, evalData, seqLen }: Config, tokenizer?: Tokenizer, endOfText?: number) {
+  if (!tokenizer || !data.endsWith('.txt') || evalData)
+    refuse(`${data}: without engine/ takes one .txt file, and a model with a tokenizer.json`);
   const lines = orRefuse(data, () => fs.readFileSync(data, 'utf8').split('\n'));
   const documents = lines.filter(line => line.trim());
   // joined and cut; a tokenizer that adds begin-of-text by itself marks the border between documents so
@@ -1369,7 +1372,7 @@ function writeAtomic(file: string, content: string): void {
 }
 
 /** What config.json holds. */
-export type RunRecord = ReturnType<typeof runRecord>;
+type RunRecord = ReturnType<typeof runRecord>;
 const VERSION = '0.1.0';
 
 function runRecord({ target, modules, config }: Problem, { train, heldOut }: Data, engine: Engine) {
@@ -2303,11 +2306,14 @@ function plainFlags(own: object, args: string[]) {
   const flags: Record<string, string | boolean | undefined> = {};
   const values: Record<string, Value> = {};
   for (const arg of args) {
-    const [, no, flag = '', raw = true] = /^--(no-)?([\w-]+)(?:=(.*))?$/s.exec(arg) ?? [];
+    const [, no, flag = '', raw] = /^--(no-)?([\w-]+)(?:=(.+))?$/s.exec(arg) ?? [];
     const name = flag.replace(/-(.)/g, (_, letter) => letter.toUpperCase());
-    if (Object.hasOwn(own, flag)) flags[flag] = raw;
-    else if (!Object.hasOwn(FIELDS, name)) refuse(`${arg}: is no flag; takes --name=value (--help lists the names)`);
-    else values[name] = no ? false : typeof FIELDS[name]!.value === 'number' ? Number(raw) : raw;
+    const field = Object.hasOwn(FIELDS, name) ? FIELDS[name]! : undefined;
+    const value = typeof field?.value === 'number' ? Number(raw ?? Number.NaN) : no ? false : raw;
+    const inRange = typeof value !== 'number' || (value >= field!.min! && value <= field!.max!);
+    if (Object.hasOwn(own, flag)) flags[flag] = raw ?? true;
+    else if (value !== undefined && typeof value === typeof field?.value && inRange) values[name] = value;
+    else refuse(`${arg}: without engine/ takes --name=value (--help lists the names)`);
   }
   return { values, flags };
 }
@@ -2318,12 +2324,15 @@ export async function main(argv: string[]): Promise<number> {
   const command = named ? (argv[0] as keyof typeof OWN_FLAGS) : 'decompose';
   const [own, args] = [OWN_FLAGS[command], named ? argv.slice(1) : argv];
   const cli = await optional(import('./engine/flags.ts'));
+  const alone = !cli && (command !== 'decompose' || args.includes('--resume'));
+  if (alone) refuse('--resume, eval and harvest need the folder engine/');
   const { values, flags } = cli ? cli.parseFlags(FIELDS, own, args) : plainFlags(own, args);
-  if (flags.version) console.log(VERSION);
-  if (flags.help) console.log(`${usage}${cli?.helpLines(GROUPS) ?? Object.keys(FIELDS).join(' ')}\n`);
-  if (flags.help || flags.version) return 0;
+  const help = () => `${usage}${cli?.helpLines(GROUPS) ?? `Without engine/ as --name=value: ${Object.keys(FIELDS)}`}\n`;
+  if (flags.help || flags.version) {
+    console.log(flags.help ? help() : VERSION);
+    return 0;
+  }
   const changes: Partial<Config> = values;
-  if (!cli && (flags.resume || command !== 'decompose')) refuse('--resume, eval and harvest need the folder engine/');
   if (command !== 'decompose') {
     if (typeof flags.run !== 'string') return refuse(`${command}: takes --run DIR, the folder of a finished run`);
     return revisit(command, flags.run, changes);

@@ -1274,12 +1274,16 @@ test('the one file alone, in an empty folder with the packages, still runs', asy
   components.close();
 
   const refused: [string[], RegExp][] = [
-    [[...argv, '--n-stepz=3'], /--n-stepz=3: is no flag; takes --name=value/],
-    [[...argv, `--data=${toy('eval.json')}`], /eval\.json: more than one \.txt file needs engine\/data\.ts/],
-    [[...argv, `--eval-data=${toy('eval.json')}`], /more than one \.txt file needs engine\/data\.ts/],
-    [[...argv, '--engine=webgpu'], /--engine webgpu: does not load here/],
-    [[...argv.slice(0, 3), '--resume', '--out=run'], /--resume, eval and harvest need the folder engine\//],
-    [[...argv.slice(0, 3), 'eval', '--run=run'], /--resume, eval and harvest need the folder engine\//],
+    ...['--n-stepz=3', '--n-steps=abc', '--n-steps=-3', '--n-steps', '--no-n-steps', '--data', '--harvest=false'].map(
+      flag => [[...argv, flag], new RegExp(`${flag}: without engine/ takes --name=value`)] as [string[], RegExp],
+    ),
+    [[...argv, `--data=${toy('eval.json')}`], /eval\.json: without engine\/ takes one \.txt file/],
+    [[...argv, `--eval-data=${toy('eval.json')}`], /without engine\/ takes one \.txt file/],
+    [[...argv, '--seq-len=30000'], /too short for rows of 30000 tokens|--seq-len 30000: the target's/],
+    [[...argv, '--engine=webgpu'], /--engine webgpu, --precision auto: not without engine\//],
+    [[...argv, '--precision=bf16'], /--engine wasm, --precision bf16: not without engine\//],
+    [[...argv.slice(0, 3), '--resume', '--out', 'run'], /--resume, eval and harvest need the folder engine\//],
+    [[...argv.slice(0, 3), 'eval', '--run', 'run'], /--resume, eval and harvest need the folder engine\//],
   ];
   for (const [args, message] of refused) {
     const { status, stderr } = spawnSync(process.execPath, [...args, '--out=new'], { cwd: alone, encoding: 'utf8' });

@@ -142,17 +142,16 @@ async function* parquetDocuments(file: string): AsyncGenerator<string | number[]
 // ---- Rows ----
 
 /** The training rows of a corpus, and those of its last documents, which are never trained on. */
-export interface Corpus {
+interface Corpus {
   train: Rows;
   heldOut: Rows;
 }
 
 const HELD_OUT = 0.05;
-const FITS_IN_MEMORY = 2 ** 28; // bytes of text; what is larger becomes a file of tokens
 const FEW_DOCUMENTS = 20; // of so few none is spared: then the last rows are held out
 
 /** What the rows are made with and for. */
-export interface RowsOptions {
+interface RowsOptions {
   seqLen: number; // but rows of a .json file are as long as they are
   tokenizer: Tokenizer | undefined;
   /** added behind every document, unless the tokenizer marks the border between documents by itself */
@@ -161,9 +160,10 @@ export interface RowsOptions {
   /** longest row, and what says so */
   context: number;
   contextField: string;
-  /** for a corpus that is larger than memory: the file of its tokens, and how many of them will be read */
+  /** for a corpus of more than `inMemory` bytes, or from the hub: the file of its tokens, and how many rows will be read */
   file: string;
-  enough: number;
+  rows: number;
+  inMemory?: number;
 }
 
 /**
@@ -175,7 +175,7 @@ export async function loadRows(data: string, evalData: string, options: RowsOpti
   let heldOut = held && packRows(await collect(held.ids), held.seqLen);
   const { ids, seqLen } = await openDocuments(data, options);
   let train: Rows;
-  if (fs.existsSync(data) && fs.statSync(data).size <= FITS_IN_MEMORY) {
+  if (fs.existsSync(data) && fs.statSync(data).size <= (options.inMemory ?? 2 ** 28)) {
     let texts = await collect(ids);
     if (!heldOut && texts.length < FEW_DOCUMENTS) {
       const rows = packRows(texts, seqLen);
@@ -184,12 +184,12 @@ export async function loadRows(data: string, evalData: string, options: RowsOpti
     heldOut ??= packRows(texts.splice(-Math.max(1, Math.round(texts.length * HELD_OUT))), seqLen);
     train = packRows(texts, seqLen);
   } else {
-    const { file, enough, vocab } = options;
+    const { file, rows, vocab } = options;
     fs.mkdirSync(path.dirname(file), { recursive: true });
     const corpus = await writeCorpus(file, ids, vocab, {
       seqLen,
       heldOutShare: heldOut ? 0 : HELD_OUT,
-      enough: enough * (1 + 2 * HELD_OUT),
+      enough: rows * seqLen * (1 + 2 * HELD_OUT),
     });
     heldOut ??= corpus.heldOut;
     train = corpus.train;

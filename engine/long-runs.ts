@@ -21,7 +21,7 @@ const PAIR = ['state', 'components'] as const; // in this order: where component
 const pairFile = (dir: string, what: (typeof PAIR)[number], which: '' | '.next' | '.previous' = '') =>
   path.join(dir, `${what}${which}.safetensors`);
 
-export interface Pair {
+interface Pair {
   step: number;
   components: string; // paths
   state: string;
@@ -166,20 +166,19 @@ export function readMetrics(file: string): Record<string, number>[] {
 export async function resume(dir: string, components: Variables, state: Variables, say: (line: string) => void) {
   const checkpoint = await loadPair(dir);
   const metrics = path.join(dir, 'metrics.jsonl');
-  if (checkpoint?.warning) say(`warning  ${checkpoint.warning}`);
-  if (checkpoint) {
-    await restore(checkpoint.components, components);
-    await restore(checkpoint.state, state);
+  if (!checkpoint) {
+    say('resume   from the start: this run was stopped before its first checkpoint');
+    fs.rmSync(metrics, { force: true });
+    return;
   }
-  const kept = readMetrics(metrics).filter(({ step = 0 }) => step <= (checkpoint?.step ?? -1));
+  if (checkpoint.warning) say(`warning  ${checkpoint.warning}`);
+  await restore(checkpoint.components, components);
+  await restore(checkpoint.state, state);
+  const kept = readMetrics(metrics).filter(line => line.step! <= checkpoint.step);
   fs.writeFileSync(`${metrics}.tmp-${process.pid}`, kept.map(line => `${JSON.stringify(line)}\n`).join(''));
   fs.renameSync(`${metrics}.tmp-${process.pid}`, metrics);
-  say(
-    checkpoint
-      ? `resume   from step ${checkpoint.step}`
-      : 'resume   from the start: this run was stopped before its first checkpoint',
-  );
-  return checkpoint?.step;
+  say(`resume   from step ${checkpoint.step}`);
+  return checkpoint.step;
 }
 
 /**

@@ -7,7 +7,7 @@ import { refuse } from './usage-error.ts';
 // tensors) is refused, and nothing in a header can make the reader crash or allocate without bounds.
 
 export type TensorInfo = { dtype: string; shape: readonly number[]; begin: number; end: number }; // bytes of the file
-export type SafetensorsHeader = { tensors: ReadonlyMap<string, TensorInfo>; metadata: ReadonlyMap<string, string> };
+type SafetensorsHeader = { tensors: ReadonlyMap<string, TensorInfo>; metadata: ReadonlyMap<string, string> };
 /** By dtype: the numbers in a tensor's bytes. */
 export type Decoders = Readonly<Record<string, (bytes: ArrayBuffer) => ArrayLike<number>>>;
 
@@ -121,19 +121,19 @@ export async function openSafetensors(file: string, decoders: Decoders = { F32: 
 
 /** Several files as one: the shards of a model. */
 export async function openShards(files: readonly string[], decoders?: Decoders) {
-  const shards = new Map<string, Awaited<ReturnType<typeof openSafetensors>>>(); // by tensor
-  const tensors = new Map<string, TensorInfo>();
-  for (const file of files) {
-    const shard = await openSafetensors(file, decoders);
-    for (const [name, info] of shard.tensors) {
-      shards.set(name, shard);
-      tensors.set(name, info);
-    }
-  }
+  const shards: Awaited<ReturnType<typeof openSafetensors>>[] = [];
   const close = () => {
-    for (const shard of new Set(shards.values())) shard.close();
+    for (const shard of shards) shard.close();
   };
-  return { tensors, readFloat32: (name: string) => shards.get(name)!.readFloat32(name), close };
+  try {
+    for (const file of files) shards.push(await openSafetensors(file, decoders));
+  } catch (error) {
+    close();
+    throw error;
+  }
+  const tensors = new Map(shards.flatMap(shard => [...shard.tensors]));
+  const holder = new Map(shards.flatMap(shard => [...shard.tensors.keys()].map(name => [name, shard] as const)));
+  return { tensors, readFloat32: (name: string) => holder.get(name)!.readFloat32(name), close };
 }
 
 export interface TensorToWrite {

@@ -8,7 +8,7 @@ import { syncBuiltinESMExports } from 'node:module';
 import os from 'node:os';
 import path from 'node:path';
 import { after, beforeEach, test } from 'node:test';
-import { checkFinite, compareConfigs, DivergenceError, loadPair, savePair } from '../engine/long-runs.ts';
+import { checkFinite, compareConfigs, DivergenceError, loadPair, resume, savePair } from '../engine/long-runs.ts';
 import { openSafetensors } from '../engine/safetensors.ts';
 import { UsageError } from '../engine/usage-error.ts';
 import { CHANGES_BITS, MAY_CHANGE } from '../nano-param-decomp.ts';
@@ -276,6 +276,15 @@ test('a full disk leaves the last checkpoint', async t => {
   } finally {
     spawnSync('umount', [dir]);
   }
+});
+
+test('a run without a checkpoint begins again, whatever its metrics are', async () => {
+  const metrics = path.join(dir, 'metrics.jsonl');
+  fs.writeFileSync(metrics, '{"step":1,"loss/faith":1}\n{broken}\n');
+  const said: string[] = [];
+  assert.equal(await resume(dir, {}, {}, line => said.push(line)), undefined);
+  assert.match(said.join(), /from the start/);
+  assert.ok(!fs.existsSync(metrics));
 });
 
 type Settings = Record<string, unknown>;

@@ -5,7 +5,7 @@ import fs from 'node:fs';
 import os from 'node:os';
 import path from 'node:path';
 import { after, test } from 'node:test';
-import { documents, writeCorpus } from '../engine/data.ts';
+import { documents, loadRows, writeCorpus } from '../engine/data.ts';
 import { UsageError } from '../engine/usage-error.ts';
 
 const fixtures = path.join(import.meta.dirname, 'fixtures/data');
@@ -110,4 +110,34 @@ test('a corpus is written once; its rows and its held-out rows are read by posit
   const options = { seqLen: 10, heldOutShare: 0.1, enough: 1000 };
   const few = await writeCorpus(path.join(folder, 'few.bin'), endless(), 50, options);
   assert.deepEqual([few.train.count, few.heldOut.count, given], [90, 10, 1000]);
+});
+
+test('a corpus that does not fit in memory gives the same rows, from a file', async () => {
+  const seqLen = 5;
+  const texts = Array.from({ length: 100 }, (_, i) =>
+    Array.from({ length: 1 + (i % 13) }, (_, k) => (7 * i + k) % 300),
+  );
+  const data = write('corpus.jsonl', texts.map(ids => JSON.stringify({ input_ids: ids })).join('\n'));
+  const common = { tokenizer: undefined, endOfText: undefined, vocab: 300, context: 64, contextField: 'n_ctx' };
+  const options = { ...common, seqLen, rows: 1000, file: path.join(folder, 'run/tokens.bin') };
+  const all = ({ count, row }: Awaited<ReturnType<typeof loadRows>>['train']) =>
+    Array.from({ length: count }, (_, i) => [...row(i)]);
+  const inMemory = await loadRows(data, '', options);
+  assert.ok(!fs.existsSync(options.file));
+  const onDisk = await loadRows(data, '', { ...options, inMemory: 100 });
+  assert.ok(fs.existsSync(options.file));
+  assert.ok(inMemory.train.count > 100 && inMemory.heldOut.count > 5);
+  assert.deepEqual(all(onDisk.train), all(inMemory.train));
+  assert.deepEqual(all(onDisk.heldOut), all(inMemory.heldOut));
+
+  // only what the run will see is kept, in rows that are as long as those of the file
+  const rows = write('rows.json', JSON.stringify(Array.from({ length: 400 }, () => Array(40).fill(1))));
+  const some = await loadRows(rows, '', { ...options, rows: 60, inMemory: 100 });
+  assert.equal(some.train.seqLen, 40);
+  assert.ok(some.train.count >= 60 && some.train.count < 100, `${some.train.count} rows`);
+  await refused(
+    loadRows(rows, '', { ...options, context: 30 }),
+    /rows of 40 tokens; takes 2 to 30 \(the target's n_ctx\)/,
+  );
+  await refused(loadRows(data, '', { ...options, vocab: 200 }), /corpus\.jsonl: 2\d\d is no token id of the model/);
 });

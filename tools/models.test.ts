@@ -99,6 +99,8 @@ function pack(file: string, tensors: Tensors): void {
   fs.writeFileSync(file, Buffer.concat([prefix, text, ...Object.values(tensors).map(t => t.bytes)]));
 }
 
+const openFiles = () => (process.platform === 'linux' ? fs.readdirSync('/proc/self/fd').length : 0);
+
 /** Loads the fixture `name` with a changed config or changed tensors, which must fail in one line that says `message`. */
 async function refused(name: string, message: RegExp, change: Config | ((tensors: Tensors, dir: string) => void)) {
   const dir = fs.mkdtempSync(path.join(folder, 'm-'));
@@ -112,6 +114,7 @@ async function refused(name: string, message: RegExp, change: Config | ((tensors
     const config = JSON.parse(fs.readFileSync(path.join(dir, 'config.json'), 'utf8'));
     fs.writeFileSync(path.join(dir, 'config.json'), JSON.stringify({ ...config, ...change }));
   }
+  const before = openFiles();
   await assert.rejects(
     loadTarget(dir),
     (error: Error) => {
@@ -122,6 +125,7 @@ async function refused(name: string, message: RegExp, change: Config | ((tensors
     },
     `${name} ${JSON.stringify(change)} should be refused`,
   );
+  assert.equal(openFiles(), before, `${name} ${JSON.stringify(change)} left a file open`);
 }
 
 test('what a config asks for and is not done is refused by the name of the field', async () => {
