@@ -1096,15 +1096,20 @@ export function compileStep(engine: Engine, problem: Problem, state: State) {
       const total = R > 1 ? eachGroup(group => tf.add(summed[group], tf.div(gradients[group], R))) : gradients;
       return { values: finish(values, total, feeds) };
     });
+  const update = (values: T, gradients: Record<Group, T>, feeds: AdamFeeds): T => {
+    const norms = applyGradients(problem, state, gradients, feeds);
+    const total = tf.sum(tf.mul(values, [...coefficientsOf(config), 0])); // the last value is L0
+    return tf.concat([values, tf.stack([total, norms.components, norms.ci_fn])]);
+  };
+  const whole = compileShard('step', update);
   const shard = compileShard('shard', (values, gradients) => {
     for (const group of GROUPS_OF_PARAMS) summed[group].assign(gradients[group]);
     return values;
   });
-  const lastShard = compileShard('step', (values, gradients, feeds) => {
-    const norms = applyGradients(problem, state, gradients, feeds);
-    if (R > 1) for (const gradient of Object.values(summed)) gradient.assign(tf.zerosLike(gradient));
-    const total = tf.sum(tf.mul(values, [...coefficientsOf(config), 0])); // the last value is L0
-    return tf.concat([values, tf.stack([total, norms.components, norms.ci_fn])]);
+  const finish = engine.compile('update', ({ values, ...feeds }: AdamFeeds & { values: T }) => {
+    const done = update(values, summed, feeds);
+    for (const gradient of Object.values(summed)) gradient.assign(tf.zerosLike(gradient));
+    return { values: done };
   });
 
   return (step: number, data: Rows): Promise<Float32Array> =>
@@ -1117,8 +1122,9 @@ export function compileStep(engine: Engine, problem: Problem, state: State) {
         const tokens = tokenBatch(data, rows.slice(r * perShard, (r + 1) * perShard));
         const [key, index] = [randomKey(config.seed, step * R + r), tf.scalar(r, 'int32')];
         const feeds = { ...shared, tokens, key, index, before: values };
-        values = (await (r < R - 1 ? shard(feeds) : lastShard(feeds))).values;
+        values = (await (R > 1 ? shard : whole)(feeds)).values;
       }
+      if (R > 1) values = (await finish({ ...shared, values })).values;
       return numbers(values);
     });
 }

@@ -1082,7 +1082,7 @@ onEveryEngine('an evaluation repeats to the bit; its random numbers change with 
   for (const name of Object.keys(first).filter(isRandom)) assert.notEqual(other[name], first[name], name);
 });
 
-// ---- N. Command line ------------------------------------------------------------------------------------------------
+// ---- M. Command line ------------------------------------------------------------------------------------------------
 
 const sentences = path.join(temporary, 'sentences.txt');
 fs.writeFileSync(sentences, 'ben saw a duck .\n'.repeat(40));
