@@ -15,6 +15,7 @@ export async function* documents(source: string): AsyncGenerator<string | number
   const [, type] = /\.(txt|jsonl|json|parquet)$/.exec(source) ?? [];
   if (!isFile && type) throw new UsageError(`${source}: no such file`);
   if (isFile && !type) throw new UsageError(`${source}: takes .txt, .jsonl, .json or .parquet`);
+  if (isFile && !fs.statSync(source).isFile()) refuse(`${source}: is not a file`);
   if (!isFile) for await (const shard of datasetShards(source)) yield* parquetDocuments(shard);
   else if (type === 'parquet') yield* parquetDocuments(source);
   else if (type === 'json') yield* jsonRows(source);

@@ -1,7 +1,7 @@
 import { readFileSync } from 'node:fs';
 import { Tokenizer } from '@huggingface/tokenizers';
 
-import { UsageError } from './usage-error.ts';
+import { orRefuse, refuse, UsageError } from './usage-error.ts';
 
 // @huggingface/tokenizers splits some texts otherwise than the Rust library that made the model's training data
 // (`."` is one piece of SimpleStories' punctuation to it, for instance, and becomes [UNK]). What it does alike is a
@@ -75,23 +75,25 @@ function normalizer(norm: Json): Json {
 /** The tokenizer of a model folder; encodes and decodes as the Rust and Python library does, or refuses by name. */
 export function loadTokenizer(dir: string): Tokenizer {
   const file = `${dir}/tokenizer.json`;
-  const json: Json = JSON.parse(readFileSync(file, 'utf8'));
+  const json: Json | null = orRefuse(file, () => JSON.parse(readFileSync(file, 'utf8')));
+  if (typeof json?.model !== 'object' || !json.model)
+    return refuse(`${file}: has no "model", so it is no tokenizer.json`);
   const unsupported: [boolean, string][] = [
     [JSON.stringify(json.normalizer)?.includes('"Precompiled"'), 'normalizer "Precompiled"'],
     [Boolean(json.model.continuing_subword_prefix) && json.model.type === 'BPE', 'BPE "continuing_subword_prefix"'],
     [json.model.type === 'Unigram' && json.model.byte_fallback === true, 'Unigram "byte_fallback"'],
-    [json.added_tokens.some((t: Json) => t.single_word), 'added token with "single_word"'],
+    [(json.added_tokens ?? []).some((t: Json) => t.single_word), 'added token with "single_word"'],
   ];
   for (const [asked, what] of unsupported)
     if (asked)
       throw new UsageError(`${file}: ${what} is not done here; tokenise in Python and give rows of ids (.json)`);
-  const rewritten = {
-    ...json,
-    pre_tokenizer: json.pre_tokenizer && preTokenizer(json.pre_tokenizer),
-    normalizer: json.normalizer && normalizer(json.normalizer),
-  };
   let tokenizer: Tokenizer;
   try {
+    const rewritten = {
+      ...json,
+      pre_tokenizer: json.pre_tokenizer && preTokenizer(json.pre_tokenizer),
+      normalizer: json.normalizer && normalizer(json.normalizer),
+    };
     // Of tokenizer_config.json the library would take clean-ups that the Rust library doesn't do.
     const config = { clean_up_tokenization_spaces: false, unk_token: json.model.unk_token };
     tokenizer = new Tokenizer(rewritten as never, config as never);

@@ -45,6 +45,12 @@ test('text: a document a line, or between blank lines', async () => {
   await refused(read(write('a.txt', Uint8Array.of(97, 10, 0xc3))), /is not UTF-8/);
 });
 
+test('a folder is no corpus, whatever its name', async () => {
+  const dir = path.join(folder, 'dir.txt');
+  fs.mkdirSync(dir);
+  await refused(read(dir), /dir\.txt: is not a file/);
+});
+
 test('jsonl: texts or ids, and errors with the line', async () => {
   const lines = [{ text: 'a\u2028\n"b"' }, { input_ids: [1, 2] }, { text: '' }].map(l => JSON.stringify(l));
   assert.deepEqual(await read(write('a.jsonl', `${lines.join('\r\n')}\n\n`)), ['a\u2028\n"b"', [1, 2], '']);

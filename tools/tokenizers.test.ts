@@ -64,4 +64,21 @@ test('what the library would get wrong or does not know is refused by name', () 
       (error: Error) => error instanceof UsageError && message.test(error.message) && !error.message.includes('\n'),
     );
   }
+  for (const content of [
+    '',
+    '{',
+    'null',
+    '[]',
+    '"a"',
+    '{}',
+    '{"model":null}',
+    '{"model":{}}',
+    '{"model":{"type":"BPE"}}',
+  ]) {
+    fs.writeFileSync(path.join(folder, 'tokenizer.json'), content);
+    assert.throws(() => loadTokenizer(folder), { name: 'UsageError' }, content);
+  }
+  const broken = { ...bert, pre_tokenizer: { type: 'Split' } };
+  fs.writeFileSync(path.join(folder, 'tokenizer.json'), JSON.stringify(broken));
+  assert.throws(() => loadTokenizer(folder), { name: 'UsageError' });
 });
