@@ -220,7 +220,7 @@ export interface Engine {
   readonly name: string;
   readonly gpu: boolean;
   readonly description: string; // a line for people: which engine, and why
-  readonly memoryBytes?: number; // of the GPU, or of the machine
+  memoryBytes?(): number; // of the GPU, or of the machine
   /**
    * A function with the same meaning as `fn`, and faster where the engine can trace it: `fn` is then run once as it is
    * and from then on as one graph. So whatever changes from call to call must enter through `feeds`, and no branch of
@@ -277,12 +277,12 @@ export function uniform(shape: number[], key: tf.Tensor, purpose: number): tf.Te
     return tf.tensor(uniformArray(sizeOf(shape), seed, step, purpose), shape);
   }
   // biome-ignore lint/suspicious/noExplicitAny: a method of tfjs-node, whose types are not there without it
-  const { binding, executeSingleOutput } = tf.backend() as any;
+  const backend = tf.backend() as any;
+  const { binding } = backend;
   const types = { dtype: binding.TF_FLOAT, T: binding.TF_INT32, Tseed: binding.TF_INT32 };
   const attrs = Object.entries(types).map(([name, value]) => ({ name, type: binding.TF_ATTR_TYPE, value }));
   const seed = tf.add(key, tf.tensor1d([purpose, 0], 'int32'));
-  const inputs = [tf.tensor1d(shape, 'int32'), seed];
-  return executeSingleOutput.call(tf.backend(), 'StatelessRandomUniform', attrs, inputs);
+  return backend.executeSingleOutput('StatelessRandomUniform', attrs, [tf.tensor1d(shape, 'int32'), seed]);
 }
 
 /**
@@ -372,7 +372,7 @@ export interface Names {
   norm2: string; gate?: string; up: string; down: string;
 }
 // biome-ignore format: in the network's order
-const NAMES: Record<string, Names> = {
+export const NAMES: Record<'llama' | 'llama_simple_mlp', Names> = {
   llama: {
     embed: 'model.embed_tokens', blocks: 'model.layers', last: 'model.norm', head: 'lm_head',
     norm1: 'input_layernorm', q: 'self_attn.q_proj', k: 'self_attn.k_proj', v: 'self_attn.v_proj', o: 'self_attn.o_proj',
@@ -391,7 +391,7 @@ const nameOf = ({ names }: Architecture, part: keyof Names, i: number) => `${nam
 export function plainArchitecture(config: Record<string, any>, file: string): Architecture {
   const { model_type: type, num_attention_heads: nHeads, hidden_size: dModel, rope_theta: theta = 10_000 } = config;
   const needs = (what: string) => refuse(`${file}: ${what} needs engine/models.ts`);
-  const names = NAMES[type] ?? needs(`model_type ${type}`);
+  const names: Names = Object.hasOwn(NAMES, type) ? NAMES[type as keyof typeof NAMES] : needs(`model_type ${type}`);
   const activation = config.hidden_act ?? (names.gate ? 'silu' : 'gelu_new');
   if (!Object.hasOwn(ACTIVATIONS, activation)) needs(`hidden_act ${activation}`);
   for (const field of ['rope_scaling', 'rope_parameters']) if (config[field]) needs(field);
@@ -441,14 +441,15 @@ export async function loadTarget(dir: string): Promise<Target> {
   const models = await optional(import('./engine/models.ts'));
   const json = path.join(dir, 'config.json');
   const [configFile, config] = models?.readYaml(dir) ?? [json, readJson(json)];
-  const arch = (models?.readArchitecture ?? plainArchitecture)(config, configFile);
+  const arch = models?.readArchitecture(config, configFile, NAMES) ?? plainArchitecture(config, configFile);
   const { names, conv1d, vocab, dModel, headDim, nLayers } = arch;
   const linears = linearLayers(arch);
   const weights = new Map<string, tf.Variable>();
   const sha256 = crypto.createHash('sha256').update(fs.readFileSync(configFile));
   const files = (models?.weightFiles(dir) ?? ['model.safetensors']).map(name => path.join(dir, name));
-  const part = await optional(import('./engine/safetensors.ts'));
-  const { tensors, readFloat32, close } = part ? await part.openShards(files, DECODERS) : plainSafetensors(files[0]!);
+  const careful = await optional(import('./engine/safetensors.ts'));
+  const opened = careful ? await careful.openShards(files, DECODERS) : plainSafetensors(files[0]!);
+  const { tensors, readFloat32, close } = opened;
   const used = new Set<string>();
   // gpt2 is published with and without a prefix, gpt_neox with two names of its head
   const stored = (name: string) =>
@@ -2191,7 +2192,7 @@ async function open(config: Config, given: ReadonlySet<string>, preset?: Preset)
 }
 
 /** Says what a training step will take, before anything is allocated, and refuses what can't fit. */
-function checkSize({ target, modules, config }: Problem, { memoryBytes = Infinity }: Engine): void {
+function checkSize({ target, modules, config }: Problem, engine: Engine): void {
   const { vocab, dModel } = target.arch;
   const { ciDModel, ciNBlocks, ciMlpHidden, ciNHeads, seqLen, batchSize, microBatches: R } = config;
   const [sumC, N] = [totalC(modules), batchSize * seqLen];
@@ -2212,10 +2213,11 @@ function checkSize({ target, modules, config }: Problem, { memoryBytes = Infinit
   const GiB = (x: number) => `${(x / 2 ** 30).toFixed(2)} GiB`;
   talk(`size     target ${M(targetParams)} parameters, V and U ${M(components)}, CI function ${M(ciFn)}`);
   talk(`step     about ${GiB(bytes)} of memory, ${(flops / 1e9).toFixed(1)} GFLOP`);
-  if (bytes <= memoryBytes) return;
+  const there = engine.memoryBytes?.() ?? Infinity;
+  if (bytes <= there) return;
   const split = batchSize > R && `a larger --micro-batches than ${R}`;
   const advice = `${split || 'a smaller --seq-len or fewer --components'}, or a smaller --batch-size`;
-  refuse(`a step takes about ${GiB(bytes)} and there are ${GiB(memoryBytes)}: try ${advice}`);
+  refuse(`a step takes about ${GiB(bytes)} and there are ${GiB(there)}: try ${advice}`);
 }
 
 /** --dry-run: lists the modules, times some steps, writes nothing. */
@@ -2260,10 +2262,13 @@ async function decompose(config: Config, given: Set<string>, dryRun: boolean, pr
   console.log(`\nRun folder: ${c.out}   peak memory: ${peak} GiB`);
   return 0;
 }
+
+/** The config.json of a run. @throws UsageError if it is none */
 function readRun(dir: string): RunRecord {
   const record = readJson(path.join(dir, 'config.json')) as unknown as RunRecord;
   return record.formatVersion === 1 ? record : refuse(`${dir}: config.json is not of a run with formatVersion 1`);
 }
+
 /** eval and harvest: opens a finished run again with its own config. */
 async function revisit(command: string, dir: string, changes: Partial<Config>): Promise<number> {
   const record = readRun(dir);

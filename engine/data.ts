@@ -215,11 +215,15 @@ async function openDocuments(source: string, { tokenizer, endOfText, vocab, seqL
     if (isRows) seqLen = first.length;
     break;
   }
+  const marks = (tokenizer?.encode('').ids.length ?? 0) > 0; // it adds begin- or end-of-text by itself
+  const mark = marks || endOfText === undefined ? [] : [endOfText];
+  const idsOf = (document: string) =>
+    tokenizer
+      ? [...tokenizer.encode(document).ids, ...mark]
+      : refuse(`${source}: the model has no tokenizer.json, so data must be ids`);
   async function* ids(): AsyncGenerator<number[]> {
     for await (const document of documents(source)) {
-      if (typeof document === 'string' && !tokenizer)
-        refuse(`${source}: the model has no tokenizer.json, so data must be ids`);
-      const found = typeof document === 'string' ? documentIds(tokenizer!, document, endOfText) : document;
+      const found = typeof document === 'string' ? idsOf(document) : document;
       const odd = found.find(id => !Number.isInteger(id) || id < 0 || id >= vocab);
       if (odd !== undefined) refuse(`${source}: ${odd} is no token id of the model (0 to ${vocab - 1})`);
       if (isRows && found.length !== seqLen) refuse(`${source}: a row has ${found.length} tokens, the first ${seqLen}`);
@@ -227,13 +231,6 @@ async function openDocuments(source: string, { tokenizer, endOfText, vocab, seqL
     }
   }
   return { ids: ids(), seqLen };
-}
-
-/** The ids of one document, with the end-of-text id unless the tokenizer adds a mark by itself. */
-export function documentIds(tokenizer: Tokenizer, document: string, endOfText: number | undefined): number[] {
-  const { ids } = tokenizer.encode(document);
-  const marks = tokenizer.encode('').ids.length > 0;
-  return marks || endOfText === undefined ? ids : [...ids, endOfText];
 }
 
 async function collect<X>(items: AsyncIterable<X>): Promise<X[]> {

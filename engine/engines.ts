@@ -19,7 +19,7 @@ function memoryBytes(gpu: boolean): number {
  */
 export async function startEngine(options: Options) {
   const engine = await start(options);
-  return { ...engine, memoryBytes: memoryBytes(engine.gpu) };
+  return { ...engine, memoryBytes: () => memoryBytes(engine.gpu) };
 }
 
 type Options = Parameters<typeof startTensorFlow>[0] & { engine: string };

@@ -142,15 +142,16 @@ export const saveCheckpoint = (dir: string, step: number, components: Variables,
 
 /** Sets variables from a file that holds them under their names. */
 export async function restore(file: string, variables: Variables): Promise<void> {
-  const stored = await openSafetensors(file);
-  for (const [name, variable] of Object.entries(variables)) {
-    const shape = stored.tensors.get(name)?.shape;
-    if (shape?.join() !== variable.shape.join()) refuse(`${file}: ${name} is [${shape}], not [${variable.shape}]`);
-    const value = tf.tensor(stored.readFloat32(name), variable.shape);
-    variable.assign(value);
-    value.dispose();
+  const { tensors, readFloat32, close } = await openSafetensors(file);
+  try {
+    for (const [name, variable] of Object.entries(variables)) {
+      const shape = tensors.get(name)?.shape;
+      if (shape?.join() !== variable.shape.join()) refuse(`${file}: ${name} is [${shape}], not [${variable.shape}]`);
+      tf.tidy(() => variable.assign(tf.tensor(readFloat32(name), variable.shape)));
+    }
+  } finally {
+    close();
   }
-  stored.close();
 }
 
 /** The lines of a metrics.jsonl, without one that was cut off. */

@@ -8,20 +8,10 @@ import { orRefuse, refuse } from './usage-error.ts';
 
 type Config = Readonly<Record<string, unknown>>;
 
+/** All families, given those of the file itself. */
 // biome-ignore format: in the network's order
-const llama: Names = {
-  embed: 'model.embed_tokens', blocks: 'model.layers', last: 'model.norm', head: 'lm_head',
-  norm1: 'input_layernorm', q: 'self_attn.q_proj', k: 'self_attn.k_proj', v: 'self_attn.v_proj', o: 'self_attn.o_proj',
-  norm2: 'post_attention_layernorm', gate: 'mlp.gate_proj', up: 'mlp.up_proj', down: 'mlp.down_proj',
-};
-// biome-ignore format: in the network's order
-const FAMILIES: Record<string, Names> = {
-  llama,
-  llama_simple_mlp: {
-    embed: 'wte', blocks: 'h', last: 'ln_f', head: 'lm_head',
-    norm1: 'rms_1', q: 'attn.q_proj', k: 'attn.k_proj', v: 'attn.v_proj', o: 'attn.o_proj',
-    norm2: 'rms_2', up: 'mlp.c_fc', down: 'mlp.down_proj',
-  },
+const familiesBeside = (own: Readonly<Record<'llama' | 'llama_simple_mlp', Names>>): Record<string, Names> => ({
+  ...own,
   gpt2: {
     embed: 'wte', positions: 'wpe', blocks: 'h', last: 'ln_f', head: 'lm_head',
     norm1: 'ln_1', q: 'attn.c_attn', o: 'attn.c_proj',
@@ -32,10 +22,10 @@ const FAMILIES: Record<string, Names> = {
     norm1: 'input_layernorm', q: 'attention.query_key_value', o: 'attention.dense',
     norm2: 'post_attention_layernorm', up: 'mlp.dense_h_to_4h', down: 'mlp.dense_4h_to_h',
   },
-  mistral: llama,
-  qwen2: llama,
-  qwen3: { ...llama, qNorm: 'self_attn.q_norm', kNorm: 'self_attn.k_norm' },
-};
+  mistral: own.llama,
+  qwen2: own.llama,
+  qwen3: { ...own.llama, qNorm: 'self_attn.q_norm', kNorm: 'self_attn.k_norm' },
+});
 
 /** The functions under all names that configs give them. */
 const ACTIVATIONS: Record<string, Architecture['activation']> = {
@@ -68,12 +58,21 @@ const NOT_DONE: [meaning: string, fields: string, harmless: unknown[]][] = [
   ['scaled streams', 'logits_scaling embedding_multiplier residual_multiplier', [1]],
 ];
 
-/** Reads a Hugging Face config.json. @throws UsageError naming the field that is wrong or not done here */
-export function readArchitecture(config: Config, file: string): Architecture {
+/**
+ * Reads a Hugging Face config.json.
+ * @param own the names of the families that the file itself knows
+ * @throws UsageError naming the field that is wrong or not done here
+ */
+export function readArchitecture(
+  config: Config,
+  file: string,
+  own: Parameters<typeof familiesBeside>[0],
+): Architecture {
+  const families = familiesBeside(own);
   const wrong = (field: string, takes: string) =>
     refuse(`${file}: ${field} is ${JSON.stringify(config[field]) ?? 'missing'}; ${takes}`);
   const type = String(config.model_type);
-  if (!Object.hasOwn(FAMILIES, type)) wrong('model_type', `done here are ${Object.keys(FAMILIES).join(', ')}`);
+  if (!Object.hasOwn(families, type)) wrong('model_type', `done here are ${Object.keys(families).join(', ')}`);
   for (const [meaning, fields, harmless] of NOT_DONE) {
     for (const field of fields.split(' ')) {
       if (![undefined, null, ...harmless].includes(config[field] as null)) wrong(field, `${meaning}: not done here`);
@@ -111,7 +110,7 @@ export function readArchitecture(config: Config, file: string): Architecture {
   const window = type === 'mistral' && config.sliding_window !== null ? count('sliding_window', 4096) : Infinity;
   return {
     type,
-    names: FAMILIES[type]!,
+    names: families[type]!,
     dModel,
     nHeads,
     headDim,

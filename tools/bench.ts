@@ -64,7 +64,7 @@ const SIZES: Record<string, Size> = {
 
 /** A target of the given architecture with random weights. */
 function randomTarget(config: Record<string, unknown>): nano.Target {
-  const arch = readArchitecture(config, 'bench');
+  const arch = readArchitecture(config, 'bench', nano.NAMES);
   const linears = nano.linearLayers(arch);
   const weights = new Map<string, tf.Variable>();
   const random = (name: string, shape: number[], deviation: number) =>

@@ -24,6 +24,7 @@ import {
   crossEntropy,
   DEFAULTS,
   type Engine,
+  NAMES as FAMILIES,
   linearLayers,
   loadTarget,
   startEngine,
@@ -264,7 +265,7 @@ const WEIGHT_DECAY = 0.2;
 
 /** The network before training. Its weights are trainable here; the product's are frozen. */
 function newTarget(random: () => number): Target {
-  const arch = readArchitecture(CONFIG, 'config.json');
+  const arch = readArchitecture(CONFIG, 'config.json', FAMILIES);
   const linears = linearLayers(arch);
   const normal = () => Math.sqrt(-2 * Math.log(1 - random())) * Math.cos(2 * Math.PI * random());
   const matrix = (rows: number, columns: number, scale: number) =>

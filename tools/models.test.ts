@@ -8,7 +8,7 @@ import { after, before, test } from 'node:test';
 import * as tf from '@tensorflow/tfjs';
 import { readArchitecture } from '../engine/models.ts';
 import { openSafetensors } from '../engine/safetensors.ts';
-import { loadTarget, plainArchitecture, targetForward } from '../nano-param-decomp.ts';
+import { loadTarget, NAMES, plainArchitecture, targetForward } from '../nano-param-decomp.ts';
 
 const fixtures = path.join(import.meta.dirname, 'fixtures/models');
 const names = fs.readdirSync(fixtures);
@@ -46,7 +46,7 @@ test("without engine/ a plain Llama and the paper's own model are read the same,
     if (!fs.existsSync(file)) continue;
     const config = JSON.parse(fs.readFileSync(file, 'utf8'));
     if (/^llama/.test(config.model_type) && !config.rope_scaling && !config.rope_parameters) {
-      const { biased: _, activation, ...expected } = readArchitecture(config, file);
+      const { biased: _, activation, ...expected } = readArchitecture(config, file, NAMES);
       const { biased: __, activation: plain, ...found } = plainArchitecture(config, file);
       assert.deepEqual(found, expected);
       assert.equal(plain.replace('pytorch_tanh', 'new'), activation);
