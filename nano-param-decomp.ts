@@ -25,7 +25,7 @@
  *   L. Harvest           what every component does; the scoreboard of known rules
  *   M. Command line      the jobs: decompose, eval, harvest
  *
- * engine/ holds what makes TFJS fast and what stands between this file and the world: flags, hub, corpora, more model
+ * engine/ holds what makes TFJS fast, io/ what stands between this file and the world: flags, hub, corpora, more model
  * families, files from strangers, checkpoints that survive a crash. It knows nothing of the method, and is optional:
  * where it is missing, the plain ways written here are taken.
  *
@@ -244,7 +244,7 @@ const numbers = async (t: T): Promise<Float32Array> => (await t.data()) as Float
 
 /** Starts the engine that the config asks for: by itself TensorFlow if it loads, else WASM. @throws UsageError */
 export async function startEngine(options: Config): Promise<Engine> {
-  const part = await optional(import('./engine/engines.ts'));
+  const part = await optional(import('./engine/index.ts'));
   if (part) return { ...opByOp, ...(await part.startEngine(options)) };
   const packages = { tensorflow: '@tensorflow/tfjs-node-gpu', wasm: '@tensorflow/tfjs-backend-wasm' };
   for (const [name, from] of Object.entries(packages)) {
@@ -332,7 +332,7 @@ export const DECODERS: Record<string, (bytes: ArrayBuffer) => ArrayLike<number>>
   F64: bytes => new Float64Array(bytes),
 };
 
-/** Of an honest file, read whole; engine/safetensors.ts reads tensor by tensor, and files from strangers. */
+/** Of an honest file, read whole; io/safetensors.ts reads tensor by tensor, and files from strangers. */
 export function plainSafetensors(file: string) {
   const bytes = orRefuse(file, () => fs.readFileSync(file));
   const start = orRefuse(file, () => 8 + Number(bytes.readBigUInt64LE()));
@@ -386,11 +386,11 @@ export const NAMES: Record<'llama' | 'llama_simple_mlp', Names> = {
 };
 const nameOf = ({ names }: Architecture, part: keyof Names, i: number) => `${names.blocks}.${i}.${names[part]}`;
 
-/** Of a plain Llama or the paper's own model; engine/models.ts reads seven families, and checks every field. */
+/** Of a plain Llama or the paper's own model; io/models.ts reads seven families, and checks every field. */
 // biome-ignore lint/suspicious/noExplicitAny: fields of a config.json
 export function plainArchitecture(config: Record<string, any>, file: string): Architecture {
   const { model_type: type, num_attention_heads: nHeads, hidden_size: dModel, rope_theta: theta = 10_000 } = config;
-  const needs = (what: string) => refuse(`${file}: ${what} needs engine/models.ts`);
+  const needs = (what: string) => refuse(`${file}: ${what} needs io/models.ts`);
   const names: Names = Object.hasOwn(NAMES, type) ? NAMES[type as keyof typeof NAMES] : needs(`model_type ${type}`);
   const activation = config.hidden_act ?? (names.gate ? 'silu' : 'gelu_new');
   if (!Object.hasOwn(ACTIVATIONS, activation)) needs(`hidden_act ${activation}`);
@@ -438,7 +438,7 @@ export function linearLayers(arch: Architecture): LinearLayer[] {
 
 /** Loads a Hugging Face folder. @throws UsageError naming the file and what is wrong with it */
 export async function loadTarget(dir: string): Promise<Target> {
-  const models = await optional(import('./engine/models.ts'));
+  const models = await optional(import('./io/index.ts'));
   const json = path.join(dir, 'config.json');
   const [configFile, config] = models?.readYaml(dir) ?? [json, readJson(json)];
   const arch = models?.readArchitecture(config, configFile, NAMES) ?? plainArchitecture(config, configFile);
@@ -447,7 +447,7 @@ export async function loadTarget(dir: string): Promise<Target> {
   const weights = new Map<string, tf.Variable>();
   const sha256 = crypto.createHash('sha256').update(fs.readFileSync(configFile));
   const files = (models?.weightFiles(dir) ?? ['model.safetensors']).map(name => path.join(dir, name));
-  const careful = await optional(import('./engine/safetensors.ts'));
+  const careful = await optional(import('./io/index.ts'));
   const opened = careful ? await careful.openShards(files, DECODERS) : plainSafetensors(files[0]!);
   const { tensors, readFloat32, close } = opened;
   const used = new Set<string>();
@@ -620,12 +620,12 @@ export type Data = { train: Rows; heldOut: Rows; tokenizer: Tokenizer | undefine
 /** Training rows, and the held-out ones: those of `evalData`, else of the last 5 % of the documents. */
 export async function loadData({ arch, dir, config: model }: Target, config: Config): Promise<Data> {
   const json = path.join(dir, 'tokenizer.json');
-  const repaired = await optional(import('./engine/tokenizer.ts')); // what the JavaScript library splits otherwise
+  const repaired = await optional(import('./io/index.ts')); // what the JavaScript library splits otherwise
   const plain = () => new Tokenizer(readJson(json), { clean_up_tokenization_spaces: false });
   const tokenizer = fs.existsSync(json) ? (repaired?.loadTokenizer(dir) ?? plain()) : undefined;
   const first = [model.eos_token_id].flat()[0]; // of a list in some Llamas
   const endOfText = Number.isInteger(first) ? (first as number) : undefined;
-  const part = await optional(import('./engine/data.ts'));
+  const part = await optional(import('./io/index.ts'));
   if (!part) return { tokenizer, ...plainRows(config, tokenizer, endOfText) };
   const { context, contextField, vocab } = arch;
   const file = path.join(config.out, 'tokens.bin'); // of a corpus larger than memory
@@ -634,7 +634,7 @@ export async function loadData({ arch, dir, config: model }: Target, config: Con
   return { tokenizer, ...(await part.loadRows(config.data, config.evalData, options)) };
 }
 
-/** Of a text file, a document a line; other sources and all checks are in engine/data.ts. */
+/** Of a text file, a document a line; other sources and all checks are in io/data.ts. */
 function plainRows({ data, evalData, seqLen }: Config, tokenizer?: Tokenizer, endOfText?: number) {
   if (!tokenizer || !data.endsWith('.txt') || evalData)
     refuse(`${data}: without engine/ takes one .txt file, and a model with a tokenizer.json`);
@@ -1337,7 +1337,7 @@ export function compileEvaluation(engine: Engine, problem: Problem, params: Para
 
 // ---- K. The run -----------------------------------------------------------------------------------------------------
 // The run folder holds config.json, metrics.jsonl, and a checkpoint: components.safetensors, the deliverable, with the
-// state.safetensors that --resume needs. engine/long-runs.ts saves the two so that a save cut off anywhere leaves a whole
+// state.safetensors that --resume needs. io/checkpoints.ts saves the two so that a save cut off anywhere leaves a whole
 // pair, restores them, listens to signals and says how far a loop is.
 
 /** What there is of it without engine/: lines now and then, and at the end the deliverable alone. */
@@ -1363,7 +1363,7 @@ const plainRuns = {
     fs.writeFileSync(path.join(dir, 'components.safetensors'), Buffer.concat([start, ...data]));
   },
 };
-const longRuns = async () => (await optional(import('./engine/long-runs.ts'))) ?? plainRuns;
+const longRuns = async () => (await optional(import('./io/index.ts'))) ?? plainRuns;
 
 /** What --resume needs besides the parameters, by the names in state.safetensors. */
 const stateVariables = ({ m, v, sources }: State): Params => {
@@ -1404,7 +1404,7 @@ export const MAY_CHANGE = Object.keys(FIELDS).filter(name => FIELDS[name]!.place
 export const CHANGES_BITS = Object.keys(GROUPS.Engine);
 
 /** What the jobs work on. */
-type Job = { engine: Engine; problem: Problem; params: Params; data: Data };
+export type Job = { engine: Engine; problem: Problem; params: Params; data: Data };
 /**
  * The training loop: warm up, step, log, evaluate, save, until the last step or a signal.
  * @returns the last evaluation, or the signal's exit code if there was one
@@ -1413,7 +1413,7 @@ async function train({ engine, problem, params, data }: Job, resume: boolean): P
   const { config: c } = problem;
   const state = initialState(problem, params);
   const runs = await longRuns();
-  const saved = async () => (await import('./engine/long-runs.ts')).resume(c.out, params, stateVariables(state), talk);
+  const saved = async () => (await import('./io/index.ts')).resume(c.out, params, stateVariables(state), talk);
   const start = (resume && (await saved())) || 0;
   const signals = runs.watchSignals(talk);
   let [interrupted, evaluated]: [number | undefined, Metrics | undefined] = [undefined, undefined];
@@ -2116,7 +2116,7 @@ async function harvestRun({ engine, problem, params, data }: Job, scoreboard: Sc
     progress: positions => show(positions, () => `harvest ${positions} tokens`),
   });
   writeAtomic(path.join(config.out, 'harvest.json'), JSON.stringify(result));
-  const [page, more] = [await optional(import('./assets/report.ts')), await optional(import('./engine/long-runs.ts'))];
+  const [page, more] = [await optional(import('./postprocess/page.ts')), await optional(import('./io/index.ts'))];
   if (!page || !more) return talk('no page: that takes the folders assets/ and engine/');
   const history = more.readMetrics(path.join(config.out, 'metrics.jsonl'));
   const record = readJson(path.join(config.out, 'config.json'));
@@ -2163,7 +2163,7 @@ async function open(config: Config, given: ReadonlySet<string>, preset?: Preset)
   if (!config.data) refuse('--data: missing; takes a .txt, .jsonl or .json file');
   const engine = await startEngine(config);
   talk(`engine   ${engine.description}`);
-  const hub = await optional(import('./engine/hub.ts')); // an id becomes the folder of its snapshot
+  const hub = await optional(import('./io/index.ts')); // an id becomes the folder of its snapshot
   const target = await loadTarget((await hub?.resolveModel(config.model)) ?? config.model);
   const { arch, linears } = target;
   const { type, nLayers, dModel, vocab } = arch;
@@ -2244,7 +2244,7 @@ async function decompose(config: Config, given: Set<string>, dryRun: boolean, pr
   if (dryRun) return measureSteps(engine, problem, data);
   const labels = c.labels ? readLabels(c.labels, data.heldOut) : undefined;
   const record = runRecord(problem, data, engine);
-  if (old) (await import('./engine/long-runs.ts')).compareRuns(old, record, MAY_CHANGE, CHANGES_BITS, talk);
+  if (old) (await import('./io/index.ts')).compareRuns(old, record, MAY_CHANGE, CHANGES_BITS, talk);
   fs.mkdirSync(c.out, { recursive: true });
   writeAtomic(path.join(c.out, 'config.json'), `${JSON.stringify(record, null, 1)}\n`);
   const job = { engine, problem, params: initialParams(problem), data };
@@ -2254,7 +2254,7 @@ async function decompose(config: Config, given: Set<string>, dryRun: boolean, pr
     return metrics; // the exit code
   }
   const board = labels && (await tidyAsync(() => scoreRules(job, labels)));
-  const report = await optional(import('./assets/report.ts'));
+  const report = await optional(import('./postprocess/page.ts'));
   const sizes = { components: totalC(problem.modules), pgdSteps: c.pgdEvalNSteps };
   console.log(report?.summary(metrics, sizes, board) ?? metrics);
   if (c.harvest) await harvestRun(job, board);
@@ -2269,16 +2269,24 @@ function readRun(dir: string): RunRecord {
   return record.formatVersion === 1 ? record : refuse(`${dir}: config.json is not of a run with formatVersion 1`);
 }
 
-/** eval and harvest: opens a finished run again with its own config. */
-async function revisit(command: string, dir: string, changes: Partial<Config>): Promise<number> {
+/** A finished run: its target, parameters, data, engine and config. @throws UsageError if the model is another one */
+export async function openRun(dir: string, changes: Partial<Config> = {}): Promise<Job & { record: RunRecord }> {
   const record = readRun(dir);
   const config = { ...DEFAULTS, ...record.config, ...changes, out: dir };
   const { engine, problem, data } = await open(config, new Set(Object.keys(config)));
   if (problem.target.sha256 !== record.model.sha256)
     refuse(`${record.model.path}: not the model of this run (its SHA-256 differs)`);
-  const job = { engine, problem, params: initialParams(problem), data };
-  const { restore } = await import('./engine/long-runs.ts');
-  await restore(path.join(dir, 'components.safetensors'), job.params);
+  const params = initialParams(problem);
+  const { restore } = await import('./io/index.ts');
+  await restore(path.join(dir, 'components.safetensors'), params);
+  return { engine, problem, params, data, record };
+}
+
+/** eval and harvest: opens a finished run again with its own config. */
+async function revisit(command: string, dir: string, changes: Partial<Config>): Promise<number> {
+  const job = await openRun(dir, changes);
+  const { engine, problem, data } = job;
+  const { config } = problem;
   if (command === 'harvest') {
     const labels = config.labels && !changes.evalData ? readLabels(config.labels, data.heldOut) : undefined;
     await harvestRun(job, labels && (await scoreRules(job, labels)));
@@ -2312,7 +2320,7 @@ const OWN_FLAGS = {
   harvest: { run: 'string', ...ALWAYS },
 } as const;
 
-/** Flags as --name=value, for want of engine/flags.ts, which takes every form, checks values and writes --help. */
+/** Flags as --name=value, for want of io/flags.ts, which takes every form, checks values and writes --help. */
 function plainFlags(own: object, args: string[]) {
   const flags: Record<string, string | boolean | undefined> = {};
   const values: Record<string, Value> = {};
@@ -2334,7 +2342,7 @@ export async function main(argv: string[]): Promise<number> {
   const named = Object.hasOwn(OWN_FLAGS, argv[0] ?? '');
   const command = named ? (argv[0] as keyof typeof OWN_FLAGS) : 'decompose';
   const [own, args] = [OWN_FLAGS[command], named ? argv.slice(1) : argv];
-  const cli = await optional(import('./engine/flags.ts'));
+  const cli = await optional(import('./io/index.ts'));
   const alone = !cli && (command !== 'decompose' || args.includes('--resume'));
   if (alone) refuse('--resume, eval and harvest need the folder engine/');
   const { values, flags } = cli ? cli.parseFlags(FIELDS, own, args) : plainFlags(own, args);

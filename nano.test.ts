@@ -10,9 +10,9 @@ import os from 'node:os';
 import path from 'node:path';
 import { after, test } from 'node:test';
 import * as tf from '@tensorflow/tfjs';
-import { loadPair } from './engine/long-runs.ts';
-import { openSafetensors } from './engine/safetensors.ts';
-import { loadTokenizer } from './engine/tokenizer.ts';
+import { loadPair } from './io/checkpoints.ts';
+import { openSafetensors } from './io/safetensors.ts';
+import { loadTokenizer } from './io/tokenizer.ts';
 import * as nano from './nano-param-decomp.ts';
 
 // ---- Tolerances -----------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ import { spawnSync } from 'node:child_process';
 import { fileURLToPath } from 'node:url';
 import { parseArgs } from 'node:util';
 import * as tf from '@tensorflow/tfjs';
-import { readArchitecture } from '../engine/models.ts';
+import { readArchitecture } from '../io/models.ts';
 import * as nano from '../nano-param-decomp.ts';
 
 interface Result {

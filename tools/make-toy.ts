@@ -16,8 +16,8 @@ import { join } from 'node:path';
 import { fileURLToPath } from 'node:url';
 import { parseArgs } from 'node:util';
 import * as tf from '@tensorflow/tfjs';
-import { readArchitecture } from '../engine/models.ts';
-import { writeSafetensors } from '../engine/safetensors.ts';
+import { readArchitecture } from '../io/models.ts';
+import { writeSafetensors } from '../io/safetensors.ts';
 import {
   adam,
   cosine,

@@ -6,10 +6,10 @@ import path from 'node:path';
 import { after, before, test } from 'node:test';
 import { fileURLToPath, pathToFileURL } from 'node:url';
 import { type Browser, chromium, type Locator, type Page } from 'playwright-core';
-import { type ReportData, renderReport } from '../assets/report.ts';
 import { type Example, type Harvest, type HarvestComponent, harvestDefaults } from '../nano-param-decomp.ts';
+import { type ReportData, renderReport } from './page.ts';
 
-const template = fs.readFileSync(fileURLToPath(new URL('../assets/report.html', import.meta.url)), 'utf8');
+const template = fs.readFileSync(fileURLToPath(new URL('page.html', import.meta.url)), 'utf8');
 const folder = fs.mkdtempSync(path.join(os.tmpdir(), 'page-'));
 
 function findChromium(): string | undefined {

@@ -11,8 +11,8 @@ import path from 'node:path';
 import { after, before, test } from 'node:test';
 import { setTimeout as sleep } from 'node:timers/promises';
 import * as tf from '@tensorflow/tfjs';
-import { loadPair } from '../engine/long-runs.ts';
-import { openSafetensors } from '../engine/safetensors.ts';
+import { loadPair } from '../io/checkpoints.ts';
+import { openSafetensors } from '../io/safetensors.ts';
 import { main } from '../nano-param-decomp.ts';
 
 const long = process.env.NANO_LONG_TESTS === '1';

@@ -8,9 +8,9 @@ import { syncBuiltinESMExports } from 'node:module';
 import os from 'node:os';
 import path from 'node:path';
 import { after, beforeEach, test } from 'node:test';
-import { checkFinite, compareConfigs, DivergenceError, loadPair, resume, savePair } from '../engine/long-runs.ts';
-import { openSafetensors } from '../engine/safetensors.ts';
-import { UsageError } from '../engine/usage-error.ts';
+import { checkFinite, compareConfigs, DivergenceError, loadPair, resume, savePair } from '../io/checkpoints.ts';
+import { openSafetensors } from '../io/safetensors.ts';
+import { UsageError } from '../io/usage-error.ts';
 import { CHANGES_BITS, MAY_CHANGE } from '../nano-param-decomp.ts';
 
 const long = process.env.NANO_LONG_TESTS === '1';
@@ -334,7 +334,7 @@ test('a value that is not finite stops the run with its name, the step and the l
 /** Runs steps of 300 ms that never wait, as a native call would, and reports each; it "saves" in 300 ms as well. */
 const loop = `
 import fs from 'node:fs';
-import { watchSignals } from ${JSON.stringify(new URL('../engine/long-runs.ts', import.meta.url).href)};
+import { watchSignals } from ${JSON.stringify(new URL('../io/console.ts', import.meta.url).href)};
 const say = (line: string) => fs.writeSync(1, line + '\\n');
 const busy = () => Atomics.wait(new Int32Array(new SharedArrayBuffer(4)), 0, 0, 300);
 async function main() {

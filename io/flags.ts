@@ -1,11 +1,21 @@
 import * as fs from 'node:fs';
 import * as path from 'node:path';
 import { parseArgs } from 'node:util';
-import type { Field, Value } from '../nano-param-decomp.ts';
 import { refuse } from './usage-error.ts';
 
 // A record of fields as flags of a command line: parsed, checked, and listed by --help.
 
+type Value = string | number | boolean;
+/** `choices`: one of these words; `place`: a file, a folder, or a name on the hub. */
+interface Field<V> {
+  value: V;
+  help: string;
+  choices?: string;
+  place?: boolean;
+  min?: number;
+  max?: number;
+  integer?: boolean;
+}
 type Fields = Readonly<Record<string, Field<Value>>>;
 
 /** A field's flag in kebab-case; a boolean one can only be turned off. */

@@ -14,7 +14,7 @@ export interface ReportData {
   harvest: Harvest;
 }
 
-const TEMPLATE = new URL('report.html', import.meta.url);
+const TEMPLATE = new URL('page.html', import.meta.url);
 const PLACEHOLDER = '"@@report-data@@"';
 const MAX_REPORT_BYTES = 19e6; // a larger page gets shorter lists and fewer examples; harvest.json has them all
 

@@ -1,6 +1,6 @@
 /**
- * What keeps a long run safe: checkpoints that are only ever replaced whole, going on from the last one, signals that
- * stop it between steps, numbers that are no longer finite; and a line that says how far it is.
+ * Checkpoints that are only ever replaced whole, going on from the last one, and stopping at numbers that are no longer
+ * finite.
  *
  * A checkpoint is a pair: components.safetensors, and the state.safetensors whose metadata names the step and the
  * SHA-256 of the components that it belongs to. Files under these names are only ever replaced by renames, and before
@@ -9,7 +9,6 @@
  */
 import * as crypto from 'node:crypto';
 import * as fs from 'node:fs';
-import * as os from 'node:os';
 import * as path from 'node:path';
 import * as tf from '@tensorflow/tfjs';
 import { openSafetensors, type TensorToWrite, writeSafetensors } from './safetensors.ts';
@@ -227,7 +226,7 @@ export function compareRuns(
   for (const warning of compareConfigs(fields(old), fields(now), free, costsBits)) say(`warning  ${warning}`);
 }
 
-// ---- While it runs ----
+// ---- Divergence ----
 
 /** Losses or gradients are no longer numbers. */
 export class DivergenceError extends Error {
@@ -252,45 +251,4 @@ export async function checkFinite(
     `diverged at step ${step}: ${broken.map(([name, value]) => `${name} is ${value}`).join(', ')}; the largest parameter ` +
       `is in ${largest} (${Number.isFinite(size) ? size.toPrecision(3) : 'not finite'}); the last checkpoint is untouched`,
   );
-}
-
-/** A long loop's progress: one line that is rewritten on a terminal, a plain line now and then elsewhere. */
-export function startProgress(total: number, first = 0, unit = 'step') {
-  const started = performance.now();
-  const live = process.stderr.isTTY === true;
-  let shown = -Infinity;
-  return (done: number, text: () => string): void => {
-    const now = performance.now();
-    if (done !== total && now - shown < (live ? 100 : 10_000)) return;
-    shown = now;
-    const perStep = (now - started) / Math.max(1, done - first);
-    const left = Math.round((perStep * (total - done)) / 1000);
-    const time = `${Math.floor(left / 60)}:${String(left % 60).padStart(2, '0')}`;
-    const line = `${text()}  ${perStep.toPrecision(3)} ms/${unit}  ${time} left`;
-    process.stderr.write(live ? `\r\x1b[K${line}${done === total ? '\n' : ''}` : `${line}\n`);
-  };
-}
-
-/**
- * SIGINT and SIGTERM ask the loop to stop after its step. From then on the system handles them, so that a second one
- * ends the process at once, even inside a long native call.
- */
-export function watchSignals(say: (line: string) => void) {
-  let exitCode: number | undefined;
-  const onSignal = (signal: 'SIGINT' | 'SIGTERM') => {
-    if (exitCode) process.exit(exitCode); // two of them came during one native call
-    exitCode = 128 + os.constants.signals[signal];
-    say(`${signal}: saving after this step; once more stops at once`);
-  };
-  process.on('SIGINT', onSignal).on('SIGTERM', onSignal);
-  const stop = () => process.off('SIGINT', onSignal).off('SIGTERM', onSignal);
-  return {
-    /** To be awaited after each step: lets signals in, and gives the exit code (130 or 143) once one has come. */
-    async interrupted(): Promise<number | undefined> {
-      await new Promise(setImmediate);
-      if (exitCode) stop();
-      return exitCode;
-    },
-    stop,
-  };
 }

@@ -2,12 +2,18 @@ import * as fs from 'node:fs';
 import * as path from 'node:path';
 import * as zlib from 'node:zlib';
 import type { Tokenizer } from '@huggingface/tokenizers';
-import type { Rows } from '../nano-param-decomp.ts';
 import { datasetShards } from './hub.ts';
 import { orRefuse, refuse, UsageError } from './usage-error.ts';
 
 // From files and data sets of the Hub to rows of tokens. Every reader holds one document (a line, a row, a parquet row
 // group) in memory, never the file.
+
+/** Rows of tokens, all of the same length. */
+interface Rows {
+  readonly count: number;
+  readonly seqLen: number;
+  row(i: number): Int32Array;
+}
 
 /** The documents of a file or of a Hub data set (`org/name[@revision]`): texts, or token ids where it has those. */
 export async function* documents(source: string): AsyncGenerator<string | number[]> {

@@ -5,8 +5,8 @@ import fs from 'node:fs';
 import os from 'node:os';
 import path from 'node:path';
 import { after, test } from 'node:test';
-import { loadTokenizer } from '../engine/tokenizer.ts';
-import { UsageError } from '../engine/usage-error.ts';
+import { loadTokenizer } from '../io/tokenizer.ts';
+import { UsageError } from '../io/usage-error.ts';
 
 /** What make_tokenizer_fixtures.py wrote for a text: `full` (with special tokens) is left out where it equals `ids`. */
 interface Expected {
@@ -17,7 +17,7 @@ interface Expected {
   threes: string[];
 }
 
-const root = path.join(import.meta.dirname, 'fixtures/tokenizers');
+const root = path.join(import.meta.dirname, '../tools/fixtures/tokenizers');
 const read = (...names: string[]) => JSON.parse(fs.readFileSync(path.join(root, ...names), 'utf8'));
 const hostile: string[] = read('hostile.json');
 const families = fs.readdirSync(root).filter(name => !name.endsWith('.json'));

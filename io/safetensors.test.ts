@@ -7,13 +7,13 @@ import fs from 'node:fs';
 import os from 'node:os';
 import path from 'node:path';
 import { after, test } from 'node:test';
-import * as engine from '../engine/safetensors.ts';
+import * as engine from '../io/safetensors.ts';
 import { DECODERS, plainSafetensors } from '../nano-param-decomp.ts';
 
 const { writeSafetensors } = engine;
 const openSafetensors = (file: string) => engine.openSafetensors(file, DECODERS);
 
-const fixtures = path.join(import.meta.dirname, 'fixtures/safetensors');
+const fixtures = path.join(import.meta.dirname, '../tools/fixtures/safetensors');
 const folder = fs.mkdtempSync(path.join(os.tmpdir(), 'safetensors-'));
 after(() => fs.rmSync(folder, { recursive: true }));
 const scratch = path.join(folder, 'a.safetensors');

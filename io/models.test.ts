@@ -6,11 +6,11 @@ import os from 'node:os';
 import path from 'node:path';
 import { after, before, test } from 'node:test';
 import * as tf from '@tensorflow/tfjs';
-import { readArchitecture } from '../engine/models.ts';
-import { openSafetensors } from '../engine/safetensors.ts';
+import { readArchitecture } from '../io/models.ts';
+import { openSafetensors } from '../io/safetensors.ts';
 import { loadTarget, NAMES, plainArchitecture, targetForward } from '../nano-param-decomp.ts';
 
-const fixtures = path.join(import.meta.dirname, 'fixtures/models');
+const fixtures = path.join(import.meta.dirname, '../tools/fixtures/models');
 const names = fs.readdirSync(fixtures);
 const folder = fs.mkdtempSync(path.join(os.tmpdir(), 'models-'));
 before(() => tf.setBackend('cpu'));
@@ -38,7 +38,7 @@ for (const name of names)
     assert.ok(difference <= 1e-4, `largest difference ${difference}`);
   });
 
-test("without engine/ a plain Llama and the paper's own model are read the same, and others refused", () => {
+test("without io/ a plain Llama and the paper's own model are read the same, and others refused", () => {
   let same = 0;
   const toy = path.join(import.meta.dirname, '../assets/toy');
   for (const dir of [toy, ...names.map(name => path.join(fixtures, name))]) {
@@ -51,7 +51,7 @@ test("without engine/ a plain Llama and the paper's own model are read the same,
       assert.deepEqual(found, expected);
       assert.equal(plain.replace('pytorch_tanh', 'new'), activation);
       same++;
-    } else assert.throws(() => plainArchitecture(config, file), /needs engine\/models\.ts/);
+    } else assert.throws(() => plainArchitecture(config, file), /needs io\/models\.ts/);
   }
   assert.ok(same >= 3, `${same} compared`);
 });

@@ -5,10 +5,10 @@ import fs from 'node:fs';
 import os from 'node:os';
 import path from 'node:path';
 import { after, test } from 'node:test';
-import { documents, loadRows, writeCorpus } from '../engine/data.ts';
-import { UsageError } from '../engine/usage-error.ts';
+import { documents, loadRows, writeCorpus } from '../io/data.ts';
+import { UsageError } from '../io/usage-error.ts';
 
-const fixtures = path.join(import.meta.dirname, 'fixtures/data');
+const fixtures = path.join(import.meta.dirname, '../tools/fixtures/data');
 const folder = fs.mkdtempSync(path.join(os.tmpdir(), 'data-'));
 after(() => fs.rmSync(folder, { recursive: true }));
 

@@ -9,10 +9,10 @@ import type { AddressInfo } from 'node:net';
 import os from 'node:os';
 import path from 'node:path';
 import { after, before, beforeEach, test } from 'node:test';
-import { datasetShards, resolveModel } from '../engine/hub.ts';
-import { UsageError } from '../engine/usage-error.ts';
+import { datasetShards, resolveModel } from '../io/hub.ts';
+import { UsageError } from '../io/usage-error.ts';
 
-const MODULE = new URL('../engine/hub.ts', import.meta.url).href;
+const MODULE = new URL('../io/hub.ts', import.meta.url).href;
 const TOKEN = 'hf_secret';
 const COMMIT = 'c0ffee'.padEnd(40, '0');
 const gitId = (b: Buffer) => createHash('sha1').update(`blob ${b.length}\0`).update(b).digest('hex');

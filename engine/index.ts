@@ -2,9 +2,13 @@ import { spawnSync } from 'node:child_process';
 import * as os from 'node:os';
 import * as tf from '@tensorflow/tfjs';
 import { startTensorFlow } from './tensorflow.ts';
-import { refuse } from './usage-error.ts';
 import { startWasm } from './wasm.ts';
 import { startWebGpu } from './webgpu.ts';
+
+/** Wrong input, known by its name to whoever reports it. */
+function refuse(message: string): never {
+  throw Object.assign(new Error(message), { name: 'UsageError' });
+}
 
 /** Of the GPU, as far as its driver tells, or of the machine. */
 function memoryBytes(gpu: boolean): number {

@@ -4,7 +4,6 @@ import { readFileSync } from 'node:fs';
 import { test } from 'node:test';
 import { fileURLToPath } from 'node:url';
 import * as tf from '@tensorflow/tfjs';
-import { asciiJson, renderReport } from '../assets/report.ts';
 import {
   chooseModules,
   DEFAULTS,
@@ -19,6 +18,7 @@ import {
   loadTarget,
   PRESETS,
 } from '../nano-param-decomp.ts';
+import { asciiJson, renderReport } from './page.ts';
 
 const range = (n: number) => Array.from({ length: n }, (_, i) => i);
 const sum = (numbers: Iterable<number>) => [...numbers].reduce((a, b) => a + b, 0);

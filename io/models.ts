@@ -1,12 +1,20 @@
 import * as fs from 'node:fs';
 import * as path from 'node:path';
-import type { Architecture, Names } from '../nano-param-decomp.ts';
 import { orRefuse, refuse } from './usage-error.ts';
 
 // What the families of models call things, and everything a config may ask for: done, or refused by name. Nothing here
 // is assumed to be harmless because it is rare; a field that changes the network and is overlooked gives wrong numbers.
 
 type Config = Readonly<Record<string, unknown>>;
+
+/** State-dict names without `.weight`, those of a block within it. What a family lacks is left out. */
+// biome-ignore format: in the network's order
+interface Names {
+  embed: string; positions?: string; blocks: string; last: string; head: string;
+  norm1: string; q: string; k?: string; v?: string; qNorm?: string; kNorm?: string; o: string;
+  norm2: string; gate?: string; up: string; down: string;
+}
+type Activation = 'silu' | 'relu' | 'gelu' | 'gelu_new';
 
 /** All families, given those of the file itself. */
 // biome-ignore format: in the network's order
@@ -28,7 +36,7 @@ const familiesBeside = (own: Readonly<Record<'llama' | 'llama_simple_mlp', Names
 });
 
 /** The functions under all names that configs give them. */
-const ACTIVATIONS: Record<string, Architecture['activation']> = {
+const ACTIVATIONS: Record<string, Activation> = {
   silu: 'silu',
   swish: 'silu',
   relu: 'relu',
@@ -63,11 +71,7 @@ const NOT_DONE: [meaning: string, fields: string, harmless: unknown[]][] = [
  * @param own the names of the families that the file itself knows
  * @throws UsageError naming the field that is wrong or not done here
  */
-export function readArchitecture(
-  config: Config,
-  file: string,
-  own: Parameters<typeof familiesBeside>[0],
-): Architecture {
+export function readArchitecture(config: Config, file: string, own: Parameters<typeof familiesBeside>[0]) {
   const families = familiesBeside(own);
   const wrong = (field: string, takes: string) =>
     refuse(`${file}: ${field} is ${JSON.stringify(config[field]) ?? 'missing'}; ${takes}`);
@@ -121,10 +125,10 @@ export function readArchitecture(
     nLayers: count(gpt2 ? 'n_layer' : 'num_hidden_layers', undefined, 4096),
     context: Math.min(positions, window),
     contextField: window < positions ? 'sliding_window' : positionsField,
-    norm: gpt2 || neox ? 'layer' : 'rms',
+    norm: gpt2 || neox ? ('layer' as const) : ('rms' as const),
     eps: number(gpt2 ? 'layer_norm_epsilon' : neox ? 'layer_norm_eps' : 'rms_norm_eps', gpt2 || neox ? 1e-5 : 1e-6),
     rotary: gpt2 ? undefined : rotaryFrequencies(config, headDim, positions, file),
-    qkv: gpt2 ? 'concatenated' : neox ? 'by head' : 'separate',
+    qkv: gpt2 ? ('concatenated' as const) : neox ? ('by head' as const) : ('separate' as const),
     conv1d: gpt2,
     parallelResidual: neox && config.use_parallel_residual !== false,
     biased: biasedLayers(config, type),

@@ -1,0 +1,11 @@
+// What stands between nano-param-decomp.ts and the world: flags, the hub, models and tokenizers of many families, data
+// files, safetensors, checkpoints, the console. This folder imports nothing from the file, types included: it declares
+// the few fields that it needs, and TypeScript compares the structures where the file takes the folder in.
+export * from './checkpoints.ts';
+export * from './console.ts';
+export { loadRows } from './data.ts';
+export { helpLines, parseFlags } from './flags.ts';
+export { resolveModel } from './hub.ts';
+export { readArchitecture, readYaml, weightFiles } from './models.ts';
+export { openShards } from './safetensors.ts';
+export { loadTokenizer } from './tokenizer.ts';
