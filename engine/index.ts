@@ -1,3 +1,5 @@
+export { checkSize } from './estimate.ts';
+
 import { spawnSync } from 'node:child_process';
 import * as os from 'node:os';
 import * as tf from '@tensorflow/tfjs';

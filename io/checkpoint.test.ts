@@ -8,10 +8,18 @@ import { syncBuiltinESMExports } from 'node:module';
 import os from 'node:os';
 import path from 'node:path';
 import { after, beforeEach, test } from 'node:test';
-import { checkFinite, compareConfigs, DivergenceError, loadPair, resume, savePair } from '../io/checkpoints.ts';
+import {
+  CHANGES_BITS,
+  checkFinite,
+  compareConfigs,
+  DivergenceError,
+  loadPair,
+  MAY_CHANGE,
+  resume,
+  savePair,
+} from '../io/checkpoints.ts';
 import { openSafetensors } from '../io/safetensors.ts';
 import { UsageError } from '../io/usage-error.ts';
-import { CHANGES_BITS, MAY_CHANGE } from '../nano-param-decomp.ts';
 
 const long = process.env.NANO_LONG_TESTS === '1';
 const root = fs.mkdtempSync(path.join(os.tmpdir(), 'checkpoint-'));

@@ -206,24 +206,28 @@ interface RunRecord {
   engine: { name: string };
   modules: object;
   model: { path: string; sha256: string };
-  data: { path: string; sha256: string };
+  data: { path: string; sha256: string; heldOutSha256?: string };
 }
 
+// A resumed run may change what the training's numbers do not depend on. (Model and data are compared by content.)
+// biome-ignore format: kept on few lines
+export const MAY_CHANGE = [
+  'model', 'data', 'evalData', 'labels', 'out', 'logEvery', 'saveEvery', 'harvest', 'harvestRows',
+  'evalFreq', 'slowEvalFreq', 'evalBatchSize', 'ciAliveThreshold', 'roundingThreshold',
+  'pgdEvalStepSize', 'pgdEvalNSteps',
+];
+// What changes only how numbers are rounded, or which random numbers are drawn, draws a warning.
+export const CHANGES_BITS = ['engine', 'precision', 'graph', 'xla', 'threads'];
+
 /** Refuses to resume with another config, model or data, see `compareConfigs`; says what it warns of. */
-export function compareRuns(
-  old: RunRecord,
-  now: RunRecord,
-  free: readonly string[],
-  costsBits: readonly string[],
-  say: (line: string) => void,
-): void {
+export function compareRuns(old: RunRecord, now: RunRecord, say: (line: string) => void): void {
   for (const part of ['model', 'data'] as const) {
     if (old[part].sha256 !== now[part].sha256)
       refuse(`--resume: ${part} is not the one of this run (${old[part].path}): its SHA-256 differs`);
   }
   // "auto" may have been another engine then
   const fields = ({ config, engine, modules }: RunRecord) => ({ ...config, engine: engine.name, modules });
-  for (const warning of compareConfigs(fields(old), fields(now), free, costsBits)) say(`warning  ${warning}`);
+  for (const warning of compareConfigs(fields(old), fields(now), MAY_CHANGE, CHANGES_BITS)) say(`warning  ${warning}`);
 }
 
 // ---- Divergence ----

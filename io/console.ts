@@ -31,7 +31,7 @@ export function watchSignals(say: (line: string) => void) {
     say(`${signal}: saving after this step; once more stops at once`);
   };
   process.on('SIGINT', onSignal).on('SIGTERM', onSignal);
-  const stop = () => process.off('SIGINT', onSignal).off('SIGTERM', onSignal);
+  const stop = () => void process.off('SIGINT', onSignal).off('SIGTERM', onSignal);
   return {
     /** To be awaited after each step: lets signals in, and gives the exit code (130 or 143) once one has come. */
     async interrupted(): Promise<number | undefined> {
@@ -41,4 +41,24 @@ export function watchSignals(say: (line: string) => void) {
     },
     stop,
   };
+}
+
+/** --dry-run: lists the modules and times a few steps. */
+export async function dryRun(
+  {
+    modules,
+    config,
+  }: { modules: readonly { path: string; dIn: number; dOut: number; C: number }[]; config: { nSteps: number } },
+  step: (n: number) => Promise<void>,
+): Promise<void> {
+  for (const { path, dIn, dOut, C } of modules) console.log(`${path}  [${dOut}, ${dIn}]  C ${C}`);
+  const times: number[] = [];
+  for (let n = 0; n < 7; n++) {
+    const started = performance.now();
+    await step(n);
+    if (n >= 2) times.push(performance.now() - started); // the first two are traced and checked
+  }
+  const median = times.sort((a, b) => a - b)[2]!;
+  const hours = ((median * config.nSteps) / 3.6e6).toFixed(2);
+  console.log(`${median.toFixed(1)} ms per step: ${config.nSteps} steps take ${hours} hours`);
 }
