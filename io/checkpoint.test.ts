@@ -386,6 +386,52 @@ for (const [signal, expected] of [
     assert.doesNotMatch(output, /saved/);
   });
 }
+test('on a terminal what a signal says starts on a line of its own, and so does what follows', posix, async () => {
+  const script = path.join(dir, 'live.mts');
+  fs.writeFileSync(
+    script,
+    `
+import { startProgress, watchSignals } from ${JSON.stringify(new URL('../io/console.ts', import.meta.url).href)};
+Object.defineProperty(process.stderr, 'isTTY', { value: process.argv[2] === 'terminal' });
+const busy = (ms: number) => Atomics.wait(new Int32Array(new SharedArrayBuffer(4)), 0, 0, ms);
+const say = (line: string) => process.stderr.write(line + '\\n');
+async function main() {
+  const { interrupted } = watchSignals(say);
+  const show = startProgress(100);
+  for (let step = 1; step <= 100; step++) {
+    show(step, () => 'step ' + step);
+    await new Promise(next => setTimeout(next, 150)); // here the signal comes in
+    if (step > 1) show(step, () => 'shown again');
+    if (await interrupted()) break;
+  }
+  say('stopped');
+}
+main();
+`,
+  );
+  for (const [where, signal] of [
+    ['terminal', 'SIGINT'],
+    ['terminal', 'SIGTERM'],
+    ['pipe', 'SIGINT'],
+  ] as const) {
+    const child = spawn(process.execPath, ['--import', 'tsx', script, where], { stdio: ['ignore', 'ignore', 'pipe'] });
+    let output = '';
+    let sent = false;
+    child.stderr.on('data', data => {
+      output += data;
+      if (!sent && output.includes(where === 'pipe' ? 'step 1 ' : 'step 2 ')) sent = child.kill(signal);
+    });
+    await once(child, 'close');
+    const lines = output.replaceAll('\r\x1b[K', '\r').split('\n');
+    assert.deepEqual(lines.slice(-2), ['stopped', ''], output);
+    assert(lines.includes(`${signal}: saving after this step; once more stops at once`), output);
+    if (where === 'terminal')
+      assert(
+        lines.some(line => line.includes('\rshown again ')),
+        output,
+      );
+  }
+});
 test('two signals inside one step stop after it, without a save', posix, async () => {
   const { code, output } = await runLoop(['step 2', 'SIGTERM'], ['step 2', 'SIGINT']);
   assert(code === 130 || code === 143);

@@ -5,6 +5,7 @@ import * as path from 'node:path';
 import { Readable } from 'node:stream';
 import { pipeline } from 'node:stream/promises';
 import { setTimeout as sleep } from 'node:timers/promises';
+import { showLive } from './console.ts';
 import { UsageError } from './usage-error.ts';
 
 // Models and data sets by name, through the cache that all Hugging Face tools share:
@@ -317,6 +318,6 @@ function showDownload(name: string, done: number, size?: number): void {
   if ((size ?? done) < 1e6 || (done !== size && (!live || performance.now() - lastShown < 100))) return;
   lastShown = performance.now();
   const mb = (bytes: number) => (bytes / 1e6).toFixed(1);
-  const line = `${name}  ${mb(done)}${size ? ` of ${mb(size)} MB  ${Math.floor((100 * done) / size)} %` : ' MB'}`;
-  process.stderr.write(live ? `\r\x1b[K${line}${done === size ? '\n' : ''}` : `${line}\n`);
+  const share = size ? ` of ${mb(size)} MB  ${Math.floor((100 * done) / size)} %` : ' MB';
+  showLive(`${name}  ${mb(done)}${share}`, done === size);
 }
