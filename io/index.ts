@@ -6,6 +6,5 @@ export * from './console.ts';
 export { loadRows } from './data.ts';
 export { helpLines, parseFlags } from './flags.ts';
 export { resolveModel } from './hub.ts';
-export { readArchitecture, readYaml, weightFiles } from './models.ts';
-export { openShards } from './safetensors.ts';
+export { openModel } from './models.ts';
 export { loadTokenizer } from './tokenizer.ts';
