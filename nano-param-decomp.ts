@@ -438,31 +438,13 @@ export function linearLayers(arch: Architecture): LinearLayer[] {
 
 /** Loads a Hugging Face folder. @throws UsageError naming the file and what is wrong with it */
 export async function loadTarget(dir: string): Promise<Target> {
-  const models = await optional(import('./io/index.ts'));
-  const json = path.join(dir, 'config.json');
-  const [configFile, config] = models?.readYaml(dir) ?? [json, readJson(json)];
-  const arch = models?.readArchitecture(config, configFile, NAMES) ?? plainArchitecture(config, configFile);
+  const model = (await (await optional(import('./io/index.ts')))?.openModel(dir, NAMES, talk)) ?? plainModel(dir);
+  const { arch, config } = model;
   const { names, conv1d, vocab, dModel, headDim, nLayers } = arch;
   const linears = linearLayers(arch);
   const weights = new Map<string, tf.Variable>();
-  const sha256 = crypto.createHash('sha256').update(fs.readFileSync(configFile));
-  const files = (models?.weightFiles(dir) ?? ['model.safetensors']).map(name => path.join(dir, name));
-  const careful = await optional(import('./io/index.ts'));
-  const opened = careful ? await careful.openShards(files, DECODERS) : plainSafetensors(files[0]!);
-  const { tensors, readFloat32, close } = opened;
-  const used = new Set<string>();
-  // gpt2 is published with and without a prefix, gpt_neox with two names of its head
-  const stored = (name: string) =>
-    [name, `transformer.${name}`, name.replace('embed_out', 'lm_head')].find(n => tensors.has(n));
-  const load = (name: string, shape: number[], key = name, transposed = false): void => {
-    const source = stored(name) ?? refuse(`${dir}: the safetensors files have no tensor ${name}`);
-    const got = tensors.get(source)!.shape;
-    if (got.join() !== shape.join()) refuse(`${dir}: ${source} is [${got}], config.json implies [${shape}]`);
-    used.add(source);
-    const data = readFloat32(source);
-    sha256.update(source).update(data);
-    weights.set(key, makeVariable(data, shape, transposed));
-  };
+  const load = (name: string, shape: number[], key = name, transposed = false) =>
+    weights.set(key, makeVariable(model.read(name, shape), shape, transposed));
   const loadNorm = (name: string) => {
     load(`${name}.weight`, [dModel]);
     if (arch.norm === 'layer') load(`${name}.bias`, [dModel]);
@@ -472,7 +454,7 @@ export async function loadTarget(dir: string): Promise<Target> {
     if (names.positions) load(`${names.positions}.weight`, [arch.context, dModel]);
     for (const { path: name, dIn, dOut } of linears) {
       load(`${name}.weight`, conv1d ? [dIn, dOut] : [dOut, dIn], name, !conv1d); // as Wᵀ: no transposed product later
-      if (arch.biased?.test(name) || stored(`${name}.bias`)) load(`${name}.bias`, [dOut]);
+      if (model.has(`${name}.bias`)) load(`${name}.bias`, [dOut]);
     }
     for (const i of range(0, nLayers)) {
       for (const part of ['norm1', 'norm2'] as const) loadNorm(nameOf(arch, part, i));
@@ -481,15 +463,29 @@ export async function loadTarget(dir: string): Promise<Target> {
     }
     loadNorm(names.last);
     const head = `${names.head}.weight`;
-    if (stored(head)) load(head, [vocab, dModel]);
-    else if (!arch.tied) refuse(`${dir}: ${head} is missing and tie_word_embeddings is false`);
-    const buffers = /\.(rotary_emb\.inv_freq|(attn|attention)\.(bias|masked_bias))$/; // which no forward needs
-    const others = [...tensors.keys()].filter(name => !used.has(name) && !buffers.test(name));
-    if (others.length > 0) refuse(`${dir}: ${arch.type} has no use for the tensors ${others.slice(0, 5).join(', ')}`);
+    if (!arch.tied || model.has(head)) load(head, [vocab, dModel]);
+    return { arch, linears, weights, dir, config, sha256: model.finish() };
   } finally {
-    close();
+    model.close();
   }
-  return { arch, linears, weights, dir, config, sha256: sha256.digest('hex') };
+}
+
+/** What io/models.ts opens, of a plain Llama or the paper's own model in one honest file. */
+function plainModel(dir: string) {
+  const configFile = path.join(dir, 'config.json');
+  const config = readJson(configFile);
+  const arch: Architecture = plainArchitecture(config, configFile);
+  const sha256 = crypto.createHash('sha256').update(fs.readFileSync(configFile));
+  const { tensors, readFloat32, close } = plainSafetensors(path.join(dir, 'model.safetensors'));
+  const has = (name: string) => tensors.has(name);
+  const read = (name: string, shape: readonly number[]): Float32Array => {
+    const got = (tensors.get(name) ?? refuse(`${dir}: no tensor ${name}`)).shape;
+    if (got.join() !== shape.join()) refuse(`${dir}: ${name} is [${got}], config.json implies [${shape}]`);
+    const data = readFloat32(name);
+    sha256.update(name).update(data);
+    return data;
+  };
+  return { arch, config, has, read, finish: () => sha256.digest('hex'), close };
 }
 
 /** A variable, of the target or moved by our own Adam: `trainable` only concerns TFJS's optimisers. */
