@@ -5,6 +5,6 @@ export * from './checkpoints.ts';
 export * from './console.ts';
 export { loadRows } from './data.ts';
 export { helpLines, parseFlags } from './flags.ts';
-export { resolveModel } from './hub.ts';
+export { datasetCommit, resolveModel } from './hub.ts';
 export { openModel } from './models.ts';
 export { loadTokenizer } from './tokenizer.ts';

@@ -327,7 +327,7 @@ export async function openModel(dir: string, own: OwnNames, say: (line: string) 
   const read = (name: string, shape: readonly number[]): Float32Array => {
     const source = stored(name);
     if (source === undefined) {
-      const untied = name === `${arch.names.head}.weight` ? ', and tie_word_embeddings is false' : '';
+      const untied = name === `${arch.names.head}.weight` ? ', and tie_word_embeddings is not true' : '';
       return refuse(`${dir}: no tensor ${name}${untied}; there is, for example, ${nearest(name, tensors.keys())}`);
     }
     const got = tensors.get(source)!.shape;
