@@ -2160,7 +2160,7 @@ async function open(config: Config, given: ReadonlySet<string>, preset?: Preset)
   const engine = await startEngine(config);
   talk(`engine   ${engine.description}`);
   const hub = await optional(import('./io/index.ts')); // an id becomes the folder of its snapshot
-  const target = await loadTarget((await hub?.resolveModel(config.model)) ?? config.model);
+  const target = await loadTarget((await hub?.resolveModel(config.model))?.dir ?? config.model);
   const { arch, linears } = target;
   const { type, nLayers, dModel, vocab } = arch;
   talk(`target   ${config.model}: ${type}, ${nLayers} layers, width ${dModel}, vocabulary ${vocab}`);
