@@ -633,6 +633,7 @@ test('where the Hub can not be reached the cache serves, and that is said', { ti
       new RegExp(`^warning {2}org/corpus: the list of its files: \\S+ ${why}; going on with what is in`),
     );
     assert.equal(said.split('\n').length, 2);
+    assert.equal(await saidBy(() => readShards()), '', 'once is enough');
   }
   // an answer is an answer: the cache does not hide that a data set is gone or closed
   for (const status of [401, 404]) {

@@ -115,11 +115,14 @@ function parquetOf(files: readonly string[]): string[] {
   return training.length > 0 ? training : parquet;
 }
 
-/** What the cache holds serves where the Hub can't be reached, and that is said. */
+const warnings = new Set<string>();
+/** What the cache holds serves where the Hub can't be reached, and that is said (once: a data set is opened twice). */
 async function orFromCache<X>(repo: Repo, info: Promise<X>, cached: X | undefined): Promise<X> {
   return info.catch(error => {
     if (!(error instanceof UnreachableError) || cached === undefined) throw error;
-    if (!repo.hub.offline) process.stderr.write(`warning  ${error.message}; going on with what is in the cache\n`);
+    const warning = `warning  ${error.message}; going on with what is in the cache\n`;
+    if (!repo.hub.offline && !warnings.has(warning)) process.stderr.write(warning);
+    warnings.add(warning);
     return cached;
   });
 }
