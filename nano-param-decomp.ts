@@ -4,8 +4,7 @@
  * VPD writes every weight matrix of a trained network as a sum of rank-one subcomponents, and a small
  * transformer, the causal-importance (CI) function, learns which few of them each token really needs.
  * Whatever it calls unimportant may be removed, at random or by an adversary, and the network must
- * still give the same answer. What is left is the network taken apart into small mechanisms that a
- * person can look at one by one.
+ * still give the same answer. What is left are small mechanisms that a person can look at one by one.
  *
  *   npm install && npm start                         the bundled toy: decompose, evaluate, page
  *   npx tsx nano-param-decomp.ts --model M --data D  a Hugging Face folder or hub id, and a text file
@@ -181,6 +180,8 @@ export type LinearLayer = { path: string; dIn: number; dOut: number };
 /** How a linear layer is computed: by the target's own weight, or by masked components. */
 export type Linear = (path: string, x: T<'N dIn'>) => T<'N dOut'>;
 
+/** Where a model comes from; the hub's commit, where it is one of the hub. */
+type Place = { path: string; commit?: string };
 /** The frozen network: everything that the method needs to know of it. */
 export interface Target {
   readonly linears: readonly LinearLayer[]; // those that may be decomposed
@@ -193,7 +194,7 @@ export interface Target {
   forward(inputs: T<'B S'>, linear: Linear): T<'N out'>;
   readonly compare: Comparison; // `kl` or `mse` of section D
   readonly nextToken?: boolean; // outputs predict the next token: evaluation adds cross-entropies
-  readonly source?: { path: string; type: string; sha256: string }; // for config.json
+  readonly source?: Place & { type: string; sha256: string }; // for config.json
 }
 
 /** A decomposed linear layer (not an nn.Module): columns offset … offset + C of [N,ΣC] tensors. */
@@ -289,20 +290,20 @@ export function recordedForward(target: Target, inputs: T, linear = ownLinear(ta
 
 /** Resolves --components: "pattern=C,…", the first match wins, * is any text. */
 export function chooseModules(linears: readonly LinearLayer[], spec: string): Module[] {
-  const rules = (spec === 'auto' ? '*=1' : spec).split(',').map(rule => {
-    const [, pattern = '', digits = ''] = /^([\w.*]+)=(\d{1,7})$/.exec(rule.trim()) ?? [];
-    if (!pattern || Number(digits) < 1)
-      refuse(`--components: got ${rule}, takes pattern=C, as in "*.q_proj=64"`);
+  const auto = spec === 'auto';
+  const rules = (auto ? '*=1' : spec).split(',').map(rule => {
+    const [, pattern = '', C = '0'] = /^([\w.*]+)=(\d{1,7})$/.exec(rule.trim()) ?? [];
+    if (+C < 1) refuse(`--components: got ${rule}, takes pattern=C, as in "*.q_proj=64"`);
     const regex = new RegExp(`^${pattern.replaceAll('.', '\\.').replaceAll('*', '.*')}$`);
-    if (linears.some(l => regex.test(l.path))) return { regex, C: Number(digits) };
-    const paths = linears.map(l => l.path).join(', ');
-    return refuse(`--components: ${pattern} matches none of ${paths}`);
+    if (!linears.some(l => regex.test(l.path)))
+      refuse(`--components: ${pattern} matches none of ${linears.map(l => l.path).join(', ')}`);
+    return { regex, C: +C };
   });
   const modules: Module[] = [];
   for (const layer of [...linears].sort((a, b) => (a.path < b.path ? -1 : 1))) {
-    const rule = rules.find(r => r.regex.test(layer.path));
-    const C = spec === 'auto' ? Math.max(layer.dIn, layer.dOut) : rule?.C;
-    if (C) modules.push({ ...layer, C, offset: totalC(modules) });
+    const C = rules.find(r => r.regex.test(layer.path))?.C;
+    const size = auto ? Math.max(layer.dIn, layer.dOut) : C;
+    if (size) modules.push({ ...layer, C: size, offset: totalC(modules) });
   }
   return modules;
 }
@@ -546,6 +547,7 @@ const lossList: [string, Loss][] = Object.entries(LOSSES);
 
 /** The sources s [N,ΣC+M] in [0, 1], and the moments of their Adam. */
 export type Sources<X extends T = T> = { s: X; m: X; v: X };
+const PARTS = ['s', 'm', 'v'] as const;
 
 /** One ascent step of the adversary, clamped to [0, 1]; c1, c2: its bias corrections. */
 export function ascend(
@@ -724,69 +726,41 @@ export type Metrics = Record<string, number>;
 /** Does one training step: moves the state on. */
 export type Step = (step: number, data: Rows) => Promise<Metrics>;
 
-/** Compiles the training step; with micro-batches the shards, see there. */
+/**
+ * Compiles the training step. With microBatches = R > 1 the batch comes in R shards, one after another:
+ * each has its own rows of the sources, and losses and gradients are averaged over the shards.
+ */
 export function compileStep(engine: Engine, problem: Problem, state: State): Step {
   const { config } = problem;
-  if (config.microBatches > 1) return compileShards(engine, problem, state);
-  const step = engine.compile('step', (feeds: StepFeeds) => {
-    const result = lossesAndGradients(problem, state.params, state.sources, feeds);
-    for (const part of ['s', 'm', 'v'] as const) state.sources[part].assign(result.sources[part]);
-    const norms = applyGradients(problem, state, result.gradients, feeds);
-    return stepMetrics(config, result.losses, result.l0, norms);
-  });
-  return (n, data) =>
-    tidyAsync(async () => {
-      const inputs = inputBatch(data, batchIndices(data.count, config.batchSize, n, config.seed));
-      const key = randomKey(config.seed, n);
-      return scalars(await step({ ...asTensors(schedule(config, n)), inputs, key }));
-    });
-}
-
-/**
- * Micro-batches: the batch comes in R shards, one after another. Each has its own rows of the sources;
- * losses and gradients are averaged over the shards before the parameters move.
- */
-function compileShards(engine: Engine, problem: Problem, state: State): Step {
-  const { config } = problem;
+  const { params, sources, m } = state;
   const R = config.microBatches;
-  const n = state.sources.s.shape[0]! / R; // positions of a shard
-  const summed = eachGroup(group => zeros(state.m[group].shape));
-  const shard = engine.compile('shard', (feeds: StepFeeds & Record<'index' | 'values', T>) => {
-    const first = feeds.index.mul(tf.scalar(n, 'int32'));
-    const rows = tf.range(0, n, 1, 'int32').add(first) as tf.Tensor1D;
-    const mine = (part: 's' | 'm' | 'v') => tf.gather(state.sources[part], rows);
-    const old = { s: mine('s'), m: mine('m'), v: mine('v') };
-    const result = lossesAndGradients(problem, state.params, old, feeds);
-    for (const part of ['s', 'm', 'v'] as const) {
-      const all = state.sources[part];
-      const moved = tf.tensorScatterUpdate(all, rows.reshape([n, 1]), result.sources[part]);
-      all.assign(moved);
-    }
-    for (const group of PARAM_GROUPS) {
-      summed[group].assign(summed[group].add(result.gradients[group].div(R)));
-    }
-    const values = tf.concat([result.losses, result.l0.reshape([1])]);
-    return { values: feeds.values.add(values.div(R)) };
+  type Result = Omit<ReturnType<typeof forward>, 'sources'>;
+  const forward = (feeds: StepFeeds, old: Sources) =>
+    lossesAndGradients(problem, params, old, feeds);
+  const update = ({ losses, l0, gradients }: Result, feeds: AdamFeeds) =>
+    stepMetrics(config, losses, l0, applyGradients(problem, state, gradients, feeds));
+
+  const whole = engine.compile('step', (feeds: StepFeeds) => {
+    const result = forward(feeds, sources);
+    for (const part of PARTS) sources[part].assign(result.sources[part]);
+    return update(result, feeds);
   });
-  const update = engine.compile('update', ({ values, ...feeds }: AdamFeeds & { values: T }) => {
-    const norms = applyGradients(problem, state, summed, feeds);
-    for (const gradient of Object.values(summed)) gradient.assign(tf.zerosLike(gradient));
-    const [losses, l0] = tf.split(values, [lossList.length, 1]) as [T, T];
-    return stepMetrics(config, losses, l0.reshape([]), norms);
-  });
+  const shards = () => {
+    const shapes = eachGroup(group => m[group].shape);
+    const { length } = lossList;
+    return engines.accumulate(engine.compile, R, length, sources, shapes, forward, update);
+  };
+  const run = R > 1 ? shards() : (feedsOf: (shard: number) => StepFeeds) => whole(feedsOf(0));
   return (step, data) =>
     tidyAsync(async () => {
       const rows = batchIndices(data.count, config.batchSize, step, config.seed);
       const size = rows.length / R;
-      const scheduled = asTensors(schedule(config, step));
-      let values: T = tf.zeros([lossList.length + 1]); // the losses and L0 of the shards so far
-      for (let r = 0; r < R; r++) {
-        const inputs = inputBatch(data, rows.slice(r * size, (r + 1) * size));
-        const key = randomKey(config.seed, step * R + r);
-        const index = tf.scalar(r, 'int32');
-        ({ values } = await shard({ ...scheduled, inputs, key, index, values }));
-      }
-      return scalars(await update({ ...scheduled, values }));
+      const feedsOf = (r: number) => ({
+        ...asTensors(schedule(config, step)),
+        inputs: inputBatch(data, rows.slice(r * size, (r + 1) * size)),
+        key: randomKey(config.seed, step * R + r),
+      });
+      return scalars(await run(feedsOf));
     });
 }
 
@@ -1029,20 +1003,17 @@ export function compileEvaluation(engine: Engine, problem: Problem, params: Para
       await add(share, { 'loss/PGDReconLoss': (await pgd({ inputs, source })).loss });
       if (slow) await add(share, await hidden({ inputs, key }));
     }
-    const { meanCi, active, CI, Stochastic, ...ofBatches } = means;
-    const isAlive = Float32Array.from(meanCi!, ci => Number(ci >= DEAD_BELOW));
+    const isAlive = Float32Array.from(means.meanCi!, ci => Number(ci >= DEAD_BELOW));
     const mask = tf.tensor2d(isAlive, [1, sumC]);
     for (const { inputs, share } of batches) await add(share, await alive({ inputs, mask }));
-    const ofAlive = `${target.compare.metric}_alive`;
 
+    const { meanCi, active, CI, Stochastic, ...values } = means;
     const metrics: Metrics = { 'eval/n_alive': sum(isAlive) };
-    for (const [name, [mean]] of Object.entries({ ...ofBatches, [ofAlive]: means[ofAlive]! }))
-      metrics[`eval/${name}`] = mean!;
-    const ofZero = metrics['eval/ce_kl/ce_difference_zero_masked'];
-    for (const [name, difference] of Object.entries(metrics)) {
+    for (const [name, [mean]] of Object.entries(values)) metrics[`eval/${name}`] = mean!;
+    const ofZero = metrics['eval/ce_kl/ce_difference_zero_masked']!;
+    for (const [name, difference] of Object.entries(metrics))
       if (name.includes('ce_difference'))
-        metrics[name.replace('difference', 'unrecovered')] = difference / ofZero!;
-    }
+        metrics[name.replace('difference', 'unrecovered')] = difference / ofZero;
     const threshold = config.ciAliveThreshold; // written as Python writes a float
     const l0 = `eval/l0/${Number.isInteger(threshold) ? threshold.toFixed(1) : threshold}`;
     metrics[`${l0}_total`] = sum(active!);
@@ -1101,7 +1072,7 @@ export async function decompose(
   { old, stopped }: { old?: RunRecord; stopped?: Stopped } = {},
 ): Promise<Metrics | undefined> {
   const { out } = run.problem.config;
-  const now = record(run);
+  const now = recordOf(run);
   if (old) io.compareRuns(old, now, say);
   if (out) {
     fs.mkdirSync(out, { recursive: true });
@@ -1201,8 +1172,8 @@ export function writeAtomic(file: string, content: string): void {
 }
 
 /** What config.json holds. */
-export type RunRecord = ReturnType<typeof record>;
-const record = (run: Run) => io.runRecord(run, VERSION);
+export type RunRecord = ReturnType<typeof recordOf>;
+const recordOf = (run: Run) => io.runRecord(run, VERSION);
 const VERSION = '0.1.0';
 
 // ---- I. Harvest ---------------------------------------------------------------------------------
@@ -1210,7 +1181,7 @@ const VERSION = '0.1.0';
 // tokens, ahead of which predictions, and where most strongly, as text. A component fires where g > 0.
 // postprocess/harvest.ts counts more, in bounded memory, and fills the page.
 
-/** Token text, count, and PMI = ln(n_ct N / (n_c n_t)) in nats. */
+/** Token, count, and PMI = ln(n_ct N / (n_c n_t)) in nats. */
 export type TokenPmi = [token: string, count: number, pmi: number];
 export interface ShortHarvest {
   positions: number; // N
@@ -1219,7 +1190,7 @@ export interface ShortHarvest {
     index: number;
     density: number; // share of the positions where it fires
     meanCi: number; // over all positions
-    firesOn: TokenPmi[]; // by PMI of the input token
+    firesOn: TokenPmi[]; // the tokens it meets more often than by chance
     predicts: TokenPmi[]; // the same for the next token; counts are softmax mass
     examples: string[]; // the strongest firings, one a batch, the token in »«
   }[]; // those that fire
@@ -1235,21 +1206,16 @@ export async function shortHarvest({ engine, problem, params, data }: Run): Prom
   const { vocab = 0 } = (target as Partial<LanguageModel>).arch ?? {};
   if (!target.nextToken || vocab * sumC > MAX_CELLS)
     refuse(`harvest: ${sumC} components x ${vocab} tokens are for postprocess/harvest.ts`);
-  const zero = (...shape: number[]) => zeros(shape);
-  const [fired, ci, inputs, masses] = [zero(sumC), zero(sumC), zero(vocab), zero(vocab)];
-  const [onInput, onOutput] = [zero(sumC, vocab), zero(sumC, vocab)];
-  const add = (total: tf.Variable, x: T) => total.assign(total.add(x));
+  const shapes = [[sumC], [sumC], [vocab], [vocab], [sumC, vocab], [sumC, vocab]];
+  const tables = shapes.map(zeros);
   const count = engine.compile('short harvest', (f: Record<'inputs', T>) => {
     const { pass, g } = importances(problem, params, f.inputs);
     const fires: T<'N ΣC'> = indicator(g.greater(0));
     const token: T<'N vocab'> = tf.oneHot(f.inputs.flatten() as tf.Tensor1D, vocab);
     const probs: T<'N vocab'> = pass.output.logSoftmax().exp();
-    add(fired, fires.sum(0));
-    add(ci, g.sum(0));
-    add(inputs, token.sum(0));
-    add(masses, probs.sum(0));
-    add(onInput, tf.matMul(fires, token, true));
-    add(onOutput, tf.matMul(fires, probs, true));
+    const [onToken, ahead] = [tf.matMul(fires, token, true), tf.matMul(fires, probs, true)];
+    const counts = [fires.sum(0), g.sum(0), token.sum(0), probs.sum(0), onToken, ahead];
+    for (const [i, table] of tables.entries()) table.assign(table.add(counts[i]!));
     const strongest = tf.topk(g.transpose(), 1);
     return { value: strongest.values.flatten(), at: strongest.indices.flatten() };
   });
@@ -1267,7 +1233,6 @@ export async function shortHarvest({ engine, problem, params, data }: Run): Prom
       list.sort((a, b) => b.value - a.value).splice(EXAMPLES);
     }
   }
-  const tables = [fired, ci, inputs, masses, onInput, onOutput];
   const [nC, ciSum, nIn, nOut, nCIn, nCOut] = await Promise.all(tables.map(numbers));
   tf.dispose(tables);
 
@@ -1356,7 +1321,7 @@ export interface LanguageModel extends Target {
   readonly arch: Architecture;
   readonly dir: string;
   readonly config: Readonly<Record<string, unknown>>; // config.json as it is
-  readonly source: { path: string; type: string; sha256: string };
+  readonly source: NonNullable<Target['source']>;
 }
 
 /** The linear layers of an architecture's blocks, in network order. */
@@ -1379,7 +1344,7 @@ export function linearLayers(arch: Architecture): LinearLayer[] {
 }
 
 /** Loads a Hugging Face folder. @throws UsageError naming the file and what is wrong with it */
-export async function loadTarget(dir: string, place = dir): Promise<LanguageModel> {
+export async function loadTarget(dir: string, from: Place = { path: dir }) {
   const files = await io.openModel(dir, NAMES, say);
   const { arch, config } = files;
   const { names, conv1d, vocab, dModel, headDim, nLayers } = arch;
@@ -1409,7 +1374,7 @@ export async function loadTarget(dir: string, place = dir): Promise<LanguageMode
     const head = `${names.head}.weight`;
     if (files.has(head)) load(head, [vocab, dModel]);
     else if (!arch.tied) refuse(`${dir}: ${head} is missing and tie_word_embeddings is false`);
-    const source = { path: place, type: arch.type, sha256: files.finish() };
+    const source = { ...from, type: arch.type, sha256: files.finish() };
     return languageModel({ arch, linears, weights, dir, config, source });
   } finally {
     files.close();
@@ -1623,12 +1588,10 @@ export async function loadData(model: LanguageModel, config: Config): Promise<Da
   const tokenizer = io.loadTokenizer(dir);
   const first = [modelConfig.eos_token_id].flat()[0]; // Llama 3 lists several; the first ends a text
   const options = {
+    ...arch, // vocab, context
     seqLen: config.seqLen,
     tokenizer,
     endOfText: Number.isInteger(first) ? (first as number) : undefined,
-    vocab: arch.vocab,
-    context: arch.context,
-    contextField: arch.contextField,
     file: path.join(config.out, 'tokens.bin'), // for a corpus larger than memory
     rows: config.nSteps * config.batchSize,
   };
@@ -1684,9 +1647,9 @@ export function scramble(x: number): number {
 }
 
 // ---- L. Rooms -----------------------------------------------------------------------------------
-// engine/ makes TFJS fast, io/ stands between this file and the world. Neither knows this file. Where a
-// folder is missing, the plain ways below do: this file alone runs op by op, reads llama and
-// llama_simple_mlp folders and .txt files, and writes components.safetensors.
+// engine/ makes TFJS fast, io/ stands between this file and the world. Where a folder is missing, the
+// plain ways below do: this file alone runs op by op, reads llama and llama_simple_mlp folders and .txt
+// files, and writes components.safetensors.
 
 export interface Engine {
   readonly name: string;
@@ -1734,9 +1697,9 @@ const beside = async <X>(folder: string, plain: X, load: () => Promise<X>): Prom
 // biome-ignore format: kept on few lines
 type Io = Pick<typeof import('./io/index.ts'),
   | 'commandLine' | 'resolveModel' | 'loadTokenizer' | 'loadRows' | 'startProgress' | 'watchSignals'
-  | 'checkFinite' | 'readMetrics' | 'saveCheckpoint' | 'restore' | 'resume'
-  | 'compareRuns' | 'compareData' | 'runRecord' | 'readRecord' | 'dryRun'>
-  & { openModel(dir: string, own: typeof NAMES, talk: typeof say): Promise<ModelFiles> };
+  | 'checkFinite' | 'readMetrics' | 'saveCheckpoint' | 'restore' | 'resume' | 'compareRuns'
+  | 'compareData' | 'runRecord' | 'readRecord' | 'dryRun' | 'warnOfTarget'
+> & { openModel(dir: string, own: typeof NAMES, talk: typeof say): Promise<ModelFiles> };
 /** A model folder: what its config says, and its tensors by the names that `arch` implies. */
 interface ModelFiles {
   arch: Architecture;
@@ -1746,16 +1709,13 @@ interface ModelFiles {
   finish(): string; // the SHA-256 of all that was read
   close(): void;
 }
-const needs = (what: string) => (): never =>
-  refuse(`${what} needs the folder io/ beside this file`);
+const needs = (folder: string) => (): never =>
+  refuse(`this needs the folder ${folder} beside the file`);
 const plainIo: Io = {
   commandLine: plainFlags,
   resolveModel: async dir => ({ dir }),
   openModel: plainModel,
-  loadTokenizer(dir) {
-    const file = path.join(dir, 'tokenizer.json');
-    return fs.existsSync(file) ? new Tokenizer(readJson(file), {}) : undefined;
-  },
+  loadTokenizer: dir => new Tokenizer(readJson(path.join(dir, 'tokenizer.json')), {}),
   loadRows: plainRows,
   startProgress: total => (done, line) => {
     if (done === total || Number.isInteger(Math.log2(done))) say(line());
@@ -1767,16 +1727,16 @@ const plainIo: Io = {
   saveCheckpoint: plainSave,
   runRecord: ({ problem: { config } }) => ({ formatVersion: 1, config }) as never,
   readMetrics: () => [],
-  readRecord: needs('a finished run'),
-  restore: needs('a finished run'),
-  resume: needs('--resume'),
-  compareRuns: needs('--resume'),
-  compareData: needs('a finished run'),
-  dryRun: needs('--dry-run'),
+  readRecord: needs('io/'),
+  restore: needs('io/'),
+  resume: needs('io/'),
+  compareRuns: needs('io/'),
+  compareData: needs('io/'),
+  dryRun: needs('io/'),
+  warnOfTarget: () => {},
 };
-interface Engines {
+interface Engines extends Pick<typeof import('./engine/index.ts'), 'checkSize' | 'accumulate'> {
   startEngine(config: Config): Promise<Omit<Engine, 'compile'> & Partial<Engine>>;
-  checkSize: typeof import('./engine/index.ts').checkSize;
 }
 const plainEngines: Engines = {
   async startEngine({ engine, precision }) {
@@ -1787,6 +1747,7 @@ const plainEngines: Engines = {
     return { name: 'wasm', gpu: false, description: 'WASM, op by op (no engine/ folder)' };
   },
   checkSize: () => {},
+  accumulate: needs('engine/'),
 };
 const io = await beside('io', plainIo, () => import('./io/index.ts'));
 const engines = await beside('engine', plainEngines, () => import('./engine/index.ts'));
@@ -1802,34 +1763,30 @@ function readJson(file: string): Record<string, unknown> {
 /** Flags of the main job, as --name=value. */
 function plainFlags(argv: string[]): ReturnType<Io['commandLine']> {
   const values: Record<string, string | number | boolean> = {};
+  const wrong = (arg: string) =>
+    refuse(`${arg}: without io/ takes --name=value, one of ${Object.keys(FIELDS).join(' ')}`);
   for (const arg of argv) {
     const [, no, flag = '', raw] = /^--(no-)?([\w-]+)(?:=(.+))?$/s.exec(arg) ?? [];
     const name = flag.replace(/-(.)/g, (_, letter) => letter.toUpperCase());
-    const {
-      value: usual,
-      min = 0,
-      max = 0,
-    } = (Object.hasOwn(FIELDS, name) && FIELDS[name as 'seed']) || {};
+    if (!Object.hasOwn(FIELDS, name)) wrong(arg);
+    const { value: usual, min, max } = FIELDS[name as 'seed'];
     const value = typeof usual === 'number' ? Number(raw ?? Number.NaN) : no ? false : raw;
-    const fits =
-      typeof value === typeof usual &&
-      (typeof value !== 'number' || (value >= min && value <= max));
-    if (value === undefined || !fits)
-      return refuse(
-        `${arg}: without io/ takes --name=value, one of ${Object.keys(FIELDS).join(' ')}`,
-      );
-    values[name] = value;
+    if (
+      typeof value !== typeof usual ||
+      !(typeof value !== 'number' || (value >= min && value <= max))
+    )
+      wrong(arg);
+    values[name] = value!;
   }
   return { job: 'decompose', values, flags: {}, meantFor: {} };
 }
 
 /** A plain Llama or the paper's own model: one safetensors file, which is trusted. */
 async function plainModel(dir: string): Promise<ModelFiles> {
-  const [configFile, file] = ['config.json', 'model.safetensors'].map(f => path.join(dir, f));
-  const config = readJson(configFile!);
-  const arch = plainArchitecture(config, configFile!);
-  const bytes = fs.existsSync(file!) ? fs.readFileSync(file!) : refuse(`${file}: no such file`);
-  const sha256 = crypto.createHash('sha256').update(fs.readFileSync(configFile!));
+  const [configFile, file] = [path.join(dir, 'config.json'), path.join(dir, 'model.safetensors')];
+  const config = readJson(configFile);
+  const bytes = fs.existsSync(file) ? fs.readFileSync(file) : refuse(`${file}: no such file`);
+  const sha256 = crypto.createHash('sha256').update(fs.readFileSync(configFile));
   // A safetensors file: the header's length in 8 bytes, the header (JSON), the tensors' bytes.
   const start = 8 + Number(bytes.readBigUInt64LE());
   const header = JSON.parse(bytes.toString('utf8', 8, start));
@@ -1844,20 +1801,25 @@ async function plainModel(dir: string): Promise<ModelFiles> {
     sha256.update(name).update(data);
     return data;
   };
-  const has = (name: string) => Object.hasOwn(header, name);
-  return { arch, config, has, read, finish: () => sha256.digest('hex'), close: () => {} };
+  return {
+    arch: plainArchitecture(config, configFile),
+    config,
+    has: name => Object.hasOwn(header, name),
+    read,
+    finish: () => sha256.digest('hex'),
+    close: () => {},
+  };
 }
 
 // biome-ignore lint/suspicious/noExplicitAny: fields of a config.json
 export function plainArchitecture(config: Record<string, any>, file: string): Architecture {
   const { model_type: type, num_attention_heads: nHeads, hidden_size: dModel } = config;
-  const needsIo = (what: string) => refuse(`${file}: ${what} needs the folder io/`);
-  const names: Names = Object.hasOwn(NAMES, type)
-    ? NAMES[type as keyof typeof NAMES]
-    : needsIo(`model_type ${type}`);
+  const other = (what: string) => refuse(`${file}: ${what} needs the folder io/`);
+  if (!Object.hasOwn(NAMES, type)) other(`model_type ${type}`);
+  const names: Names = NAMES[type as keyof typeof NAMES];
   const activation = config.hidden_act ?? (names.gate ? 'silu' : 'gelu_new');
-  if (!Object.hasOwn(ACTIVATIONS, activation)) needsIo(`hidden_act ${activation}`);
-  for (const field of ['rope_scaling', 'rope_parameters']) if (config[field]) needsIo(field);
+  if (!Object.hasOwn(ACTIVATIONS, activation)) other(`hidden_act ${activation}`);
+  for (const field of ['rope_scaling', 'rope_parameters']) if (config[field]) other(field);
   const headDim = config.head_dim ?? dModel / nHeads;
   // biome-ignore format: kept on few lines
   return {
@@ -1878,8 +1840,8 @@ async function plainRows(
   evalData: string,
   { seqLen, tokenizer, endOfText }: Parameters<Io['loadRows']>[2],
 ): ReturnType<Io['loadRows']> {
-  if (!tokenizer || !data.endsWith('.txt') || !fs.existsSync(data) || evalData)
-    return refuse(`${data}: without io/ takes one .txt file, and a model with a tokenizer.json`);
+  if (!tokenizer || !data.endsWith('.txt') || evalData || !fs.existsSync(data))
+    return refuse(`${data}: without io/ takes one .txt file`);
   const documents = fs
     .readFileSync(data, 'utf8')
     .split('\n')
@@ -1951,20 +1913,18 @@ async function openModelRun(config: Config, given: ReadonlySet<string>) {
   if (!config.data) refuse('--data: missing; takes a .txt, .jsonl, .json or .parquet file');
   const engine = await startEngine(config);
   say(`engine   ${engine.description}`);
-  const { dir } = await io.resolveModel(config.model);
-  const target = await loadTarget(dir, config.model);
+  const { dir, commit } = await io.resolveModel(config.model);
+  const target = await loadTarget(dir, { path: config.model, ...(commit && { commit }) });
   const { arch, linears } = target;
-  const { type, nLayers, dModel, vocab } = arch;
-  const sizes = `${nLayers} layers, width ${dModel}, vocabulary ${vocab}`;
-  say(`target   ${config.model}: ${type}, ${sizes}`);
+  const sizes = `${arch.nLayers} layers, width ${arch.dModel}, vocabulary ${arch.vocab}`;
+  say(`target   ${config.model}: ${arch.type}, ${sizes}`);
   const c = resolveConfig(config, arch, given, engine.gpu);
   const data = await loadData(target, c);
   c.seqLen = data.train.seqLen;
   const rowsOf = ({ count, seqLen }: Rows) => `${count} rows of ${seqLen} tokens`;
   say(`data     ${rowsOf(data.train)} to train on, ${rowsOf(data.heldOut)} held out`);
   const modules = chooseModules(linears, c.components);
-  const counts = `${modules.length} of ${linears.length} linear layers`;
-  say(`modules  ${counts}, ${totalC(modules)} components`);
+  say(`modules  ${modules.length} of ${linears.length}, ${totalC(modules)} components`);
 
   const enough = Math.max(c.evalBatchSize, Math.ceil(LOSS_TOKENS / c.seqLen));
   const rows = firstRows(data.heldOut, enough);
@@ -1994,8 +1954,10 @@ export async function openRun(dir: string, changes: Partial<Config> = {}) {
   const run = await openModelRun(config, new Set(Object.keys(config)));
   if (run.problem.target.source.sha256 !== record.model.sha256)
     refuse(`${record.model.path}: not the model of this run (its SHA-256 differs)`);
+  const given = Boolean(changes.data || changes.evalData); // other data on purpose
+  const otherData = io.compareData(record.data, recordOf(run).data, given, say);
   await io.restore(path.join(dir, 'components.safetensors'), run.params);
-  return { ...run, record };
+  return { ...run, record, otherData };
 }
 export type OpenRun = Awaited<ReturnType<typeof openRun>>;
 
@@ -2007,38 +1969,17 @@ export interface Job {
   run(dir: string, changes: Partial<Config>, flags: Flags): Promise<void>;
 }
 
-export const JOBS: Record<string, Job> = {
-  eval: {
-    help: 'evaluates a finished run: one JSON object on standard output',
-    async run(dir, changes) {
-      const { engine, problem, params, data } = await openRun(dir, changes);
-      const { config } = problem;
-      const { heldOut } = data;
-      // Given rows are one batch, since the importance loss is no mean over batches;
-      // --eval-batch-size splits them.
-      if (changes.evalData && !changes.evalBatchSize) config.evalBatchSize = heldOut.count;
-      const rows = changes.evalData ? heldOut : firstRows(heldOut, config.evalBatchSize);
-      const evaluate = compileEvaluation(engine, problem, params);
-      console.log(JSON.stringify((await evaluate(rows, config.nSteps, true)).metrics));
-    },
-  },
-  harvest: {
-    help: 'what each component does: (re)builds harvest.json',
-    run: async (dir, changes) => writeHarvest(await openRun(dir, changes)),
-  },
-};
-async function writeHarvest(run: Run): Promise<void> {
+const writeHarvest = async (run: Run): Promise<void> => {
   const file = path.join(run.problem.config.out, 'harvest.json');
   writeAtomic(file, JSON.stringify(await shortHarvest(run)));
-}
-
-/** What postprocess/ adds: more jobs, and what is done with a run when its training ends. */
+};
+/** What postprocess/ does: jobs on finished runs, and what follows when a training ends. */
 export interface Postprocess {
   JOBS: Record<string, Job>;
   finish(run: Run, metrics: Metrics): Promise<void>;
 }
 const plainPostprocess: Postprocess = {
-  JOBS,
+  JOBS: {},
   async finish(run, metrics) {
     console.log(metrics);
     if (run.problem.config.harvest) await writeHarvest(run);
@@ -2047,7 +1988,7 @@ const plainPostprocess: Postprocess = {
 
 /** Parses and runs a command line. @returns the exit code */
 export async function main(argv: string[], post = plainPostprocess): Promise<number> {
-  const jobs = { ...JOBS, ...post.JOBS };
+  const jobs = post.JOBS;
   const given = io.commandLine(argv, { version: VERSION, groups: GROUPS, jobs });
   if (!given) return 0; // --help, --version
   const { job, values, flags } = given;
@@ -2056,11 +1997,15 @@ export async function main(argv: string[], post = plainPostprocess): Promise<num
   return 0;
 }
 
+/** A message may quote a stranger's file: one line of it, without control or direction marks. */
+const oneLine = (error: unknown) =>
+  (error as Error).message.slice(0, 500).replace(/[\p{C}\p{Zl}\p{Zp}]/gu, '?');
+
 /** The main job. `meantFor`: the target that a preset is meant for. */
 async function decomposeModel(
   changes: Partial<Config>,
   flags: Flags,
-  meantFor: Partial<Architecture>,
+  meantFor: Record<string, number>,
   post: Postprocess,
 ) {
   const to = changes.out;
@@ -2076,13 +2021,8 @@ async function decomposeModel(
   const run = await openModelRun(config, new Set(Object.keys(given)));
   const { engine, problem, params, data } = run;
   const { arch } = problem.target;
-  for (const [field, meant] of Object.entries(meantFor)) {
-    const got = arch[field as keyof Architecture];
-    if (got !== meant)
-      say(`warning  this preset is meant for a target with ${field} ${meant}; this one has ${got}`);
-  }
-  const ciShapes = ciTransformer.shapes(problem);
-  engines.checkSize({ ...problem, arch, ciShapes }, engine, say);
+  io.warnOfTarget(arch, meantFor, say);
+  engines.checkSize({ ...problem, arch, ciShapes: ciTransformer.shapes(problem) }, engine, say);
   if (flags['dry-run']) {
     const step = compileStep(engine, problem, initialState(problem, params));
     await io.dryRun(problem, async n => void (await step(n, data.train)));
@@ -2103,8 +2043,7 @@ async function decomposeModel(
   try {
     await post.finish(run, metrics);
   } catch (error) {
-    say(`nano-param-decomp: ${(error as Error).message.split('\n')[0]}`);
-    say(`the run is trained and saved; go on with: harvest --run ${out}`);
+    say(`nano-param-decomp: ${oneLine(error)}; the run is saved: go on with harvest --run ${out}`);
     return 1;
   }
   const peak = (process.resourceUsage().maxRSS / 2 ** 20).toFixed(2);
@@ -2117,9 +2056,7 @@ if (process.argv[1] && fs.realpathSync(process.argv[1]) === fileURLToPath(import
     const wrongInput = error.name === 'UsageError';
     // What the system says (a full disk …) is no bug of ours: its stack tells nothing.
     const known = /^E[A-Z]+$/.test(error.code ?? '') || error.name === 'DivergenceError';
-    // A message may quote a stranger's file: one line, no control or direction marks.
-    const line = error.message.slice(0, 500).replace(/[\p{C}\p{Zl}\p{Zp}]/gu, '?');
-    say(wrongInput || known ? `nano-param-decomp: ${line}` : String(error.stack));
+    say(wrongInput || known ? `nano-param-decomp: ${oneLine(error)}` : String(error.stack));
     return wrongInput ? 2 : 1;
   };
   // Not awaited: postprocess/ imports this file, which then has to be loaded.

@@ -1,4 +1,5 @@
 export { checkSize } from './estimate.ts';
+export { accumulate } from './shards.ts';
 
 import { spawnSync } from 'node:child_process';
 import * as os from 'node:os';

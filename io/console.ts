@@ -2,6 +2,22 @@ import * as os from 'node:os';
 
 // What a long loop shows on standard error, and how a signal ends it between two steps.
 
+/** Where a terminal's cursor is: behind a live line, which has no newline yet. */
+let behindLiveLine = false;
+
+/** Shows a line: on a terminal in place of the live one, and `last` ends it; elsewhere a line like any other. */
+export function showLive(line: string, last: boolean): void {
+  const live = process.stderr.isTTY === true;
+  process.stderr.write(live ? `\r\x1b[K${line}${last ? '\n' : ''}` : `${line}\n`);
+  behindLiveLine = live && !last;
+}
+
+/** Ends the live line, if there is one: what is said next starts on a line of its own. */
+export function endLiveLine(): void {
+  if (behindLiveLine) process.stderr.write('\n');
+  behindLiveLine = false;
+}
+
 /** A long loop's progress: one line that is rewritten on a terminal, a plain line now and then elsewhere. */
 export function startProgress(total: number, first = 0, unit = 'step') {
   const started = performance.now();
@@ -14,8 +30,7 @@ export function startProgress(total: number, first = 0, unit = 'step') {
     const perStep = (now - started) / Math.max(1, done - first);
     const left = Math.round((perStep * (total - done)) / 1000);
     const time = `${Math.floor(left / 60)}:${String(left % 60).padStart(2, '0')}`;
-    const line = `${text()}  ${perStep.toPrecision(3)} ms/${unit}  ${time} left`;
-    process.stderr.write(live ? `\r\x1b[K${line}${done === total ? '\n' : ''}` : `${line}\n`);
+    showLive(`${text()}  ${perStep.toPrecision(3)} ms/${unit}  ${time} left`, done === total);
   };
 }
 
@@ -26,6 +41,8 @@ export function startProgress(total: number, first = 0, unit = 'step') {
 export function watchSignals(say: (line: string) => void) {
   let exitCode: number | undefined;
   const onSignal = (signal: 'SIGINT' | 'SIGTERM') => {
+    if (signal === 'SIGINT' && process.stderr.isTTY) behindLiveLine = true; // behind the ^C that a terminal echoes
+    endLiveLine();
     if (exitCode) process.exit(exitCode); // two of them came during one native call
     exitCode = 128 + os.constants.signals[signal];
     say(`${signal}: saving after this step; once more stops at once`);
@@ -36,7 +53,9 @@ export function watchSignals(say: (line: string) => void) {
     /** To be awaited after each step: lets signals in, and gives the exit code (130 or 143) once one has come. */
     async interrupted(): Promise<number | undefined> {
       await new Promise(setImmediate);
-      if (exitCode) stop();
+      if (!exitCode) return undefined;
+      stop();
+      endLiveLine(); // of the step that the signal came into
       return exitCode;
     },
     stop,
@@ -61,4 +80,12 @@ export async function dryRun(
   const median = times.sort((a, b) => a - b)[2]!;
   const hours = ((median * config.nSteps) / 3.6e6).toFixed(2);
   console.log(`${median.toFixed(1)} ms per step: ${config.nSteps} steps take ${hours} hours`);
+}
+
+/** Says where a target is not the one that a preset is meant for. */
+export function warnOfTarget(arch: object, meantFor: Record<string, number>, say: (line: string) => void): void {
+  for (const [field, meant] of Object.entries(meantFor)) {
+    const got = (arch as Record<string, unknown>)[field];
+    if (got !== meant) say(`warning  this preset is meant for a target with ${field} ${meant}; this one has ${got}`);
+  }
 }

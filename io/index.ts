@@ -5,11 +5,8 @@ export * from './checkpoints.ts';
 export * from './console.ts';
 export { loadRows } from './data.ts';
 export { commandLine } from './flags.ts';
+export { datasetCommit, resolveModel } from './hub.ts';
 export { openModel } from './models.ts';
 export { PRESETS } from './presets.ts';
 export { readRecord, runRecord } from './record.ts';
 export { loadTokenizer } from './tokenizer.ts';
-
-import * as hub from './hub.ts';
-export const resolveModel = async (spec: string) => ({ dir: await hub.resolveModel(spec) });
-export const compareData = (..._: unknown[]): void => {};

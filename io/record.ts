@@ -2,6 +2,7 @@ import * as crypto from 'node:crypto';
 import * as fs from 'node:fs';
 import * as path from 'node:path';
 import * as tf from '@tensorflow/tfjs';
+import { datasetCommit } from './hub.ts';
 import { orRefuse, refuse } from './usage-error.ts';
 
 // The record of a run, its config.json.
@@ -17,7 +18,7 @@ interface Described {
     modules: readonly { path: string; dIn: number; dOut: number; C: number }[];
     config: { data: string };
   };
-  data: { train: Rows; heldOut: Rows; commit?: string | undefined };
+  data: { train: Rows; heldOut: Rows };
 }
 
 /** The SHA-256 of rows; a source without an end has none. */
@@ -32,13 +33,14 @@ function hashOf({ count, row }: Rows): string {
 export function runRecord<D extends Described>({ engine, problem, data }: D, version: string) {
   const { target, modules } = problem;
   const config: D['problem']['config'] = problem.config;
+  const commit = config.data && datasetCommit(config.data);
   return {
     formatVersion: 1,
     config,
     model: { ...(target.source ?? { path: '', type: 'own network', sha256: '' }) },
     data: {
       path: config.data,
-      ...(data.commit && { commit: data.commit }),
+      ...(commit && { commit }),
       sha256: hashOf(data.train),
       trainRows: data.train.count,
       heldOutSha256: hashOf(data.heldOut),

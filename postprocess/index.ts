@@ -13,6 +13,7 @@ import {
   totalC,
   writeAtomic,
 } from '../nano-param-decomp.ts';
+import { evaluate } from './eval.ts';
 import { harvest, harvestPass, tokenText } from './harvest.ts';
 import { renderReport } from './page.ts';
 import { readLabels, type Scoreboard, scoreRules } from './scoreboard.ts';
@@ -21,11 +22,12 @@ import { boardLines, summary } from './summary.ts';
 // What is done with a finished run. Each stage is one module of this folder and one line of JOBS.
 
 export const JOBS: Record<string, Job> = {
+  eval: { help: 'evaluates the run: one JSON object on standard output', run: evaluate },
   harvest: {
     help: '(re)builds harvest.json and the page, report.html; --data: on other data',
     async run(dir, changes) {
       const run = await openRun(dir, changes);
-      await harvestRun(run, changes.evalData ? undefined : await score(run));
+      await harvestRun(run, changes.evalData ? undefined : await score(run), run.otherData);
     },
   },
 };
@@ -47,7 +49,11 @@ async function score(run: Run): Promise<Scoreboard | undefined> {
 }
 
 /** Harvests a run and writes harvest.json and report.html into its folder. */
-export async function harvestRun(run: Run<LanguageModel>, scoreboard: Scoreboard | undefined): Promise<void> {
+export async function harvestRun(
+  run: Run<LanguageModel>,
+  scoreboard: Scoreboard | undefined,
+  otherData: string[] = [],
+): Promise<void> {
   const { engine, params, data } = run;
   const problem: Problem<LanguageModel> = run.problem;
   const { config, modules, target } = problem;
@@ -65,7 +71,9 @@ export async function harvestRun(run: Run<LanguageModel>, scoreboard: Scoreboard
     settings: { seed: config.seed },
     progress: positions => show(positions, () => `harvest ${positions} tokens`),
   });
-  writeAtomic(path.join(config.out, 'harvest.json'), JSON.stringify(result));
+  // What was harvested is said where it is not the run's own data.
+  const noted = otherData.length > 0 ? { ...result, otherData } : result;
+  writeAtomic(path.join(config.out, 'harvest.json'), JSON.stringify(noted));
   const history = readMetrics(path.join(config.out, 'metrics.jsonl'));
   const metrics = history.findLast(line => 'eval/n_alive' in line) ?? {};
   const record = readRecord(config.out);
