@@ -224,6 +224,10 @@ const addBias = (y: T<'N dOut'>, bias: T<'dOut'> | undefined) => (bias ? y.add(b
 export const weightOf = ({ weights }: Pick<Target, 'weights'>, name: string): tf.Tensor =>
   weights.get(name) ?? refuse(`no weight ${name}`);
 
+/** tf.split, whose own gradient throws where there is only one part. */
+const splitColumns = (x: T, sizes: number[]): T[] =>
+  sizes.length > 1 ? tf.split(x, sizes, 1) : [x];
+
 /** The layers as the target has them: x Wᵀ + b. */
 export const ownLinear =
   (target: Target): Linear =>
@@ -244,9 +248,15 @@ export interface Masks {
  *   y = ((x V) ⊙ a) U + k ⊙ (x Wᵀ) + b,   a = r (m − δ),   k = 1 − r (1 − δ).
  */
 export function maskedLinear({ target, modules }: Problem, params: Tensors, masks: Masks): Linear {
-  const perModule = (x: T<'N M'>) => tf.split(x, modules.length, 1);
-  const sizes = modules.map(m => m.C);
-  const mask = tf.split(masks.mask, sizes, 1);
+  const perModule = (x: T<'N M'>) =>
+    splitColumns(
+      x,
+      modules.map(() => 1),
+    );
+  const mask = splitColumns(
+    masks.mask,
+    modules.map(m => m.C),
+  );
   const delta = masks.delta && perModule(masks.delta);
   const route = masks.route && perModule(masks.route);
   // k, the kept share of x Wᵀ. Without routing (r = 1) it is δ, and without δ as well it is 0.
