@@ -630,7 +630,9 @@ export async function loadData({ arch, dir, config: model }: Target, config: Con
   const { context, contextField, vocab } = arch;
   const file = path.join(config.out, 'tokens.bin'); // of a corpus larger than memory
   const rows = config.nSteps * config.batchSize;
-  const options = { seqLen: config.seqLen, tokenizer, endOfText, vocab, context, contextField, file, rows };
+  const pad = Number.isInteger(model.pad_token_id) ? (model.pad_token_id as number) : undefined;
+  const [evalRows, { seqLen }] = [config.evalBatchSize || config.batchSize, config];
+  const options = { seqLen, tokenizer, endOfText, pad, vocab, context, contextField, file, rows, evalRows };
   return { tokenizer, ...(await part.loadRows(config.data, config.evalData, options)) };
 }
 
