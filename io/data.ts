@@ -121,8 +121,9 @@ function listOf(where: string, field: string, value: unknown): (number | bigint 
 }
 
 function kindOf(value: unknown): string {
-  if (Array.isArray(value)) return `a list of ${value.length > 0 ? kindOf(value[0]).replace(/^an? /, '') : 'nothing'}s`;
-  return typeof value === 'object' && value !== null ? 'an object' : `a ${typeof value}`;
+  const word = (one: unknown) => (Array.isArray(one) ? 'list' : typeof one);
+  if (Array.isArray(value)) return value.length > 0 ? `a list of ${word(value[0])}s` : 'an empty list';
+  return typeof value === 'object' ? 'an object' : `a ${typeof value}`;
 }
 
 /**
