@@ -1356,6 +1356,7 @@ export function linearLayers(arch: Architecture): LinearLayer[] {
 
 /** Loads a Hugging Face folder. @throws UsageError naming the file and what is wrong with it */
 export async function loadTarget(dir: string, from: Place = { path: dir }) {
+  await openRooms();
   const files = await io.openModel(dir, NAMES, say);
   const { arch, config } = files;
   const { names, conv1d, vocab, dModel, headDim, nLayers } = arch;
@@ -1595,18 +1596,8 @@ function shuffled(count: number, seed: number, epoch: number): Uint32Array {
 
 /** Training and held-out rows: those of `evalData`, else of the last 5 % of the documents. */
 export async function loadData(model: LanguageModel, config: Config): Promise<Data> {
-  const { dir, arch, config: modelConfig } = model;
-  const tokenizer = io.loadTokenizer(dir);
-  const first = [modelConfig.eos_token_id].flat()[0]; // Llama 3 lists several; the first ends a text
-  const options = {
-    ...arch, // vocab, context
-    seqLen: config.seqLen,
-    tokenizer,
-    endOfText: Number.isInteger(first) ? (first as number) : undefined,
-    file: path.join(config.out, 'tokens.bin'), // for a corpus larger than memory
-    rows: config.nSteps * config.batchSize,
-  };
-  return { tokenizer, ...(await io.loadRows(config.data, config.evalData, options)) };
+  const tokenizer = io.loadTokenizer(model.dir);
+  return { tokenizer, ...(await io.rowsOf(config, model, tokenizer)) };
 }
 
 // Random numbers are a function of (seed, step, purpose) and of nothing else, so any step can be
@@ -1683,6 +1674,7 @@ export const opByOp: Pick<Engine, 'compile'> = {
 };
 /** Starts the engine that the config asks for. @throws UsageError if it is not there */
 export async function startEngine(config: Config): Promise<Engine> {
+  await openRooms();
   return { ...opByOp, ...(await engines.startEngine(config)) };
 }
 
@@ -1707,7 +1699,7 @@ const beside = async <X>(folder: string, plain: X, load: () => Promise<X>): Prom
 
 // biome-ignore format: kept on few lines
 type Io = Pick<typeof import('./io/index.ts'),
-  | 'commandLine' | 'resolveModel' | 'loadTokenizer' | 'loadRows' | 'startProgress' | 'watchSignals'
+  | 'commandLine' | 'resolveModel' | 'loadTokenizer' | 'rowsOf' | 'startProgress' | 'watchSignals'
   | 'checkFinite' | 'readMetrics' | 'saveCheckpoint' | 'restore' | 'resume' | 'compareRuns'
   | 'compareData' | 'runRecord' | 'readRecord' | 'dryRun' | 'warnOfTarget'
 > & { openModel(dir: string, own: typeof NAMES, talk: typeof say): Promise<ModelFiles> };
@@ -1727,7 +1719,7 @@ const plainIo: Io = {
   resolveModel: async dir => ({ dir }),
   openModel: plainModel,
   loadTokenizer: dir => new Tokenizer(readJson(path.join(dir, 'tokenizer.json')), {}),
-  loadRows: plainRows,
+  rowsOf: (config, model, tokenizer) => plainRows(config as Config, model, tokenizer),
   startProgress: total => (done, line) => {
     if (done === total || Number.isInteger(Math.log2(done))) say(line());
   },
@@ -1760,8 +1752,13 @@ const plainEngines: Engines = {
   checkSize: () => {},
   accumulate: needs('engine/'),
 };
-const io = await beside('io', plainIo, () => import('./io/index.ts'));
-const engines = await beside('engine', plainEngines, () => import('./engine/index.ts'));
+let io: Io = plainIo;
+let engines: Engines = plainEngines;
+/** Takes the rooms in. Whatever starts from outside awaits it first. */
+async function openRooms(): Promise<void> {
+  io = await beside('io', plainIo, () => import('./io/index.ts'));
+  engines = await beside('engine', plainEngines, () => import('./engine/index.ts'));
+}
 
 function readJson(file: string): Record<string, unknown> {
   try {
@@ -1847,10 +1844,10 @@ export function plainArchitecture(config: Record<string, any>, file: string): Ar
 
 /** Rows of one text file, a document a line. */
 async function plainRows(
-  data: string,
-  evalData: string,
-  { seqLen, tokenizer, endOfText }: Parameters<Io['loadRows']>[2],
-): ReturnType<Io['loadRows']> {
+  { data, evalData, seqLen }: Config,
+  { config }: Pick<LanguageModel, 'config'>,
+  tokenizer?: Tokenizer,
+): ReturnType<Io['rowsOf']> {
   if (!tokenizer || !data.endsWith('.txt') || evalData || !fs.existsSync(data))
     return refuse(`${data}: without io/ takes one .txt file`);
   const documents = fs
@@ -1859,9 +1856,9 @@ async function plainRows(
     .filter(line => line.trim());
   // Documents are joined by end-of-text, unless the tokenizer starts each with begin-of-text.
   const marksItself = tokenizer.encode('').ids.length > 0;
-  const mark = endOfText === undefined || marksItself ? [] : [endOfText];
+  const mark = marksItself ? [] : [config.eos_token_id].flat().slice(0, 1);
   const pack = (texts: string[]) => {
-    const ids = texts.flatMap(text => [...tokenizer.encode(text).ids, ...mark]);
+    const ids = texts.flatMap(text => [...tokenizer.encode(text).ids, ...(mark as number[])]);
     const row = (i: number) => Int32Array.from(ids.slice(i * seqLen, (i + 1) * seqLen));
     return { count: Math.floor(ids.length / seqLen), seqLen, row };
   };
@@ -1960,6 +1957,7 @@ const readRun = (dir: string) => io.readRecord(dir) as RunRecord;
  * of its config to use in place of its own. @throws UsageError if model or data are not those of the run
  */
 export async function openRun(dir: string, changes: Partial<Config> = {}) {
+  await openRooms();
   const record = readRun(dir);
   const config = { ...DEFAULTS, ...record.config, ...changes, out: dir };
   const run = await openModelRun(config, new Set(Object.keys(config)));
@@ -1999,6 +1997,7 @@ const plainPostprocess: Postprocess = {
 
 /** Parses and runs a command line. @returns the exit code */
 export async function main(argv: string[], post = plainPostprocess): Promise<number> {
+  await openRooms();
   const jobs = post.JOBS;
   const given = io.commandLine(argv, { version: VERSION, groups: GROUPS, jobs });
   if (!given) return 0; // --help, --version
