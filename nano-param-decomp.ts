@@ -1959,8 +1959,10 @@ const readRun = (dir: string) => io.readRecord(dir) as RunRecord;
 export async function openRun(dir: string, changes: Partial<Config> = {}) {
   await openRooms();
   const record = readRun(dir);
-  const config = { ...DEFAULTS, ...record.config, ...changes, out: dir };
+  const { evalBatchSize } = record.config; // it may decide how much of a hub's data set is read
+  const config = { ...DEFAULTS, ...record.config, ...changes, evalBatchSize, out: dir };
   const run = await openModelRun(config, new Set(Object.keys(config)));
+  run.problem.config.evalBatchSize = changes.evalBatchSize ?? evalBatchSize;
   if (run.problem.target.source.sha256 !== record.model.sha256)
     refuse(`${record.model.path}: not the model of this run (its SHA-256 differs)`);
   const given = Boolean(changes.data || changes.evalData); // other data on purpose
