@@ -59,7 +59,10 @@ export function refuse(message: string): never {
   throw new UsageError(message);
 }
 /** Progress and warnings go to standard error; standard output is for results. */
-export const say = (line: string): void => void process.stderr.write(`${line}\n`);
+export function say(line: string): void {
+  io.endLiveLine(); // a progress line, on a terminal
+  process.stderr.write(`${line}\n`);
+}
 
 export const range = (from: number, to: number) =>
   Array.from({ length: Math.max(0, to - from) }, (_, i) => from + i);
@@ -1701,7 +1704,7 @@ const beside = async <X>(folder: string, plain: X, load: () => Promise<X>): Prom
 type Io = Pick<typeof import('./io/index.ts'),
   | 'commandLine' | 'resolveModel' | 'loadTokenizer' | 'rowsOf' | 'startProgress' | 'watchSignals'
   | 'checkFinite' | 'readMetrics' | 'saveCheckpoint' | 'restore' | 'resume' | 'compareRuns'
-  | 'compareData' | 'runRecord' | 'readRecord' | 'dryRun' | 'warnOfTarget'
+  | 'compareData' | 'endLiveLine' | 'runRecord' | 'readRecord' | 'dryRun' | 'warnOfTarget'
 > & { openModel(dir: string, own: typeof NAMES, talk: typeof say): Promise<ModelFiles> };
 /** A model folder: what its config says, and its tensors by the names that `arch` implies. */
 interface ModelFiles {
@@ -1737,6 +1740,7 @@ const plainIo: Io = {
   compareData: needs('io/'),
   dryRun: needs('io/'),
   warnOfTarget: () => {},
+  endLiveLine: () => {},
 };
 interface Engines extends Pick<typeof import('./engine/index.ts'), 'checkSize' | 'accumulate'> {
   startEngine(config: Config): Promise<Omit<Engine, 'compile'> & Partial<Engine>>;
