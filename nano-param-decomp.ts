@@ -68,7 +68,7 @@ export const sum = (values: Iterable<number>): number => [...values].reduce((a, 
 export const inBatches = (count: number, size: number): number[][] =>
   range(0, Math.ceil(count / size)).map(b => range(b * size, Math.min((b + 1) * size, count)));
 
-// ---- A. Config ----------------------------------------------------------------------------------
+// ---- A. Config ------------------------------------------
 // One record gives each field its type, default, bounds, flag (kebab-case) and line in --help. The
 // defaults of training are the paper's; for its target, sizes left at 0 ("auto") are the paper's too.
 
@@ -171,7 +171,7 @@ export type Config = { [K in keyof typeof FIELDS]: (typeof FIELDS)[K]['value'] }
 const defaults = Object.entries(FIELDS).map(([name, { value }]) => [name, value]);
 export const DEFAULTS: Config = Object.fromEntries(defaults);
 
-// ---- B. Components ------------------------------------------------------------------------------
+// ---- B. Components --------------------------------------
 // Each decomposed weight W [dOut,dIn] becomes a sum of C rank-one matrices, Wᵀ ≈ V U with V [dIn,C]
 // and U [C,dOut]. What they do not (yet) explain is the delta component Δ = W − (V U)ᵀ.
 
@@ -308,7 +308,7 @@ export function chooseModules(linears: readonly LinearLayer[], spec: string): Mo
   return modules;
 }
 
-// ---- C. CI function -----------------------------------------------------------------------------
+// ---- C. CI function -------------------------------------
 // One bidirectional transformer reads what enters every module and says, for each position, how
 // causally important each component is.
 
@@ -389,7 +389,7 @@ export function importances(problem: Problem, params: Tensors, inputs: T<'B S'>)
   return { pass, input, z, g: lowerLeaky(z, problem.config.leakyAlpha), N: B * S, S };
 }
 
-// ---- D. Losses ----------------------------------------------------------------------------------
+// ---- D. Losses ------------------------------------------
 
 /** Σ ‖Δ‖² / Σ numel(Δ) over all modules: with everything on, the parts add up to the target. */
 export function faithfulnessLoss({ target, modules }: Problem, params: Tensors): T {
@@ -540,7 +540,7 @@ export const LOSSES = {
 } satisfies Record<string, Loss>;
 const lossList: [string, Loss][] = Object.entries(LOSSES);
 
-// ---- E. The adversary ---------------------------------------------------------------------------
+// ---- E. The adversary -----------------------------------
 // Persistent PGD: the sources s live on from step to step, so the adversary finds in thousands of
 // steps what a fresh one would look for anew each time. In each training step it makes some moves
 // before the losses are taken (`ppgdInnerSteps`) and one after; its Adam counts all of them.
@@ -575,7 +575,7 @@ export function adam(grad: T, m: T, v: T, betas: Betas, c1: T, c2: T) {
 }
 type Betas = { beta1: number; beta2: number; eps: number };
 
-// ---- F. The step --------------------------------------------------------------------------------
+// ---- F. The step ----------------------------------------
 
 /** What changes from step to step: the schedule's numbers, the inputs [B,S,…], the random key. */
 export type StepFeeds = Record<keyof ReturnType<typeof schedule> | 'inputs' | 'key', T>;
@@ -861,7 +861,7 @@ export async function* warmUp(engine: Engine, problem: Problem, state: State) {
   }
 }
 
-// ---- G. Evaluation ------------------------------------------------------------------------------
+// ---- G. Evaluation --------------------------------------
 
 /** Below this mean importance a component counts as dead. */
 const DEAD_BELOW = 1e-6;
@@ -1029,7 +1029,7 @@ export function compileEvaluation(engine: Engine, problem: Problem, params: Para
   return (rows: Rows, step: number, slow: boolean) => tidyAsync(() => evaluate(rows, step, slow));
 }
 
-// ---- H. The run ---------------------------------------------------------------------------------
+// ---- H. The run -----------------------------------------
 // The run folder holds config.json, metrics.jsonl, and a checkpoint: components.safetensors, the
 // deliverable, and state.safetensors, which only --resume needs.
 
@@ -1176,7 +1176,7 @@ export type RunRecord = ReturnType<typeof recordOf>;
 const recordOf = (run: Run) => io.runRecord(run, VERSION);
 const VERSION = '0.1.0';
 
-// ---- I. Harvest ---------------------------------------------------------------------------------
+// ---- I. Harvest -----------------------------------------
 // What does each component do? The short version, by dense counts: how often it fires, on which
 // tokens, ahead of which predictions, and where most strongly, as text. A component fires where g > 0.
 // postprocess/harvest.ts counts more, in bounded memory, and fills the page.
@@ -1270,9 +1270,9 @@ export async function shortHarvest({ engine, problem, params, data }: Run): Prom
   return { positions: N, components: all.filter(c => c.density > 0) };
 }
 
-// ---- below: what this stands on -----------------------------------------------------------------
+// ---- below: what this stands on -------------------------
 
-// ---- J. Language models -------------------------------------------------------------------------
+// ---- J. Language models ---------------------------------
 // A Hugging Face folder: config.json names the architecture, safetensors files hold the weights. Every
 // family is the same decoder with other options.
 
@@ -1532,7 +1532,7 @@ function decoder(network: Network, tokens: T<'B S'>, linear: Linear): T<'N vocab
   );
 }
 
-// ---- K. Data ------------------------------------------------------------------------------------
+// ---- K. Data --------------------------------------------
 
 /**
  * Rows of one length: tokens (Int32Array) or features, position after position (Float32Array). A count of
@@ -1646,7 +1646,7 @@ export function scramble(x: number): number {
   return h ^ (h >>> 16);
 }
 
-// ---- L. Rooms -----------------------------------------------------------------------------------
+// ---- L. Rooms -------------------------------------------
 // engine/ makes TFJS fast, io/ stands between this file and the world. Where a folder is missing, the
 // plain ways below do: this file alone runs op by op, reads llama and llama_simple_mlp folders and .txt
 // files, and writes components.safetensors.
@@ -1875,7 +1875,7 @@ async function plainSave(dir: string, _step: number, components: Params): Promis
   fs.writeFileSync(path.join(dir, 'components.safetensors'), Buffer.concat([start, ...data]));
 }
 
-// ---- M. Command line ----------------------------------------------------------------------------
+// ---- M. Command line ------------------------------------
 // Exit codes: 0, 1 failed, 2 bad input, 130 or 143 interrupted.
 
 /** Fills in what is "auto", and checks what one field alone can't tell. `given`: set on purpose. */
