@@ -180,22 +180,22 @@ export type LinearLayer = { path: string; dIn: number; dOut: number };
 /** How a linear layer is computed: by the target's own weight, or by masked components. */
 export type Linear = (path: string, x: T<'N dIn'>) => T<'N dOut'>;
 
-/** Where a model comes from; the hub's commit, where it is one of the hub. */
-type Place = { path: string; commit?: string };
 /** The frozen network: everything that the method needs to know of it. */
 export interface Target {
   readonly linears: readonly LinearLayer[]; // those that may be decomposed
   /** Wᵀ [dIn,dOut] under the path of its layer, a bias [dOut] under `${path}.bias`. */
   readonly weights: ReadonlyMap<string, tf.Variable>; // variables: a traced graph keeps them as state
   /**
-   * The network's outputs for inputs [B,S] (tokens, int32) or [B,S,·] (features), one row for each
-   * answer that is compared: [N,·], or fewer. Every layer of `linears` is computed by `linear`.
+   * The network's outputs for inputs [B,S] (tokens, int32) or [B,S,·] (features): one row for each
+   * position, or fewer. Every layer of `linears` is computed by `linear`.
    */
   forward(inputs: T<'B S'>, linear: Linear): T<'N out'>;
   readonly compare: Comparison; // `kl` or `mse` of section D
   readonly nextToken?: boolean; // outputs predict the next token: evaluation adds cross-entropies
-  readonly source?: Place & { type: string; sha256: string }; // for config.json
+  readonly source?: Source; // for config.json
 }
+/** Where a target comes from; `commit`: the hub's, of a model from there. */
+type Source = { path: string; commit?: string; type: string; sha256: string };
 
 /** A decomposed linear layer (not an nn.Module): columns offset … offset + C of [N,ΣC] tensors. */
 export type Module = LinearLayer & { C: number; offset: number };
@@ -209,7 +209,7 @@ export type Problem<Net extends Target = Target> = {
 };
 export const totalC = (modules: readonly Module[]) => sum(modules.map(m => m.C));
 
-/** Parameters by their names in components.safetensors: components.<path>.V and .U, ci_fn.*. */
+/** Parameters by name, as in components.safetensors: components.<path>.V and .U, ci_fn.*. */
 export type Params = Record<string, tf.Variable>;
 export const V = (params: Tensors, { path }: Module): T<'dIn C'> => params[`components.${path}.V`]!;
 export const U = (params: Tensors, { path }: Module): T<'C dOut'> =>
@@ -221,7 +221,7 @@ export const matmul = (a: T<'n k'>, b: T<'k m'>, transposeB = false): T<'n m'> =
 /** 1 where the condition holds, else 0. */
 export const indicator = (condition: T): T => condition.cast('float32');
 const addBias = (y: T<'N dOut'>, bias: T<'dOut'> | undefined) => (bias ? y.add(bias) : y);
-export const weightOf = ({ weights }: Pick<Target, 'weights'>, name: string): tf.Tensor =>
+export const weightOf = ({ weights }: Pick<Target, 'weights'>, name: string) =>
   weights.get(name) ?? refuse(`no weight ${name}`);
 
 /** The layers as the target has them: x Wᵀ + b. */
@@ -290,20 +290,20 @@ export function recordedForward(target: Target, inputs: T, linear = ownLinear(ta
 
 /** Resolves --components: "pattern=C,…", the first match wins, * is any text. */
 export function chooseModules(linears: readonly LinearLayer[], spec: string): Module[] {
-  const auto = spec === 'auto';
-  const rules = (auto ? '*=1' : spec).split(',').map(rule => {
-    const [, pattern = '', C = '0'] = /^([\w.*]+)=(\d{1,7})$/.exec(rule.trim()) ?? [];
+  const paths = linears.map(l => l.path);
+  const rules = (spec === 'auto' ? [] : spec.split(',')).map(rule => {
+    const [, pattern = '', C = 0] = /^([\w.*]+)=(\d{1,7})$/.exec(rule.trim()) ?? [];
     if (+C < 1) refuse(`--components: got ${rule}, takes pattern=C, as in "*.q_proj=64"`);
     const regex = new RegExp(`^${pattern.replaceAll('.', '\\.').replaceAll('*', '.*')}$`);
-    if (!linears.some(l => regex.test(l.path)))
-      refuse(`--components: ${pattern} matches none of ${linears.map(l => l.path).join(', ')}`);
+    if (!paths.some(name => regex.test(name)))
+      refuse(`--components: ${pattern} matches none of ${paths.join(', ')}`);
     return { regex, C: +C };
   });
   const modules: Module[] = [];
   for (const layer of [...linears].sort((a, b) => (a.path < b.path ? -1 : 1))) {
-    const C = rules.find(r => r.regex.test(layer.path))?.C;
-    const size = auto ? Math.max(layer.dIn, layer.dOut) : C;
-    if (size) modules.push({ ...layer, C: size, offset: totalC(modules) });
+    const auto = Math.max(layer.dIn, layer.dOut);
+    const C = spec === 'auto' ? auto : rules.find(r => r.regex.test(layer.path))?.C;
+    if (C) modules.push({ ...layer, C, offset: totalC(modules) });
   }
   return modules;
 }
@@ -425,8 +425,8 @@ export interface Comparison {
 /** The mean of (prediction − own)². */
 export const mse: Comparison = {
   metric: 'recon/mse',
-  loss: (own, predicted) => tf.squaredDifference(predicted, own).mean(),
-  measure: (own, predicted) => tf.squaredDifference(predicted, own).mean(),
+  loss: (own, predicted) => predicted.squaredDifference(own).mean(),
+  measure: (own, predicted) => mse.loss(own, predicted),
 };
 /** Of logits: the mean over rows of KL(target ‖ prediction), in nats. */
 export const kl: Comparison = {
@@ -478,12 +478,8 @@ export function stochasticDraws({ modules }: Problem, N: number, key: T): Draws 
   };
 }
 
-const reconstruction = (
-  problem: Problem,
-  params: Tensors,
-  { inputs, output }: Pass,
-  masks: Masks,
-) => problem.target.compare.loss(output, maskedForward(problem, params, inputs, masks));
+const reconstruction = (problem: Problem, params: Tensors, pass: Pass, masks: Masks) =>
+  problem.target.compare.loss(pass.output, maskedForward(problem, params, pass.inputs, masks));
 
 /** Reconstruction with random masks, a random part of the modules routed through components. */
 export const stochasticLoss = (
@@ -508,7 +504,7 @@ export function adversarialLoss(
 }
 
 /** What the losses of a step are functions of. */
-export interface LossInputs {
+interface LossInputs {
   problem: Problem;
   params: Tensors;
   pass: Pass;
@@ -1344,36 +1340,35 @@ export function linearLayers(arch: Architecture): LinearLayer[] {
 }
 
 /** Loads a Hugging Face folder. @throws UsageError naming the file and what is wrong with it */
-export async function loadTarget(dir: string, from: Place = { path: dir }) {
+export async function loadTarget(
+  dir: string,
+  from: Pick<Source, 'path' | 'commit'> = { path: dir },
+) {
   const files = await io.openModel(dir, NAMES, say);
   const { arch, config } = files;
-  const { names, conv1d, vocab, dModel, headDim, nLayers } = arch;
+  const { names, conv1d, vocab, dModel } = arch;
   const linears = linearLayers(arch);
   const weights = new Map<string, tf.Variable>();
-  const load = (name: string, shape: number[]) =>
-    weights.set(name, makeVariable(files.read(name, shape), shape));
-  const loadNorm = (name: string) => {
-    load(`${name}.weight`, [dModel]);
-    if (arch.norm === 'layer') load(`${name}.bias`, [dModel]);
+  const load = (name: string, shape: number[], key = `${name}.weight`, transposed = false) => {
+    weights.set(key, makeVariable(files.read(`${name}.weight`, shape), shape, transposed));
+    const bias = `${name}.bias`;
+    const length = key === name && !transposed ? shape.slice(1) : shape.slice(0, 1);
+    if (files.has(bias)) weights.set(bias, makeVariable(files.read(bias, length), length));
   };
   try {
-    load(`${names.embed}.weight`, [vocab, dModel]);
-    if (names.positions) load(`${names.positions}.weight`, [arch.context, dModel]);
-    for (const { path: name, dIn, dOut } of linears) {
-      // Kept as Wᵀ, so that no product has to transpose it.
-      const shape = conv1d ? [dIn, dOut] : [dOut, dIn];
-      weights.set(name, makeVariable(files.read(`${name}.weight`, shape), shape, !conv1d));
-      if (files.has(`${name}.bias`)) load(`${name}.bias`, [dOut]);
-    }
-    for (const i of range(0, nLayers)) {
-      for (const part of ['norm1', 'norm2'] as const) loadNorm(nameOf(arch, part, i));
+    load(names.embed, [vocab, dModel]);
+    if (names.positions) load(names.positions, [arch.context, dModel]);
+    // Linear layers are kept as Wᵀ, so that no product has to transpose them.
+    for (const { path: name, dIn, dOut } of linears)
+      load(name, conv1d ? [dIn, dOut] : [dOut, dIn], name, !conv1d);
+    for (const i of range(0, arch.nLayers)) {
+      for (const part of ['norm1', 'norm2'] as const) load(nameOf(arch, part, i), [dModel]);
       for (const part of ['qNorm', 'kNorm'] as const)
-        if (names[part]) load(`${nameOf(arch, part, i)}.weight`, [headDim]);
+        if (names[part]) load(nameOf(arch, part, i), [arch.headDim]);
     }
-    loadNorm(names.last);
-    const head = `${names.head}.weight`;
-    if (files.has(head)) load(head, [vocab, dModel]);
-    else if (!arch.tied) refuse(`${dir}: ${head} is missing and tie_word_embeddings is false`);
+    load(names.last, [dModel]);
+    if (files.has(`${names.head}.weight`)) load(names.head, [vocab, dModel]);
+    else if (!arch.tied) refuse(`${dir}: no ${names.head}, and tie_word_embeddings is false`);
     const source = { ...from, type: arch.type, sha256: files.finish() };
     return languageModel({ arch, linears, weights, dir, config, source });
   } finally {
@@ -1390,11 +1385,11 @@ export const languageModel = <X extends Network>(network: X) => ({
   forward: (tokens: T<'B S'>, linear: Linear) => decoder(network, tokens, linear),
 });
 
-/** A variable of the target or the decomposition; what is trainable concerns TFJS's optimisers. */
 export const makeVariable = (data: Float32Array, shape: number[], transposed = false) =>
   tf.tidy((): tf.Variable => {
     const stored = tf.tensor(data, shape);
-    return tf.variable(transposed ? stored.transpose() : stored, /* trainable */ false);
+    // Not "trainable", which only TFJS's own optimisers ask.
+    return tf.variable(transposed ? stored.transpose() : stored, false);
   });
 const sizeOf = (shape: readonly number[]) => shape.reduce((n, d) => n * d, 1);
 
@@ -1425,10 +1420,11 @@ export const rmsNormalize = (x: T, eps: number): T =>
     return { value: y, gradFunc };
   })(x);
 
-function normalise({ arch, weights }: Network, name: string, x: T<'N d'>): T<'N d'> {
-  const centred = arch.norm === 'layer' ? x.sub(x.mean(-1, true)) : x;
-  const scaled = rmsNormalize(centred, arch.eps).mul(weightOf({ weights }, `${name}.weight`));
-  return addBias(scaled, weights.get(`${name}.bias`));
+function normalise(net: Network, name: string, x: T<'N d'>): T<'N d'> {
+  const { norm, eps } = net.arch;
+  const centred = norm === 'layer' ? x.sub(x.mean(-1, true)) : x;
+  const scaled = rmsNormalize(centred, eps).mul(weightOf(net, `${name}.weight`));
+  return addBias(scaled, net.weights.get(`${name}.bias`));
 }
 
 /** RoPE's inverse wavelengths, one for each rotated pair of dimensions. */
@@ -1442,8 +1438,7 @@ export function rotate(x: T<'B H S hd'>, frequencies: Float32Array): T<'B H S hd
   const position = tf.range(0, S, 1, 'float32').reshape([S, 1]);
   const angle: T<'S half'> = position.mul(tf.tensor2d(frequencies, [1, half]));
   const [cos, sin] = [angle.cos(), angle.sin()];
-  const rest = headDim - 2 * half;
-  const sizes = rest > 0 ? [half, half, rest] : [half, half];
+  const sizes = [half, half, headDim - 2 * half].filter(size => size > 0);
   const [a, b, ...others] = tf.split(x, sizes, 3) as [T, T, ...T[]];
   return tf.concat([a.mul(cos).sub(b.mul(sin)), b.mul(cos).add(a.mul(sin)), ...others], 3);
 }
@@ -1465,71 +1460,52 @@ export function attend(q: T, k: T, v: T, causal: boolean): T<'N d'> {
     const later = indicator(position.reshape([1, S]).greater(position.reshape([S, 1])));
     scores = scores.add(later.mul(-1e9));
   }
-  const mixed = tf.matMul(scores.softmax().reshape([B, kvHeads, rows, S]), v);
-  const heads = mixed.reshape([B, H, S, headDim]);
-  return heads.transpose([0, 2, 1, 3]).reshape([B * S, H * headDim]);
+  const mixed: T = tf.matMul(scores.softmax().reshape([B, kvHeads, rows, S]), v);
+  const heads = mixed.reshape([B, H, S, headDim]).transpose([0, 2, 1, 3]);
+  return heads.reshape([B * S, H * headDim]);
 }
 
-function attention(
-  network: Network,
-  i: number,
-  h: T<'N d'>,
-  [B, S]: [number, number],
-  linear: Linear,
-): T<'N d'> {
-  const { arch, weights } = network;
-  const { qkv, nHeads, nKvHeads, names, rotary, eps } = arch;
-  const project = (part: keyof Names) => linear(nameOf(arch, part, i), h);
+type At = (part: keyof Names) => string;
+/** The attention of one block; `at`: the paths of its layers. */
+function attention(net: Network, at: At, h: T<'N d'>, S: number, linear: Linear): T<'N d'> {
+  const { qkv, nHeads, nKvHeads, names, rotary } = net.arch;
+  const N = h.shape[0]!;
   // Fused layers give [N,3·dQ]: all of q, all of k, all of v,
   // or ('by head') q, k and v of one head after those of another.
-  const first = project('q');
-  const fused = qkv === 'by head' ? first.reshape([B * S, nHeads, -1]) : first;
-  const parts =
-    qkv === 'separate' ? [first, project('k'), project('v')] : tf.split(fused, 3, fused.rank - 1);
-  let [q, k, v] = parts.map((x, part) => toHeads(x, B, S, part === 0 ? nHeads : nKvHeads)) as [
-    T,
-    T,
-    T,
-  ];
-  const headNorm = (part: 'qNorm' | 'kNorm', x: T) =>
-    names[part]
-      ? rmsNormalize(x, eps).mul(weightOf({ weights }, `${nameOf(arch, part, i)}.weight`))
-      : x;
-  [q, k] = [headNorm('qNorm', q), headNorm('kNorm', k)];
-  if (rotary) [q, k] = [rotate(q, rotary), rotate(k, rotary)];
-  return linear(nameOf(arch, 'o', i), attend(q, k, v, true));
+  let [q, k, v]: (T | undefined)[] = [linear(at('q'), h)];
+  if (qkv === 'separate') [k, v] = [linear(at('k'), h), linear(at('v'), h)];
+  else if (qkv === 'concatenated') [q, k, v] = tf.split(q!, 3, 1);
+  else [q, k, v] = tf.split(q!.reshape([N, nHeads, -1]), 3, 2);
+  const heads = (x: T, H: number, norm?: 'qNorm' | 'kNorm') => {
+    const split = toHeads(x, N / S, S, H);
+    const normed = norm && names[norm] ? normalise(net, at(norm), split) : split;
+    return norm && rotary ? rotate(normed, rotary) : normed;
+  };
+  const [queries, keys] = [heads(q!, nHeads, 'qNorm'), heads(k!, nKvHeads, 'kNorm')];
+  return linear(at('o'), attend(queries, keys, heads(v!, nKvHeads), true));
 }
 
 /** The logits for tokens (int32), every linear layer of the blocks computed by `linear`. */
-function decoder(network: Network, tokens: T<'B S'>, linear: Linear): T<'N vocab'> {
-  const { arch, weights } = network;
-  const { names, dModel } = arch;
+function decoder(net: Network, tokens: T<'B S'>, linear: Linear): T<'N vocab'> {
+  const { names, dModel, activation, parallelResidual, nLayers } = net.arch;
   const [B = 0, S = 0] = tokens.shape;
-  const embedding = weightOf({ weights }, `${names.embed}.weight`);
+  const embedding = weightOf(net, `${names.embed}.weight`);
   let x: T<'N d'> = tf.gather(embedding, tokens.flatten());
   if (names.positions) {
-    const all = weightOf({ weights }, `${names.positions}.weight`);
-    const positions = tf.slice(all, [0, 0], [S, dModel]);
-    x = x
-      .reshape([B, S, dModel])
-      .add(positions)
-      .reshape([B * S, dModel]);
+    const positions = tf.slice(weightOf(net, `${names.positions}.weight`), [0, 0], [S, dModel]);
+    x = tf.add(x.reshape([B, S, dModel]), positions).reshape([B * S, dModel]);
   }
-  const act = ACTIVATIONS[arch.activation];
-  for (const i of range(0, arch.nLayers)) {
-    const at = (part: keyof Names) => nameOf(arch, part, i);
-    const attended = attention(network, i, normalise(network, at('norm1'), x), [B, S], linear);
-    const afterAttention = x.add(attended);
-    const h = normalise(network, at('norm2'), arch.parallelResidual ? x : afterAttention);
+  const act = ACTIVATIONS[activation];
+  for (const i of range(0, nLayers)) {
+    const at: At = part => nameOf(net.arch, part, i);
+    const attended = x.add(attention(net, at, normalise(net, at('norm1'), x), S, linear));
+    const h = normalise(net, at('norm2'), parallelResidual ? x : attended);
     const up = linear(at('up'), h);
     const hidden = names.gate ? act(linear(at('gate'), h)).mul(up) : act(up);
-    x = afterAttention.add(linear(at('down'), hidden));
+    x = attended.add(linear(at('down'), hidden));
   }
-  return matmul(
-    normalise(network, names.last, x),
-    weights.get(`${names.head}.weight`) ?? embedding,
-    true,
-  );
+  const head = net.weights.get(`${names.head}.weight`) ?? embedding;
+  return matmul(normalise(net, names.last, x), head, true);
 }
 
 // ---- K. Data --------------------------------------------
@@ -1543,20 +1519,17 @@ export interface Rows {
   readonly seqLen: number; // S; 1 for a network without sequences
   row(i: number): Int32Array | Float32Array;
 }
-export const firstRows = (rows: Rows, n: number): Rows => ({
-  ...rows,
-  count: Math.min(n, rows.count),
-});
+export const firstRows = (rows: Rows, n: number): Rows => {
+  return { ...rows, count: Math.min(n, rows.count) };
+};
 
 export type Data = { train: Rows; heldOut: Rows; tokenizer?: Tokenizer | undefined };
 
 /** The given rows as a batch of inputs: tokens [B,S] (int32), or features [B,S,·]. */
 export function inputBatch({ seqLen, row }: Rows, indices: readonly number[]): tf.Tensor {
   const rows = indices.map(row);
-  const B = rows.length;
-  const width = rows[0]!.length;
-  const tokens = rows[0] instanceof Int32Array;
-  const all = tokens ? new Int32Array(B * width) : new Float32Array(B * width);
+  const [B, width, tokens] = [rows.length, rows[0]!.length, rows[0] instanceof Int32Array];
+  const all = new (tokens ? Int32Array : Float32Array)(B * width);
   for (const [i, values] of rows.entries()) all.set(values, i * width);
   if (tokens) return tf.tensor2d(all, [B, seqLen], 'int32');
   return tf.tensor3d(all, [B, seqLen, width / seqLen]);
@@ -1584,11 +1557,10 @@ function shuffled(count: number, seed: number, epoch: number): Uint32Array {
 
 /** Training and held-out rows: those of `evalData`, else of the last 5 % of the documents. */
 export async function loadData(model: LanguageModel, config: Config): Promise<Data> {
-  const { dir, arch, config: modelConfig } = model;
-  const tokenizer = io.loadTokenizer(dir);
-  const first = [modelConfig.eos_token_id].flat()[0]; // Llama 3 lists several; the first ends a text
+  const tokenizer = io.loadTokenizer(model.dir);
+  const [first] = [model.config.eos_token_id].flat(); // Llama 3 lists several; the first ends a text
   const options = {
-    ...arch, // vocab, context
+    ...model.arch, // vocab, context
     seqLen: config.seqLen,
     tokenizer,
     endOfText: Number.isInteger(first) ? (first as number) : undefined,
