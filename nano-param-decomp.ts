@@ -460,6 +460,7 @@ export const interpolate = (g: T<'N ΣC'>, u: T<'N ΣC'>): T<'N ΣC'> => g.add(t
  */
 export function randomRouting(draws: T<'N M'>, countDraw: T<'N 1'>): T<'N M'> {
   const M = draws.shape[1]!;
+  if (M === 1) return tf.onesLike(draws);
   const rank: T<'N'> = countDraw.mul(M).floor().cast('int32').flatten(); // k − 1
   const sorted: T<'N M'> = tf.topk(draws, M).values; // descending
   const kth: T<'N 1'> = sorted.mul(tf.oneHot(rank as tf.Tensor1D, M)).sum(1, true);
