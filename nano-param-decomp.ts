@@ -1059,28 +1059,22 @@ export async function newRun(
   return { engine, problem, params: initialParams(problem), data };
 }
 
-type Stopped = () => Promise<boolean>;
 /**
- * Writes config.json, warms up, trains, evaluates and saves. `old`: the record of the run to go on with;
+ * The training loop: warm up; step, log, evaluate, save. `old`: the record of the run to go on with;
  * `stopped` is asked after each step. @returns the last evaluation; undefined if it was stopped
  */
 export async function decompose(
   run: Run,
-  { old, stopped }: { old?: RunRecord; stopped?: Stopped } = {},
+  { old, stopped = async () => false }: { old?: RunRecord; stopped?: () => Promise<boolean> } = {},
 ): Promise<Metrics | undefined> {
-  const { out } = run.problem.config;
+  const { engine, problem, params, data } = run;
+  const { config: c } = problem;
   const now = recordOf(run);
   if (old) io.compareRuns(old, now, say);
-  if (out) {
-    fs.mkdirSync(out, { recursive: true });
-    writeAtomic(path.join(out, 'config.json'), `${JSON.stringify(now, null, 1)}\n`);
+  if (c.out) {
+    fs.mkdirSync(c.out, { recursive: true });
+    writeAtomic(path.join(c.out, 'config.json'), `${JSON.stringify(now, null, 1)}\n`);
   }
-  return train(run, old !== undefined, stopped ?? (async () => false));
-}
-
-/** The training loop: warm up; step, log, evaluate, save; until the last step or a signal. */
-async function train({ engine, problem, params, data }: Run, resume: boolean, stopped: Stopped) {
-  const { config: c } = problem;
   const state = initialState(problem, params);
   const metricsFile = path.join(c.out, 'metrics.jsonl');
   const log = (step: number, metrics: Metrics) => {
@@ -1089,11 +1083,12 @@ async function train({ engine, problem, params, data }: Run, resume: boolean, st
   const save = async (step: number) => {
     if (c.out) await io.saveCheckpoint(c.out, step, params, stateVariables(state));
   };
-  const evaluateRows = compileEvaluation(engine, problem, params);
+  const compiled = compileEvaluation(engine, problem, params);
+  const heldOut = firstRows(data.heldOut, c.evalBatchSize);
   const evaluate = async (step: number, slow: boolean) =>
-    (await evaluateRows(firstRows(data.heldOut, c.evalBatchSize), step, slow)).metrics;
+    (await compiled(heldOut, step, slow)).metrics;
 
-  let done = (resume && (await io.resume(c.out, params, stateVariables(state), say))) || 0;
+  let done = (old && (await io.resume(c.out, params, stateVariables(state), say))) || 0;
   if (done === 0) {
     const total = c.faithfulnessWarmupSteps;
     const show = io.startProgress(total);
@@ -1111,31 +1106,21 @@ async function train({ engine, problem, params, data }: Run, resume: boolean, st
   while (done < c.nSteps) {
     const started = performance.now();
     const metrics = await step(done, data.train);
-    const rates = schedule(c, done);
+    const { lrMain, lrPpgd, p } = schedule(c, done);
     done++;
     const last = done === c.nSteps;
     const due = (every: number) => last || (every > 0 && done % every === 0);
     await io.checkFinite(done, metrics, params);
-    const losses = () =>
-      lossList.map(([l]) => `${l} ${metrics[`loss/${l}`]!.toPrecision(3)}`).join('  ');
-    show(
-      done,
-      () => `step ${done}/${c.nSteps}  ${losses()}  L0 ${metrics['train/l0']!.toFixed(1)}`,
-    );
+    show(done, () => io.stepLine(done, c.nSteps, metrics));
     if (due(c.logEvery)) {
       const { numTensors, numBytes } = tf.memory();
-      log(done, {
-        ...metrics,
-        'lr/main': rates.lrMain,
-        'lr/ppgd': rates.lrPpgd,
-        p: rates.p,
-        'time/ms_per_step': performance.now() - started,
-        'memory/tensors': numTensors,
-        'memory/bytes': numBytes,
-      });
+      const rates = { 'lr/main': lrMain, 'lr/ppgd': lrPpgd, p };
+      const memory = { 'memory/tensors': numTensors, 'memory/bytes': numBytes };
+      const time = { 'time/ms_per_step': performance.now() - started };
+      log(done, { ...metrics, ...rates, ...time, ...memory });
     }
-    // The last step is saved before its evaluation, so that nothing which fails from there on loses it;
-    // others after it, so that a resumed run finds all of its lines in metrics.jsonl.
+    // The last step is saved before its evaluation, which may fail; other steps after it, so that a
+    // resumed run finds all of its lines in metrics.jsonl.
     if (last) await save(done);
     if (due(c.evalFreq)) {
       evaluated = await evaluate(done, due(c.slowEvalFreq));
@@ -1146,7 +1131,7 @@ async function train({ engine, problem, params, data }: Run, resume: boolean, st
     if (stop) return undefined;
   }
   if (evaluated) return evaluated;
-  // A run that is resumed after its last step has nothing evaluated yet, or no line of it.
+  // A run that is resumed after its last step is evaluated here, and has a line of that or not.
   evaluated = await evaluate(done, true);
   const isLast = (line: Metrics) => line.step === done && 'eval/n_alive' in line;
   if (!io.readMetrics(metricsFile).some(isLast)) log(done, evaluated);
@@ -1155,11 +1140,10 @@ async function train({ engine, problem, params, data }: Run, resume: boolean, st
 
 /** What --resume needs besides the parameters, by the names in state.safetensors. */
 const stateVariables = ({ m, v, sources }: State): Params => {
-  const parts = Object.entries({ 'adam.m': m, 'adam.v': v, ppgd: sources });
-  const named = parts.flatMap(([part, of]) =>
-    Object.entries(of).map(([name, x]) => [`${part}.${name}`, x]),
-  );
-  return Object.fromEntries(named);
+  const named: Params = {};
+  for (const [part, of] of Object.entries({ 'adam.m': m, 'adam.v': v, ppgd: sources }))
+    for (const [name, x] of Object.entries(of)) named[`${part}.${name}`] = x;
+  return named;
 };
 
 /** Writes beside and renames, so that nobody ever reads half a file. */
@@ -1671,7 +1655,8 @@ const beside = async <X>(folder: string, plain: X, load: () => Promise<X>): Prom
 type Io = Pick<typeof import('./io/index.ts'),
   | 'commandLine' | 'resolveModel' | 'loadTokenizer' | 'loadRows' | 'startProgress' | 'watchSignals'
   | 'checkFinite' | 'readMetrics' | 'saveCheckpoint' | 'restore' | 'resume' | 'compareRuns'
-  | 'compareData' | 'runRecord' | 'readRecord' | 'dryRun' | 'warnOfTarget'
+  | 'compareData' | 'runRecord' | 'readRecord' | 'dryRun' | 'warnOfTarget' | 'describeRun'
+  | 'stepLine'
 > & { openModel(dir: string, own: typeof NAMES, talk: typeof say): Promise<ModelFiles> };
 /** A model folder: what its config says, and its tensors by the names that `arch` implies. */
 interface ModelFiles {
@@ -1706,6 +1691,8 @@ const plainIo: Io = {
   compareRuns: needs('io/'),
   compareData: needs('io/'),
   dryRun: needs('io/'),
+  describeRun: () => {},
+  stepLine: (done, nSteps) => `step ${done}/${nSteps}`,
   warnOfTarget: () => {},
 };
 interface Engines extends Pick<typeof import('./engine/index.ts'), 'checkSize' | 'accumulate'> {
@@ -1878,8 +1865,7 @@ export function resolveConfig(
   return c;
 }
 
-const LOSS_TOKENS = 8192; // the target's own loss is averaged over so many, where there are
-/** Opens what a config names; prints the target's own loss, which reveals a wrongly loaded model. */
+/** Opens what a config names; says the target's own loss, which reveals a wrongly loaded model. */
 async function openModelRun(config: Config, given: ReadonlySet<string>) {
   if (!config.model)
     refuse('--model: missing; takes a Hugging Face folder or a hub id (or give a --preset)');
@@ -1888,31 +1874,26 @@ async function openModelRun(config: Config, given: ReadonlySet<string>) {
   say(`engine   ${engine.description}`);
   const { dir, commit } = await io.resolveModel(config.model);
   const target = await loadTarget(dir, { path: config.model, ...(commit && { commit }) });
-  const { arch, linears } = target;
-  const sizes = `${arch.nLayers} layers, width ${arch.dModel}, vocabulary ${arch.vocab}`;
-  say(`target   ${config.model}: ${arch.type}, ${sizes}`);
-  const c = resolveConfig(config, arch, given, engine.gpu);
+  const c = resolveConfig(config, target.arch, given, engine.gpu);
   const data = await loadData(target, c);
   c.seqLen = data.train.seqLen;
-  const rowsOf = ({ count, seqLen }: Rows) => `${count} rows of ${seqLen} tokens`;
-  say(`data     ${rowsOf(data.train)} to train on, ${rowsOf(data.heldOut)} held out`);
-  const modules = chooseModules(linears, c.components);
-  say(`modules  ${modules.length} of ${linears.length}, ${totalC(modules)} components`);
+  const modules = chooseModules(target.linears, c.components);
+  const problem: Problem<LanguageModel> = { target, modules, config: c };
+  io.describeRun(problem, data, say);
 
-  const enough = Math.max(c.evalBatchSize, Math.ceil(LOSS_TOKENS / c.seqLen));
-  const rows = firstRows(data.heldOut, enough);
+  const rows = firstRows(data.heldOut, Math.max(c.evalBatchSize, Math.ceil(8192 / c.seqLen)));
   let loss = 0;
   for (const indices of inBatches(rows.count, c.evalBatchSize)) {
-    const tokens = inputBatch(rows, indices);
-    const ofBatch = tf.tidy(() =>
-      crossEntropy(target.forward(tokens, ownLinear(target)).logSoftmax(), tokens),
-    );
-    loss += ((await numbers(ofBatch))[0]! * indices.length) / rows.count;
-    tf.dispose([tokens, ofBatch]);
+    const mean = await tidyAsync(() => {
+      const tokens = inputBatch(rows, indices);
+      const logits = target.forward(tokens, ownLinear(target));
+      return numbers(crossEntropy(logits.logSoftmax(), tokens));
+    });
+    loss += (mean[0]! * indices.length) / rows.count;
   }
-  const what = `the target's own on ${rows.count} held-out rows`;
-  say(`loss     ${loss.toFixed(4)} nats per token, ${what}`);
-  const problem: Problem<LanguageModel> = { target, modules, config: c };
+  say(
+    `loss     ${loss.toFixed(4)} nats per token, the target's own on ${rows.count} held-out rows`,
+  );
   return { engine, problem, params: initialParams(problem), data };
 }
 
