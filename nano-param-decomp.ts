@@ -3,8 +3,8 @@
  *
  * VPD writes every weight matrix of a trained network as a sum of rank-one subcomponents, and a small
  * transformer, the causal-importance (CI) function, learns which few of them each token really needs.
- * Whatever it calls unimportant may be removed, at random or by an adversary, and the network must
- * still give the same answer. What is left are small mechanisms that a person can look at one by one.
+ * What it calls unimportant may be removed, at random or by an adversary, and the network must still
+ * give the same answer. What is left are small mechanisms that a person can look at one by one.
  *
  *   npm install && npm start                         the bundled toy: decompose, evaluate, page
  *   npx tsx nano-param-decomp.ts --model M --data D  a Hugging Face folder or hub id, and a text file
@@ -47,35 +47,33 @@ import { fileURLToPath } from 'node:url';
 import { Tokenizer } from '@huggingface/tokenizers';
 import * as tf from '@tensorflow/tfjs';
 
-/** A tensor. The names of its axes are for the reader, TypeScript does not check them: T<'N dIn'>. */
+/** A tensor. T<'N dIn'> names its axes for the reader; TypeScript does not check them. */
 export type T<_Axes extends string = string> = tf.Tensor;
 export type Tensors = Record<string, tf.Tensor>;
 
-/** Wrong input (a flag, a file, a folder): reported in one line, exit code 2. */
+/** Wrong input: reported in one line, exit code 2. */
 export class UsageError extends Error {
   override readonly name = 'UsageError';
 }
 export function refuse(message: string): never {
   throw new UsageError(message);
 }
-/** Progress and warnings go to standard error; standard output is for results. */
+/** Progress and warnings; standard output is for results. */
 export const say = (line: string): void => void process.stderr.write(`${line}\n`);
 
 export const range = (from: number, to: number) =>
   Array.from({ length: Math.max(0, to - from) }, (_, i) => from + i);
 export const sum = (values: Iterable<number>): number => [...values].reduce((a, b) => a + b, 0);
-/** 0 … count − 1 in batches of `size`; the last one may be shorter. */
+/** 0 … count − 1 in batches of at most `size`. */
 export const inBatches = (count: number, size: number): number[][] =>
   range(0, Math.ceil(count / size)).map(b => range(b * size, Math.min((b + 1) * size, count)));
 
 // ---- A. Config ------------------------------------------
 // One record gives each field its type, default, bounds, flag (kebab-case) and line in --help. The
-// defaults of training are the paper's; for its target, sizes left at 0 ("auto") are the paper's too.
+// defaults are the paper's; where they are 0 ("auto"), its target gets the paper's sizes.
 
 const real = (value: number, help: string, min = 0, max = 1e12) => ({ value, help, min, max });
-const int = (value: number, help: string, min = 0, max = 1e9) => {
-  return { value, help, min, max, integer: true };
-};
+const int = (...field: Parameters<typeof real>) => ({ ...real(...field), integer: true });
 const text = (value: string, help: string, choices = '') => ({ value, help, choices }); // one of them
 const place = (help: string) => ({ value: '', help, place: true }); // a file, folder or hub name
 const flag = (value: boolean, help: string) => ({ value, help });
@@ -85,24 +83,21 @@ const GROUPS = {
     model: place('Hugging Face folder, or hub id org/name[@revision]'),
     data: place('training data: .txt, .jsonl, .json rows of ids, .parquet, or a hub data set'),
     evalData: place('held-out data; without it the last 5 % of the documents, never trained on'),
-    labels: place('JSON with the rules in force in the rows of --eval-data: adds a scoreboard'),
+    labels: place('JSON: the known rules that hold in each row of --eval-data; adds a scoreboard'),
     seqLen: int(512, 'tokens in a row, at most what the target allows', 1, 1 << 20),
-    components: text(
-      'auto',
-      'pattern=C, first match wins: "*.q_proj=64"; auto: C = max(dIn, dOut)',
-    ),
+    components: text('auto', 'pattern=C,…: "*.q_proj=64", first match; auto: C = max(dIn, dOut)'),
     out: place('run folder; without it runs/<model>-<time>'),
   },
   Training: {
     nSteps: int(400_000, 'training steps', 1),
     batchSize: int(64, 'rows in a batch; if not given, 2 on a CPU engine', 1),
-    microBatches: int(1, 'shards of a batch, one after another (R of the importance loss)', 1),
+    microBatches: int(1, 'shards of a batch, one after another (R in the importance loss)', 1),
     seed: int(0, 'every random number is a function of (seed, step, purpose)', 0, 2 ** 31 - 1),
     mainLr: real(5e-5, 'AdamW learning rate of V, U and the CI function'),
     mainLrFinalFrac: real(0.1, 'where its cosine ends', 0, 1),
     gradClipComponents: real(0.01, 'clips the joint gradient norm of all V and U; 0 = off'),
     gradClipCi: real(0, "the same for the CI function; 0 = off, the paper's choice"),
-    faithfulnessWarmupSteps: int(400, 'steps on the faithfulness loss alone, before training'),
+    faithfulnessWarmupSteps: int(400, 'steps on the faithfulness loss alone, at the start'),
     faithfulnessWarmupLr: real(1e-3, 'their learning rate'),
     faithfulnessWarmupLrFinalFrac: real(1, 'where its cosine ends; 1 = constant', 0, 1),
   },
@@ -136,7 +131,7 @@ const GROUPS = {
   Evaluation: {
     evalFreq: int(1000, 'steps between evaluations; 0 = only at the end'),
     slowEvalFreq: int(5000, 'steps between slow evaluations; 0 = only at the end'),
-    evalBatchSize: int(0, 'rows of an evaluation batch; 0 = auto: the batch size'),
+    evalBatchSize: int(0, 'rows in its batches; 0 = auto: the batch size'),
     ciAliveThreshold: real(0, 'a component counts in L0 where g is above this', 0, 1),
     roundingThreshold: real(0, 'rounded masks are 1 where g is above this', 0, 1),
     pgdEvalStepSize: real(0.1, 'step of the fresh sign-PGD adversary'),
@@ -166,7 +161,6 @@ const FIELDS = {
   ...GROUPS.Run,
   ...GROUPS.Engine,
 };
-/** Every field with its value: what config.json stores. */
 export type Config = { [K in keyof typeof FIELDS]: (typeof FIELDS)[K]['value'] };
 const defaults = Object.entries(FIELDS).map(([name, { value }]) => [name, value]);
 export const DEFAULTS: Config = Object.fromEntries(defaults);
@@ -177,17 +171,17 @@ export const DEFAULTS: Config = Object.fromEntries(defaults);
 
 /** A linear layer of the target: y = x Wᵀ + b. */
 export type LinearLayer = { path: string; dIn: number; dOut: number };
-/** How a linear layer is computed: by the target's own weight, or by masked components. */
+/** How linear layers are computed: by the target's own weights, or by masked components. */
 export type Linear = (path: string, x: T<'N dIn'>) => T<'N dOut'>;
 
 /** The frozen network: everything that the method needs to know of it. */
 export interface Target {
   readonly linears: readonly LinearLayer[]; // those that may be decomposed
   /** Wᵀ [dIn,dOut] under the path of its layer, a bias [dOut] under `${path}.bias`. */
-  readonly weights: ReadonlyMap<string, tf.Variable>; // variables: a traced graph keeps them as state
+  readonly weights: ReadonlyMap<string, tf.Variable>;
   /**
-   * The network's outputs for inputs [B,S] (tokens, int32) or [B,S,·] (features): one row for each
-   * position, or fewer. Every layer of `linears` is computed by `linear`.
+   * The outputs for inputs [B,S] (tokens, int32) or [B,S,·] (features): one row a position, or fewer.
+   * Every layer of `linears` is computed by `linear`.
    */
   forward(inputs: T<'B S'>, linear: Linear): T<'N out'>;
   readonly compare: Comparison; // `kl` or `mse` of section D
@@ -200,7 +194,7 @@ type Source = { path: string; commit?: string; type: string; sha256: string };
 /** A decomposed linear layer (not an nn.Module): columns offset … offset + C of [N,ΣC] tensors. */
 export type Module = LinearLayer & { C: number; offset: number };
 
-/** What stays fixed in a run; modules are sorted by path. `ci`: another CI function than ours. */
+/** What stays fixed in a run. Modules are sorted by path; `ci`: another CI function than ours. */
 export type Problem<Net extends Target = Target> = {
   readonly target: Net;
   readonly modules: readonly Module[];
@@ -215,12 +209,12 @@ export const V = (params: Tensors, { path }: Module): T<'dIn C'> => params[`comp
 export const U = (params: Tensors, { path }: Module): T<'C dOut'> =>
   params[`components.${path}.U`]!;
 
-/** All products are [N,k] x [k,m]: TFJS's own product of [B,S,k] and [k,m] has no gradient. */
+/** All products are of matrices: TFJS's own product of [B,S,k] and [k,m] has no gradient. */
 export const matmul = (a: T<'n k'>, b: T<'k m'>, transposeB = false): T<'n m'> =>
   tf.matMul(a as tf.Tensor2D, b as tf.Tensor2D, false, transposeB);
 /** 1 where the condition holds, else 0. */
 export const indicator = (condition: T): T => condition.cast('float32');
-const addBias = (y: T<'N dOut'>, bias: T<'dOut'> | undefined) => (bias ? y.add(bias) : y);
+const addBias = (y: T<'N dOut'>, bias?: T<'dOut'>) => (bias ? y.add(bias) : y);
 export const weightOf = ({ weights }: Pick<Target, 'weights'>, name: string) =>
   weights.get(name) ?? refuse(`no weight ${name}`);
 
@@ -240,7 +234,7 @@ export interface Masks {
 /**
  * The masked linear layers. With component mask m, delta mask δ and routing r the formula is
  *   y = r [ ((x V) ⊙ m) U + δ (x Δᵀ) ] + (1 − r) x Wᵀ + b,   Δᵀ = Wᵀ − V U.
- * Putting Δᵀ in and collecting (x V) U and x Wᵀ gives the same without ever forming Δ:
+ * Put Δᵀ in, collect (x V) U and x Wᵀ, and Δ never has to be formed:
  *   y = ((x V) ⊙ a) U + k ⊙ (x Wᵀ) + b,   a = r (m − δ),   k = 1 − r (1 − δ).
  */
 export function maskedLinear({ target, modules }: Problem, params: Tensors, masks: Masks): Linear {
@@ -266,14 +260,13 @@ export function maskedLinear({ target, modules }: Problem, params: Tensors, mask
   };
 }
 
-/** The target's outputs with its decomposed layers masked. */
 export const maskedForward = (problem: Problem, params: Tensors, inputs: T, masks: Masks): T =>
   problem.target.forward(inputs, maskedLinear(problem, params, masks));
 
-/** A forward that keeps what enters and what leaves every linear layer. */
+/** A forward that keeps what enters and what leaves every linear layer, by its path. */
 export interface Pass {
   inputs: T<'B S'>;
-  acts: Record<string, T<'N dIn'>>; // pre-weight activations, by path
+  acts: Record<string, T<'N dIn'>>;
   outputs: Record<string, T<'N dOut'>>;
   output: T<'N out'>; // the network's
 }
@@ -288,7 +281,7 @@ export function recordedForward(target: Target, inputs: T, linear = ownLinear(ta
   return { inputs, acts, outputs, output };
 }
 
-/** Resolves --components: "pattern=C,…", the first match wins, * is any text. */
+/** Resolves --components: "pattern=C,…", where * is any text and the first match counts. */
 export function chooseModules(linears: readonly LinearLayer[], spec: string): Module[] {
   const paths = linears.map(l => l.path);
   const rules = (spec === 'auto' ? [] : spec.split(',')).map(rule => {
@@ -309,13 +302,13 @@ export function chooseModules(linears: readonly LinearLayer[], spec: string): Mo
 }
 
 // ---- C. CI function -------------------------------------
-// One bidirectional transformer reads what enters every module and says, for each position, how
-// causally important each component is.
+// One bidirectional transformer reads what enters all modules, and says for each position how causally
+// important each component is.
 
 /** A CI function; its parameters are named ci_fn.*, weights [out,in] and biases [out]. */
 export interface CiFunction {
-  shapes(problem: Problem): Record<string, number[]>; // in the order of components.safetensors
-  /** Logits z. `input`: every module's activation, RMS-normed without a scale, side by side. */
+  shapes(problem: Problem): Record<string, number[]>;
+  /** Logits z. `input`: every module's activations, RMS-normed without a scale, side by side. */
   logits(problem: Problem, params: Tensors, input: T<'N ΣdIn'>, S: number): T<'N ΣC'>;
 }
 
@@ -344,13 +337,14 @@ export const ciTransformer: CiFunction = {
       addBias(matmul(x, params[`ci_fn.${name}.weight`]!, true), params[`ci_fn.${name}.bias`]);
     let x: T<'N d'> = linear('proj_in', input);
     for (let i = 0; i < config.ciNBlocks; i++) {
+      const block = `blocks.${i}`;
       let h: T<'N d'> = rmsNormalize(x, FLOAT32_EPSILON);
       const heads = (p: string) =>
-        toHeads(linear(`blocks.${i}.attn.${p}_proj`, h), B, S, config.ciNHeads);
+        toHeads(linear(`${block}.attn.${p}_proj`, h), B, S, config.ciNHeads);
       const [q, k] = [rotate(heads('q'), frequencies), rotate(heads('k'), frequencies)];
-      x = x.add(linear(`blocks.${i}.attn.o_proj`, attend(q, k, heads('v'), false)));
+      x = x.add(linear(`${block}.attn.o_proj`, attend(q, k, heads('v'), false)));
       h = rmsNormalize(x, FLOAT32_EPSILON);
-      x = x.add(linear(`blocks.${i}.mlp.2`, gelu(linear(`blocks.${i}.mlp.0`, h))));
+      x = x.add(linear(`${block}.mlp.2`, gelu(linear(`${block}.mlp.0`, h))));
     }
     return linear('proj_out', x);
   },
@@ -379,13 +373,13 @@ export const lowerLeaky = (z: T<'N ΣC'>, alpha: number): T<'N ΣC'> =>
 export const upperLeaky = (z: T<'N ΣC'>, alpha: number): T<'N ΣC'> =>
   z.clipByValue(0, 1).add(tf.mul(alpha, z.sub(1).relu()));
 
-/** The target's forward on inputs [B,S,…], and the importances that the CI function reads off it. */
+/** The target's forward, and the importances that the CI function reads off it. */
 export function importances(problem: Problem, params: Tensors, inputs: T<'B S'>) {
   const [B = 0, S = 0] = inputs.shape;
   const pass = recordedForward(problem.target, inputs);
   const normed = problem.modules.map(m => rmsNormalize(pass.acts[m.path]!, FLOAT32_EPSILON));
   const input: T<'N ΣdIn'> = tf.concat(normed, 1);
-  const z: T<'N ΣC'> = ciLogits(problem, params, input, S);
+  const z = ciLogits(problem, params, input, S);
   return { pass, input, z, g: lowerLeaky(z, problem.config.leakyAlpha), N: B * S, S };
 }
 
@@ -393,10 +387,8 @@ export function importances(problem: Problem, params: Tensors, inputs: T<'B S'>)
 
 /** Σ ‖Δ‖² / Σ numel(Δ) over all modules: with everything on, the parts add up to the target. */
 export function faithfulnessLoss({ target, modules }: Problem, params: Tensors): T {
-  const squares = modules.map(m => {
-    const delta = weightOf(target, m.path).sub(matmul(V(params, m), U(params, m))); // Δᵀ
-    return delta.square().sum();
-  });
+  const delta = (m: Module) => weightOf(target, m.path).sub(matmul(V(params, m), U(params, m)));
+  const squares = modules.map(m => delta(m).square().sum());
   return tf.addN(squares).div(sum(modules.map(m => m.dIn * m.dOut)));
 }
 
@@ -407,19 +399,19 @@ export function faithfulnessLoss({ target, modules }: Problem, params: Tensors):
  */
 export function importanceLoss(gUpper: T<'N ΣC'>, p: T, config: Config, R: number): T {
   // With p < 1 the slope of g^p at 0 is infinite; ε makes it finite.
-  // x^p is exp(p ln x) here: TensorFlow's pow on a CPU goes number by number, 20 times slower.
+  // x^p is exp(p ln x): TensorFlow's pow is 20 times slower on a CPU.
   const sigma: T<'ΣC'> = gUpper.add(config.impEps).log().mul(p).exp().sum(0);
   const mu = sigma.div(gUpper.shape[0]!);
   const log2 = sigma.mul(R).add(1).log().mul(Math.LOG2E);
   return mu.mul(log2.mul(config.impBeta).add(1)).sum();
 }
 
-/** How outputs are compared with the target's own. */
+/** How outputs are compared with the target's own: a scalar. */
 export interface Comparison {
   readonly metric: string; // the prefix of its metrics
-  /** A loss to train with: a scalar, differentiable in the second argument. */
+  /** For training: differentiable in the second argument. */
   loss(own: T<'N out'>, predicted: T<'N out'>): T;
-  /** The same value, summed so that it is exact when it is small. */
+  /** For evaluation: the same value, exact when it is small. */
   measure(own: T<'N out'>, predicted: T<'N out'>): T;
 }
 /** The mean of (prediction − own)². */
@@ -441,7 +433,7 @@ export const kl: Comparison = {
       const gradFunc = (dy: T, [log, probs]: T[]) => log!.exp().sub(probs!).mul(dy.div(N));
       return { value: probs.mul(logProbs.sub(log)).sum().div(N), gradFunc };
     })(predicted),
-  // With d = ln p − ln q, Σ p d = Σ p (d + e^−d − 1): all terms are positive, so values near 1e-6
+  // With d = ln p − ln q, Σ p d = Σ p (d + e^−d − 1): no term is negative, so values near 1e-6
   // survive the rounding of float32 sums.
   measure(own, predicted) {
     const logProbs = own.logSoftmax();
@@ -538,15 +530,15 @@ export const LOSSES = {
 const lossList: [string, Loss][] = Object.entries(LOSSES);
 
 // ---- E. The adversary -----------------------------------
-// Persistent PGD: the sources s live on from step to step, so the adversary finds in thousands of
-// steps what a fresh one would look for anew each time. In each training step it makes some moves
-// before the losses are taken (`ppgdInnerSteps`) and one after; its Adam counts all of them.
+// Persistent PGD: the sources s live on from step to step, so that the adversary need not begin anew
+// each time. In each training step it makes `ppgdInnerSteps` moves before the losses are taken and one
+// after; its Adam counts all of them.
 
 /** The sources s [N,ΣC+M] in [0, 1], and the moments of their Adam. */
 export type Sources<X extends T = T> = { s: X; m: X; v: X };
 const PARTS = ['s', 'm', 'v'] as const;
 
-/** One ascent step of the adversary, clamped to [0, 1]; c1, c2: its bias corrections. */
+/** One move: an ascent step, clamped to [0, 1]; c1, c2: Adam's bias corrections. */
 export function ascend(
   { s, m, v }: Sources,
   grad: T,
@@ -565,7 +557,7 @@ export function adam(grad: T, m: T, v: T, betas: Betas, c1: T, c2: T) {
   const { beta1, beta2, eps } = betas;
   const newM = m.mul(beta1).add(grad.mul(1 - beta1));
   const newV = v.mul(beta2).add(grad.square().mul(1 - beta2));
-  // m̂ / (√v̂ + ε) = m (√c2 / c1) / (√v + ε √c2), where the corrections are factors of scalars.
+  // m̂ / (√v̂ + ε) = m (√c2 / c1) / (√v + ε √c2) corrects with scalars.
   const root = c2.sqrt();
   const direction = newM.mul(root.div(c1)).div(newV.sqrt().add(tf.mul(eps, root)));
   return { direction, m: newM, v: newV };
@@ -574,14 +566,14 @@ type Betas = { beta1: number; beta2: number; eps: number };
 
 // ---- F. The step ----------------------------------------
 
-/** What changes from step to step: the schedule's numbers, the inputs [B,S,…], the random key. */
+/** What changes with the step: the schedule's numbers, the inputs [B,S,…], the random key. */
 export type StepFeeds = Record<keyof ReturnType<typeof schedule> | 'inputs' | 'key', T>;
 type AdamFeeds = Pick<StepFeeds, 'lrMain' | 'c1' | 'c2'>;
 
 /**
  * The whole method on one batch (or one of its shards). It assigns nothing: it returns the losses,
  * the gradients of both groups of parameters, the sources after the adversary's moves, and L0.
- * `given`: draws to use in place of those that follow from the key.
+ * `given`: draws in place of those that follow from the key.
  */
 export function lossesAndGradients(
   problem: Problem,
@@ -606,8 +598,8 @@ export function lossesAndGradients(
     sources = ascend(sources, grad!, config, feeds.lrPpgd, c1[k]!, c2[k]!);
   }
 
-  // 3. The losses. TFJS differentiates with respect to the tensors it is given (below, in 4), wherever
-  //    the function takes them from: so this function of V, U, z and s needs no arguments.
+  // 3. The losses. TFJS differentiates with respect to the tensors that 4 names, wherever the function
+  //    takes them from: so this function of V, U, z and s needs no arguments.
   const losses = () => {
     const g = lowerLeaky(z, config.leakyAlpha);
     const inputs = { problem, params, pass, z, g, draws, sources: sources.s, feeds };
@@ -616,16 +608,16 @@ export function lossesAndGradients(
 
   // 4. The gradients of total = Σ coefficient × loss: the coefficients are the upstream gradient of the
   //    vector of losses. They end at z; from there dz goes on through the CI function. Its forward in 1
-  //    ran outside of the tape, since the moves in 2 need no gradient of it, so it runs once more
-  //    here. (A traced graph merges the two.)
+  //    ran outside of the tape, since the moves in 2 need no gradient of it, so it runs again here (a
+  //    traced graph merges the two).
   const components = ofGroup(params, 'components');
   const upstream = tf.tensor1d(coefficientsOf(config));
   const { value, grads } = tf.valueAndGrads(losses)([...components, z, sources.s], upstream);
   const [dz, dSources] = grads.slice(components.length) as [T, T];
   const ciGrads = tf.grads(() => ciLogits(problem, params, input, S))(ofGroup(params, 'ci_fn'), dz);
 
-  // 5. The adversary's move after the losses needs no backward pass of its own: s enters no other loss,
-  //    so its gradient is the total's, divided by the coefficient.
+  // 5. The adversary's last move needs no backward pass of its own: s enters no other loss, so its
+  //    gradient is the total's, divided by the coefficient.
   const after = () => {
     const grad = dSources.div(config.coeffPpgd);
     return ascend(sources, grad, config, feeds.lrPpgd, c1[moves]!, c2[moves]!);
@@ -654,13 +646,10 @@ const ofGroup = <X extends T>(params: Record<string, X>, group: Group): X[] =>
   Object.keys(params)
     .filter(name => name.startsWith(group))
     .map(name => params[name]!);
-/** The tensors in one vector: Adam on a group is then a few large ops, not many small ones. */
+/** The tensors in one vector: Adam on a group is a few large ops, not many small ones. */
 const sideBySide = (tensors: T[]): T<'n'> => tf.concat(tensors.map(x => x.flatten()));
 
-/**
- * What a training step reads and changes, all of it tf.Variables, so that a traced graph keeps them on
- * the device. m and v are Adam's moments, one vector a group; sources are [batchSize·S, ΣC+M].
- */
+/** What a step changes. m, v: Adam's moments, one vector a group; sources: [batchSize·S, ΣC+M]. */
 export interface State {
   params: Params;
   m: Record<Group, tf.Variable>;
@@ -669,7 +658,7 @@ export interface State {
 }
 
 const MAIN_BETAS = { beta1: 0.9, beta2: 0.999, eps: 1e-8 };
-/** AdamW with weight decay 0: moves one group of parameters, and its moments. */
+/** AdamW with weight decay 0 on one group of parameters. */
 function adamUpdate({ params, m, v }: State, group: Group, gradient: T<'n'>, feeds: AdamFeeds) {
   const step = adam(gradient, m[group], v[group], MAIN_BETAS, feeds.c1, feeds.c2);
   const moved = ofGroup(params, group);
@@ -691,7 +680,7 @@ export function applyGradients(
   feeds: AdamFeeds,
 ) {
   const norms = eachGroup(group => gradients[group].square().sum().sqrt());
-  // Gradients that are not finite move nothing: the parameters can be looked at when the run stops.
+  // Gradients that are not finite move nothing, so that the run stops with its last good parameters.
   const finite = tf.isFinite(norms.components.add(norms.ci_fn));
   const lrMain = tf.where(finite, feeds.lrMain, tf.scalar(0));
   const limits = { components: config.gradClipComponents, ci_fn: config.gradClipCi };
@@ -705,7 +694,7 @@ export function applyGradients(
   return norms;
 }
 
-/** The numbers of a step by their names in metrics.jsonl, as scalars. */
+/** Scalars by their names in metrics.jsonl. */
 function stepMetrics(config: Config, losses: T, l0: T, norms: Record<Group, T>): Tensors {
   const each = tf.unstack(losses);
   const named = lossList.map(([name], i): [string, T] => [`loss/${name}`, each[i]!]);
@@ -718,16 +707,14 @@ function stepMetrics(config: Config, losses: T, l0: T, norms: Record<Group, T>):
   };
 }
 
-/** Metric names to numbers, as in metrics.jsonl. */
+/** Numbers by their names in metrics.jsonl. */
 export type Metrics = Record<string, number>;
-/** Does one training step: moves the state on. */
-export type Step = (step: number, data: Rows) => Promise<Metrics>;
 
 /**
- * Compiles the training step. With microBatches = R > 1 the batch comes in R shards, one after another:
- * each has its own rows of the sources, and losses and gradients are averaged over the shards.
+ * Compiles the training step, which moves the state on. With microBatches = R > 1 the batch comes in R
+ * shards: each has its own rows of the sources; losses and gradients are averaged over them.
  */
-export function compileStep(engine: Engine, problem: Problem, state: State): Step {
+export function compileStep(engine: Engine, problem: Problem, state: State) {
   const { config } = problem;
   const { params, sources, m } = state;
   const R = config.microBatches;
@@ -748,7 +735,7 @@ export function compileStep(engine: Engine, problem: Problem, state: State): Ste
     return engines.accumulate(engine.compile, R, length, sources, shapes, forward, update);
   };
   const run = R > 1 ? shards() : (feedsOf: (shard: number) => StepFeeds) => whole(feedsOf(0));
-  return (step, data) =>
+  return (step: number, data: Rows): Promise<Metrics> =>
     tidyAsync(async () => {
       const rows = batchIndices(data.count, config.batchSize, step, config.seed);
       const size = rows.length / R;
@@ -772,7 +759,7 @@ const mainCorrections = (step: number) => ({
   c2: 1 - MAIN_BETAS.beta2 ** (step + 1),
 });
 
-/** All that changes with the step by a rule: learning rates, p, bias corrections of both Adams. */
+/** What follows from the step: learning rates, p, bias corrections of both Adams. */
 export function schedule(config: Config, step: number) {
   const { nSteps, ppgdInnerSteps } = config;
   const warmup = Math.floor(config.ppgdWarmupPct * nSteps);
@@ -798,8 +785,7 @@ const zeros = (shape: number[]): tf.Variable => tf.tidy(() => tf.variable(tf.zer
 export function initialParams(problem: Problem): Params {
   const { modules, config, ci = ciTransformer } = problem;
   const params: Params = {};
-  // Each array of draws has a purpose of its own, counted on: the order of these lines is part of what
-  // a seed means.
+  // Each array has a purpose of its own, counted on: the order of these lines is part of the seed.
   let purpose = PURPOSE.init;
   const draws = (n: number) => uniformArray(n, config.seed, 0, purpose++);
   const normal = (n: number, deviation: number) => {
@@ -833,10 +819,7 @@ export function initialState({ modules, config }: Problem, params: Params): Stat
   return { params, m: moments(), v: moments(), sources: { s, m: zeros(shape), v: zeros(shape) } };
 }
 
-/**
- * The faithfulness warm-up: AdamW on V and U alone, from moments 0, which it leaves at 0. Yields the
- * loss of each step; whoever iterates may stop it.
- */
+/** The faithfulness warm-up: AdamW on V and U alone; its moments end at 0. Yields each step's loss. */
 export async function* warmUp(engine: Engine, problem: Problem, state: State) {
   const { config } = problem;
   const steps = config.faithfulnessWarmupSteps;
@@ -860,8 +843,7 @@ export async function* warmUp(engine: Engine, problem: Problem, state: State) {
 
 // ---- G. Evaluation --------------------------------------
 
-/** Below this mean importance a component counts as dead. */
-const DEAD_BELOW = 1e-6;
+const DEAD_BELOW = 1e-6; // mean importance of a dead component
 
 /** Mean next-token cross-entropy in nats; the last position of a row predicts nothing. */
 export function crossEntropy(logProbs: T<'N vocab'>, tokens: T<'B S'>): T {
@@ -877,10 +859,9 @@ export function crossEntropy(logProbs: T<'N vocab'>, tokens: T<'B S'>): T {
 }
 
 /** Random numbers of an evaluation; `subset`: for the stochastic loss and the hidden activations. */
-export type EvaluationDraws = { stoch: Draws; random: T<'N ΣC'>; subset: Draws };
-function evaluationDraws(problem: Problem, N: number, key: T): EvaluationDraws {
+function evaluationDraws(problem: Problem, N: number, key: T) {
   const draws = (i: number) => stochasticDraws(problem, N, key.add(tf.tensor1d([0, i], 'int32')));
-  const random = uniform([N, totalC(problem.modules)], key, PURPOSE.randomMask);
+  const random: T<'N ΣC'> = uniform([N, totalC(problem.modules)], key, PURPOSE.randomMask);
   return { stoch: draws(0), subset: draws(1), random };
 }
 
@@ -890,7 +871,7 @@ export function evaluateMasks(
   params: Tensors,
   inputs: T,
   p: T,
-  draws: EvaluationDraws,
+  draws: ReturnType<typeof evaluationDraws>,
 ): Tensors {
   const { config, modules, target } = problem;
   const { pass, z, g } = importances(problem, params, inputs);
@@ -913,26 +894,24 @@ export function evaluateMasks(
   for (const [name, masks] of Object.entries(strategies)) {
     const output = maskedForward(problem, params, inputs, masks);
     results[`${target.compare.metric}_${name}`] = target.compare.measure(pass.output, output);
-    // Cross-entropy is linear in log-probabilities, so the CE of their difference is exact where a
-    // difference of two CEs would be rounding.
-    if (own) {
-      const difference = crossEntropy(output.logSoftmax().sub(own), inputs);
-      results[`ce_kl/ce_difference_${name}`] = difference;
-    }
+    // Cross-entropy is linear in log-probabilities: that of their difference is exact, where a
+    // difference of two cross-entropies would be rounding.
+    const difference = own && crossEntropy(output.logSoftmax().sub(own), inputs);
+    if (difference) results[`ce_kl/ce_difference_${name}`] = difference;
   }
   const active = indicator(g.greater(config.ciAliveThreshold)).mean(0); // [ΣC]
   return { ...results, active, meanCi: g.mean(0) };
 }
 
-/** Reconstruction when the components whose `mask` [1,ΣC] is 0 are deleted and all others are on. */
-export function aliveAlone(problem: Problem, params: Tensors, inputs: T, mask: T): T {
+/** Reconstruction when the components whose mask is 0 are deleted and all others are on. */
+export function aliveAlone(problem: Problem, params: Tensors, inputs: T, mask: T<'1 ΣC'>): T {
   const { target } = problem;
   const own = target.forward(inputs, ownLinear(target));
   return target.compare.measure(own, maskedForward(problem, params, inputs, { mask }));
 }
 
-/** Fresh PGD: the loss at one source [1,ΣC+M] for all positions, and where sign ascent takes it. */
-export function pgdStep(problem: Problem, params: Tensors, inputs: T, source: T) {
+/** Fresh PGD: the loss at one source for all positions, and where sign ascent takes it. */
+export function pgdStep(problem: Problem, params: Tensors, inputs: T, source: T<'1 ΣC+M'>) {
   const { pass, g } = importances(problem, params, inputs);
   const loss = (s: T) => adversarialLoss(problem, params, pass, g, s);
   const { value, grads } = tf.valueAndGrads(loss)([source]);
@@ -940,7 +919,7 @@ export function pgdStep(problem: Problem, params: Tensors, inputs: T, source: T)
   return { loss: value, next: moved.clipByValue(0, 1) };
 }
 
-/** Mean of (module output − the target's)² by module [M], under CI masks and stochastic ones. */
+/** Mean of (module output − the target's)² by module, under CI masks and stochastic ones [M]. */
 export function hiddenActsErrors(problem: Problem, params: Tensors, inputs: T, draws: Draws) {
   const { target, modules } = problem;
   const { pass, g } = importances(problem, params, inputs);
@@ -954,10 +933,7 @@ export function hiddenActsErrors(problem: Problem, params: Tensors, inputs: T, d
   return { CI: errors({ mask: g }), Stochastic: errors(stochastic) };
 }
 
-/** `meanCi`: mean g of every component over the rows [ΣC]. */
-export type Evaluation = { metrics: Metrics; meanCi: Float64Array };
-
-/** Compiles the evaluation of the parameters as they are at the time of the call. */
+/** Compiles the evaluation, of the parameters as they are when it is called. */
 export function compileEvaluation(engine: Engine, problem: Problem, params: Params) {
   const { modules, config, target } = problem;
   const [sumC, sumOut] = [totalC(modules), sum(modules.map(m => m.dOut))];
@@ -977,8 +953,8 @@ export function compileEvaluation(engine: Engine, problem: Problem, params: Para
     [`${target.compare.metric}_alive`]: aliveAlone(problem, params, f.inputs, f.mask),
   }));
 
-  /** Means over the rows, whose batches may differ in size. */
-  const evaluate = async (rows: Rows, step: number, slow: boolean): Promise<Evaluation> => {
+  /** Means over the rows; `meanCi`: mean g of every component. */
+  const evaluate = async (rows: Rows, step: number, slow: boolean) => {
     const p = tf.scalar(schedule(config, Math.min(step, config.nSteps - 1)).p);
     const means: Record<string, Float64Array> = {};
     const add = async (share: number, results: Tensors) => {
@@ -1006,17 +982,19 @@ export function compileEvaluation(engine: Engine, problem: Problem, params: Para
 
     const { meanCi, active, CI, Stochastic, ...values } = means;
     const metrics: Metrics = { 'eval/n_alive': sum(isAlive) };
-    for (const [name, [mean]] of Object.entries(values)) metrics[`eval/${name}`] = mean!;
-    const ofZero = metrics['eval/ce_kl/ce_difference_zero_masked']!;
-    for (const [name, difference] of Object.entries(metrics))
-      if (name.includes('ce_difference'))
-        metrics[name.replace('difference', 'unrecovered')] = difference / ofZero;
+    for (const [name, [mean = 0]] of Object.entries(values)) {
+      metrics[`eval/${name}`] = mean;
+      if (name.includes('ce_difference')) {
+        const ofZero = values['ce_kl/ce_difference_zero_masked']![0]!;
+        metrics[`eval/${name.replace('difference', 'unrecovered')}`] = mean / ofZero;
+      }
+    }
     const threshold = config.ciAliveThreshold; // written as Python writes a float
-    const l0 = `eval/l0/${Number.isInteger(threshold) ? threshold.toFixed(1) : threshold}`;
+    const l0 = `eval/l0/${threshold % 1 === 0 ? threshold.toFixed(1) : threshold}`;
     metrics[`${l0}_total`] = sum(active!);
-    for (const m of modules)
-      metrics[`${l0}_${m.path}`] = sum(active!.subarray(m.offset, m.offset + m.C));
-    for (const [kind, errors] of slow ? Object.entries({ CI, Stochastic }) : []) {
+    for (const { path, offset, C } of modules)
+      metrics[`${l0}_${path}`] = sum(active!.subarray(offset, offset + C));
+    for (const [kind, errors] of Object.entries(slow ? { CI, Stochastic } : {})) {
       const loss = `eval/loss/${kind}HiddenActsReconLoss`;
       for (const [i, m] of modules.entries()) metrics[`${loss}/${m.path}`] = errors![i]!;
       metrics[`${loss}/total`] = sum(modules.map((m, i) => (errors![i]! * m.dOut) / sumOut));
@@ -1027,8 +1005,8 @@ export function compileEvaluation(engine: Engine, problem: Problem, params: Para
 }
 
 // ---- H. The run -----------------------------------------
-// The run folder holds config.json, metrics.jsonl, and a checkpoint: components.safetensors, the
-// deliverable, and state.safetensors, which only --resume needs.
+// The run folder holds config.json, metrics.jsonl, and a checkpoint: components.safetensors, and
+// state.safetensors, which only --resume needs.
 
 /** What a run works on. */
 export interface Run<Net extends Target = Target> {
@@ -1038,10 +1016,7 @@ export interface Run<Net extends Target = Target> {
   data: Data;
 }
 
-/**
- * A run on any network. A field of the config that is not given has the method's default, or follows
- * the network. Without `out` nothing is written.
- */
+/** A run on any network. Fields not given have their defaults; without `out` nothing is written. */
 export async function newRun(
   target: Target,
   data: Data,
@@ -1065,7 +1040,7 @@ export async function newRun(
  */
 export async function decompose(
   run: Run,
-  { old, stopped = async () => false }: { old?: RunRecord; stopped?: () => Promise<boolean> } = {},
+  { old, stopped }: { old?: RunRecord | undefined; stopped?: () => Promise<unknown> } = {},
 ): Promise<Metrics | undefined> {
   const { engine, problem, params, data } = run;
   const { config: c } = problem;
@@ -1097,7 +1072,7 @@ export async function decompose(
       i++;
       show(i, () => `warm-up ${i}/${total}  faithfulness ${loss.toExponential(2)}`);
       await io.checkFinite(i, { 'warm-up loss/faith': loss }, params);
-      if (await stopped()) return undefined; // nothing is saved yet: --resume begins again
+      if (await stopped?.()) return undefined; // nothing is saved yet: --resume begins again
     }
   }
   const step = compileStep(engine, problem, state);
@@ -1126,7 +1101,7 @@ export async function decompose(
       evaluated = await evaluate(done, due(c.slowEvalFreq));
       log(done, evaluated);
     }
-    const stop = await stopped();
+    const stop = await stopped?.();
     if (!last && (stop || due(c.saveEvery))) await save(done);
     if (stop) return undefined;
   }
@@ -1146,7 +1121,7 @@ const stateVariables = ({ m, v, sources }: State): Params => {
   return named;
 };
 
-/** Writes beside and renames, so that nobody ever reads half a file. */
+/** Writes beside and renames: nobody ever reads half a file. */
 export function writeAtomic(file: string, content: string): void {
   fs.writeFileSync(`${file}.tmp-${process.pid}`, content);
   fs.renameSync(`${file}.tmp-${process.pid}`, file);
@@ -1158,9 +1133,9 @@ const recordOf = (run: Run) => io.runRecord(run, VERSION);
 const VERSION = '0.1.0';
 
 // ---- I. Harvest -----------------------------------------
-// What does each component do? The short version, by dense counts: how often it fires, on which
-// tokens, ahead of which predictions, and where most strongly, as text. A component fires where g > 0.
-// postprocess/harvest.ts counts more, in bounded memory, and fills the page.
+// What does each component do? The short version, by dense counts: how often it fires (g > 0), on
+// which tokens, ahead of which predictions, and where most strongly, as text. postprocess/harvest.ts
+// counts more, in bounded memory, and fills the page.
 
 /** Token, count, and PMI = ln(n_ct N / (n_c n_t)) in nats. */
 export type TokenPmi = [token: string, count: number, pmi: number];
@@ -1170,9 +1145,9 @@ export interface ShortHarvest {
     module: string;
     index: number;
     density: number; // share of the positions where it fires
-    meanCi: number; // over all positions
-    firesOn: TokenPmi[]; // the tokens it meets more often than by chance
-    predicts: TokenPmi[]; // the same for the next token; counts are softmax mass
+    meanCi: number;
+    firesOn: TokenPmi[]; // tokens that it meets more often than by chance
+    predicts: TokenPmi[]; // the same of the next token; counts are softmax mass
     examples: string[]; // the strongest firings, one a batch, the token in »«
   }[]; // those that fire
 }
@@ -1254,16 +1229,16 @@ export async function shortHarvest({ engine, problem, params, data }: Run): Prom
 // ---- below: what this stands on -------------------------
 
 // ---- J. Language models ---------------------------------
-// A Hugging Face folder: config.json names the architecture, safetensors files hold the weights. Every
-// family is the same decoder with other options.
+// In a Hugging Face folder config.json names the architecture, and safetensors files hold the weights.
+// Every family is the same decoder with other options.
 
-/** What a config.json says, in one vocabulary for all families: the options of the decoder. */
+/** What a config.json says, in one vocabulary for all families. */
 // biome-ignore format: kept on few lines
 export interface Architecture {
   type: string; names: Names;
   vocab: number; dModel: number; dMlp: number; nLayers: number;
   nHeads: number; nKvHeads: number; headDim: number;
-  context: number; contextField: string; // the longest row, and the config's field that says so
+  context: number; contextField: string; // the longest row, and the field that says so
   norm: 'rms' | 'layer'; eps: number;
   rotary: Float32Array | undefined; // RoPE's inverse wavelengths; undefined: learned positions
   qkv: 'separate' | 'concatenated' | 'by head'; // one layer each, or one for all, named as q
@@ -1273,7 +1248,7 @@ export interface Architecture {
   biased: RegExp | undefined; // paths of the linear layers that have a bias
   tied: boolean; // the head is the embedding, unless the file has one
 }
-/** State-dict names without `.weight`, those of a block within it. Absent: the family has none. */
+/** State-dict names without `.weight`, those of a block within it; absent where there is none. */
 // biome-ignore format: kept on few lines
 export interface Names {
   embed: string; positions?: string; blocks: string; last: string; head: string;
@@ -1373,8 +1348,7 @@ export const languageModel = <X extends Network>(network: X) => ({
 export const makeVariable = (data: Float32Array, shape: number[], transposed = false) =>
   tf.tidy((): tf.Variable => {
     const stored = tf.tensor(data, shape);
-    // Not "trainable", which only TFJS's own optimisers ask.
-    return tf.variable(transposed ? stored.transpose() : stored, false);
+    return tf.variable(transposed ? stored.transpose() : stored, /* trainable */ false);
   });
 const sizeOf = (shape: readonly number[]) => shape.reduce((n, d) => n * d, 1);
 
@@ -1496,8 +1470,8 @@ function decoder(net: Network, tokens: T<'B S'>, linear: Linear): T<'N vocab'> {
 // ---- K. Data --------------------------------------------
 
 /**
- * Rows of one length: tokens (Int32Array) or features, position after position (Float32Array). A count of
- * Infinity is a source whose every row is new: it is read in order and never shuffled.
+ * Rows of one length: tokens (Int32Array) or features, position after position (Float32Array). Where
+ * count is Infinity, every row is new: they are read in order, never shuffled.
  */
 export interface Rows {
   readonly count: number;
@@ -1510,7 +1484,7 @@ export const firstRows = (rows: Rows, n: number): Rows => {
 
 export type Data = { train: Rows; heldOut: Rows; tokenizer?: Tokenizer | undefined };
 
-/** The given rows as a batch of inputs: tokens [B,S] (int32), or features [B,S,·]. */
+/** Rows as a batch of inputs: tokens [B,S] (int32), or features [B,S,·]. */
 export function inputBatch({ seqLen, row }: Rows, indices: readonly number[]): tf.Tensor {
   const rows = indices.map(row);
   const [B, width, tokens] = [rows.length, rows[0]!.length, rows[0] instanceof Int32Array];
@@ -1520,7 +1494,7 @@ export function inputBatch({ seqLen, row }: Rows, indices: readonly number[]): t
   return tf.tensor3d(all, [B, seqLen, width / seqLen]);
 }
 
-/** The rows of one training step: each epoch is a new shuffle, a function of (seed, epoch) alone. */
+/** The rows of one training step: each epoch is a new shuffle, by (seed, epoch) alone. */
 export function batchIndices(count: number, size: number, step: number, seed: number): number[] {
   const places = range(step * size, (step + 1) * size);
   if (count === Infinity) return places;
@@ -1555,8 +1529,8 @@ export async function loadData(model: LanguageModel, config: Config): Promise<Da
   return { tokenizer, ...(await io.loadRows(config.data, config.evalData, options)) };
 }
 
-// Random numbers are a function of (seed, step, purpose) and of nothing else, so any step can be
-// replayed, and a resumed run needs no state of a generator.
+// Random numbers are a function of (seed, step, purpose) alone, so any step can be replayed, and a
+// resumed run needs no state of a generator.
 
 // biome-ignore format: kept on few lines
 export const PURPOSE = {
@@ -1564,11 +1538,11 @@ export const PURPOSE = {
   harvest: 9, init: 16, // and on from there, one for each array of initial values
 };
 
-/** What of it changes from step to step, as a tensor: it must enter a traced graph as a feed. */
+/** (seed, step) as a tensor: a feed of a traced graph. */
 export const randomKey = (seed: number, step: number): tf.Tensor1D =>
   tf.tensor1d([scramble(seed), step], 'int32');
 
-/** Uniform numbers in [0, 1), a function of (key, purpose). An engine may have its own, other bits. */
+/** Uniform numbers in [0, 1) by (key, purpose). An engine may have its own, with other bits. */
 export function uniform(shape: number[], key: tf.Tensor, purpose: number): tf.Tensor {
   if (tf.getKernel('Uniform', tf.getBackend()))
     return tf.engine().runKernel('Uniform', { key }, { shape, purpose }) as tf.Tensor;
@@ -1576,15 +1550,15 @@ export function uniform(shape: number[], key: tf.Tensor, purpose: number): tf.Te
   return tf.tensor(uniformArray(sizeOf(shape), seed, step, purpose), shape);
 }
 
-/** n uniform numbers in [0, 1) by the generator sfc32, 24 bits a number. */
+/** The generator sfc32, 24 bits a number. */
 export function uniformArray(n: number, seed: number, step: number, purpose: number) {
-  // (seed, step, purpose) → (a, b, c) is one-to-one, so no two keys give the same numbers.
+  // (seed, step, purpose) → (a, b, c) is one-to-one: no two keys give the same numbers.
   let a = scramble(seed);
   let b = scramble(a ^ step);
   let c = scramble(b ^ purpose);
   let counter = 1;
   const out = new Float32Array(n);
-  // The first twelve rounds spread each bit of the key over the whole state.
+  // The first twelve rounds spread the key's bits over the whole state.
   for (let i = -12; i < n; i++) {
     const t = (a + b + counter) | 0;
     counter = (counter + 1) | 0;
@@ -1595,7 +1569,7 @@ export function uniformArray(n: number, seed: number, step: number, purpose: num
   }
   return out;
 }
-/** MurmurHash3's finaliser: a permutation of the 32-bit numbers that mixes all of their bits. */
+/** MurmurHash3's finaliser: a permutation of the 32-bit numbers that mixes their bits. */
 export function scramble(x: number): number {
   let h = (x + 0x9e3779b9) | 0;
   h = Math.imul(h ^ (h >>> 16), 0x85ebca6b);
@@ -1604,9 +1578,9 @@ export function scramble(x: number): number {
 }
 
 // ---- L. Rooms -------------------------------------------
-// engine/ makes TFJS fast, io/ stands between this file and the world. Where a folder is missing, the
-// plain ways below do: this file alone runs op by op, reads llama and llama_simple_mlp folders and .txt
-// files, and writes components.safetensors.
+// engine/ makes TFJS fast, io/ stands between this file and the world. Without them the plain ways
+// below do: this file alone runs op by op, reads llama and llama_simple_mlp folders and .txt files,
+// and writes components.safetensors.
 
 export interface Engine {
   readonly name: string;
@@ -1614,25 +1588,25 @@ export interface Engine {
   readonly description: string; // a line for people: which engine, and why
   memoryBytes?(): number; // how much a step may take
   /**
-   * A function with the same meaning as `fn`, and faster where the engine can trace it: then `fn` runs
-   * once as it is, and from then on as one graph. So what changes from call to call must enter through
-   * `feeds`, and no branch of JavaScript may depend on a tensor's value. `fn` may assign tf.Variables.
+   * `fn`, faster where the engine can trace it: then it runs once as it is, and from then on as one
+   * graph. So what changes from call to call must enter through `feeds`, no branch of JavaScript may
+   * depend on a tensor's value, and what lives on is a tf.Variable, which `fn` may assign.
    */
   compile<F extends Tensors, O extends Tensors>(
     name: string,
     fn: (feeds: F) => O,
   ): (feeds: F) => Promise<O>;
 }
-/** Runs every op by itself. A traced graph is checked against this. */
+/** Runs every op by itself. */
 export const opByOp: Pick<Engine, 'compile'> = {
   compile: (_name, fn) => async feeds => tf.tidy(() => fn(feeds)),
 };
-/** Starts the engine that the config asks for. @throws UsageError if it is not there */
+/** @throws UsageError if the engine that the config asks for is not there */
 export async function startEngine(config: Config): Promise<Engine> {
   return { ...opByOp, ...(await engines.startEngine(config)) };
 }
 
-/** tf.tidy for an async function: disposes of the tensors made in it. It is not re-entrant. */
+/** tf.tidy for an async function. It is not re-entrant. */
 export async function tidyAsync<X>(job: () => Promise<X>): Promise<X> {
   tf.engine().startScope();
   try {
@@ -1658,7 +1632,7 @@ type Io = Pick<typeof import('./io/index.ts'),
   | 'compareData' | 'runRecord' | 'readRecord' | 'dryRun' | 'warnOfTarget' | 'describeRun'
   | 'stepLine'
 > & { openModel(dir: string, own: typeof NAMES, talk: typeof say): Promise<ModelFiles> };
-/** A model folder: what its config says, and its tensors by the names that `arch` implies. */
+/** A model folder, with its tensors by the names that `arch` implies. */
 interface ModelFiles {
   arch: Architecture;
   config: Record<string, unknown>;
@@ -1667,8 +1641,7 @@ interface ModelFiles {
   finish(): string; // the SHA-256 of all that was read
   close(): void;
 }
-const needs = (folder: string) => (): never =>
-  refuse(`this needs the folder ${folder} beside the file`);
+const needsRoom = (): never => refuse('this needs the folders io/ and engine/ beside the file');
 const plainIo: Io = {
   commandLine: plainFlags,
   resolveModel: async dir => ({ dir }),
@@ -1685,12 +1658,12 @@ const plainIo: Io = {
   saveCheckpoint: plainSave,
   runRecord: ({ problem: { config } }) => ({ formatVersion: 1, config }) as never,
   readMetrics: () => [],
-  readRecord: needs('io/'),
-  restore: needs('io/'),
-  resume: needs('io/'),
-  compareRuns: needs('io/'),
-  compareData: needs('io/'),
-  dryRun: needs('io/'),
+  readRecord: needsRoom,
+  restore: needsRoom,
+  resume: needsRoom,
+  compareRuns: needsRoom,
+  compareData: needsRoom,
+  dryRun: needsRoom,
   describeRun: () => {},
   stepLine: (done, nSteps) => `step ${done}/${nSteps}`,
   warnOfTarget: () => {},
@@ -1707,7 +1680,7 @@ const plainEngines: Engines = {
     return { name: 'wasm', gpu: false, description: 'WASM, op by op (no engine/ folder)' };
   },
   checkSize: () => {},
-  accumulate: needs('engine/'),
+  accumulate: needsRoom,
 };
 const io = await beside('io', plainIo, () => import('./io/index.ts'));
 const engines = await beside('engine', plainEngines, () => import('./engine/index.ts'));
@@ -1723,19 +1696,14 @@ function readJson(file: string): Record<string, unknown> {
 /** Flags of the main job, as --name=value. */
 function plainFlags(argv: string[]): ReturnType<Io['commandLine']> {
   const values: Record<string, string | number | boolean> = {};
-  const wrong = (arg: string) =>
-    refuse(`${arg}: without io/ takes --name=value, one of ${Object.keys(FIELDS).join(' ')}`);
   for (const arg of argv) {
     const [, no, flag = '', raw] = /^--(no-)?([\w-]+)(?:=(.+))?$/s.exec(arg) ?? [];
     const name = flag.replace(/-(.)/g, (_, letter) => letter.toUpperCase());
-    if (!Object.hasOwn(FIELDS, name)) wrong(arg);
-    const { value: usual, min, max } = FIELDS[name as 'seed'];
+    const { value: usual, min, max } = FIELDS[name as 'seed'] ?? {};
     const value = typeof usual === 'number' ? Number(raw ?? Number.NaN) : no ? false : raw;
-    if (
-      typeof value !== typeof usual ||
-      !(typeof value !== 'number' || (value >= min && value <= max))
-    )
-      wrong(arg);
+    const inside = typeof value !== 'number' || (value >= min && value <= max);
+    if (!Object.hasOwn(FIELDS, name) || typeof value !== typeof usual || !inside)
+      refuse(`${arg}: without io/ takes --name=value, one of ${Object.keys(FIELDS).join(' ')}`);
     values[name] = value!;
   }
   return { job: 'decompose', values, flags: {}, meantFor: {} };
@@ -1747,7 +1715,7 @@ async function plainModel(dir: string): Promise<ModelFiles> {
   const config = readJson(configFile);
   const bytes = fs.existsSync(file) ? fs.readFileSync(file) : refuse(`${file}: no such file`);
   const sha256 = crypto.createHash('sha256').update(fs.readFileSync(configFile));
-  // A safetensors file: the header's length in 8 bytes, the header (JSON), the tensors' bytes.
+  // A safetensors file is the header's length in 8 bytes, the header (JSON), the tensors' bytes.
   const start = 8 + Number(bytes.readBigUInt64LE());
   const header = JSON.parse(bytes.toString('utf8', 8, start));
   const read = (name: string, shape: readonly number[]): Float32Array => {
@@ -1802,10 +1770,8 @@ async function plainRows(
 ): ReturnType<Io['loadRows']> {
   if (!tokenizer || !data.endsWith('.txt') || evalData || !fs.existsSync(data))
     return refuse(`${data}: without io/ takes one .txt file`);
-  const documents = fs
-    .readFileSync(data, 'utf8')
-    .split('\n')
-    .filter(line => line.trim());
+  const lines = fs.readFileSync(data, 'utf8').split('\n');
+  const documents = lines.filter(line => line.trim());
   // Documents are joined by end-of-text, unless the tokenizer starts each with begin-of-text.
   const marksItself = tokenizer.encode('').ids.length > 0;
   const mark = endOfText === undefined || marksItself ? [] : [endOfText];
@@ -1838,7 +1804,7 @@ async function plainSave(dir: string, _step: number, components: Params): Promis
 // ---- M. Command line ------------------------------------
 // Exit codes: 0, 1 failed, 2 bad input, 130 or 143 interrupted.
 
-/** Fills in what is "auto", and checks what one field alone can't tell. `given`: set on purpose. */
+/** Fills in what is "auto", and checks fields against each other. `given`: those set on purpose. */
 export function resolveConfig(
   config: Config,
   sizes: Pick<Architecture, 'dModel' | 'nLayers' | 'context' | 'contextField'>,
@@ -1899,8 +1865,8 @@ async function openModelRun(config: Config, given: ReadonlySet<string>) {
 
 const readRun = (dir: string) => io.readRecord(dir) as RunRecord;
 /**
- * A finished run on a language model: target, parameters, data, tokenizer and engine. `changes`: fields
- * of its config to use in place of its own. @throws UsageError if model or data are not those of the run
+ * A finished run on a language model: target, parameters, data, tokenizer, engine. `changes`: to its
+ * config. @throws UsageError if model or data are not those of the run
  */
 export async function openRun(dir: string, changes: Partial<Config> = {}) {
   const record = readRun(dir);
@@ -1916,7 +1882,7 @@ export async function openRun(dir: string, changes: Partial<Config> = {}) {
 export type OpenRun = Awaited<ReturnType<typeof openRun>>;
 
 export type Flags = Readonly<Record<string, string | boolean | undefined>>;
-/** A command on a finished run, with the flags that it takes besides the config's fields. */
+/** A command on a finished run, and its flags besides the config's fields. */
 export interface Job {
   help: string;
   flags?: Readonly<Record<string, 'string' | 'boolean'>>;
@@ -1940,28 +1906,20 @@ const plainPostprocess: Postprocess = {
   },
 };
 
-/** Parses and runs a command line. @returns the exit code */
-export async function main(argv: string[], post = plainPostprocess): Promise<number> {
-  const jobs = post.JOBS;
-  const given = io.commandLine(argv, { version: VERSION, groups: GROUPS, jobs });
-  if (!given) return 0; // --help, --version
-  const { job, values, flags } = given;
-  if (job === 'decompose') return decomposeModel(values, flags, given.meantFor, post);
-  await jobs[job]!.run(`${flags.run}`, values, flags);
-  return 0;
-}
-
-/** A message may quote a stranger's file: one line of it, without control or direction marks. */
+/** One line of a message, which may quote a stranger's file: without control or direction marks. */
 const oneLine = (error: unknown) =>
   (error as Error).message.slice(0, 500).replace(/[\p{C}\p{Zl}\p{Zp}]/gu, '?');
 
-/** The main job. `meantFor`: the target that a preset is meant for. */
-async function decomposeModel(
-  changes: Partial<Config>,
-  flags: Flags,
-  meantFor: Record<string, number>,
-  post: Postprocess,
-) {
+/** Runs a command line. @returns the exit code */
+export async function main(argv: string[], post = plainPostprocess): Promise<number> {
+  const line = io.commandLine(argv, { version: VERSION, groups: GROUPS, jobs: post.JOBS });
+  if (!line) return 0; // --help, --version
+  const { job, flags, meantFor } = line;
+  const changes: Partial<Config> = line.values;
+  if (job !== 'decompose') {
+    await post.JOBS[job]!.run(`${flags.run}`, changes, flags);
+    return 0;
+  }
   const to = changes.out;
   if (flags.resume && !to) refuse('--resume: takes --out DIR, the folder of the run to go on with');
   const old = flags.resume && to ? readRun(to) : undefined;
@@ -1982,17 +1940,12 @@ async function decomposeModel(
     await io.dryRun(problem, async n => void (await step(n, data.train)));
     return 0;
   }
-  const signals = io.watchSignals(say);
-  let signal: number | undefined;
-  const stopped = async () => {
-    signal = await signals.interrupted();
-    return signal !== undefined;
-  };
-  const metrics = await decompose(run, { ...(old && { old }), stopped });
-  signals.stop();
+  const { interrupted, stop } = io.watchSignals(say);
+  const metrics = await decompose(run, { old, stopped: interrupted });
+  stop();
   if (!metrics) {
     say(`stopped; go on with --resume --out ${out}`);
-    return signal!;
+    return (await interrupted()) ?? 1;
   }
   try {
     await post.finish(run, metrics);
@@ -2007,11 +1960,10 @@ async function decomposeModel(
 
 if (process.argv[1] && fs.realpathSync(process.argv[1]) === fileURLToPath(import.meta.url)) {
   const failed = (error: NodeJS.ErrnoException): number => {
-    const wrongInput = error.name === 'UsageError';
     // What the system says (a full disk …) is no bug of ours: its stack tells nothing.
-    const known = /^E[A-Z]+$/.test(error.code ?? '') || error.name === 'DivergenceError';
-    say(wrongInput || known ? `nano-param-decomp: ${oneLine(error)}` : String(error.stack));
-    return wrongInput ? 2 : 1;
+    const known = /^E[A-Z]+$|^(Usage|Divergence)Error$/.test(error.code ?? error.name);
+    say(known ? `nano-param-decomp: ${oneLine(error)}` : String(error.stack));
+    return error.name === 'UsageError' ? 2 : 1;
   };
   // Not awaited: postprocess/ imports this file, which then has to be loaded.
   beside('postprocess', plainPostprocess, () => import('./postprocess/index.ts'))
