@@ -643,9 +643,7 @@ const eachGroup = <X>(make: (group: Group) => X): Record<Group, X> => ({
   ci_fn: make('ci_fn'),
 });
 const ofGroup = <X extends T>(params: Record<string, X>, group: Group): X[] =>
-  Object.keys(params)
-    .filter(name => name.startsWith(group))
-    .map(name => params[name]!);
+  Object.entries(params).flatMap(([name, x]) => (name.startsWith(group) ? x : []));
 /** The tensors in one vector: Adam on a group is a few large ops, not many small ones. */
 const sideBySide = (tensors: T[]): T<'n'> => tf.concat(tensors.map(x => x.flatten()));
 
@@ -664,19 +662,17 @@ function adamUpdate({ params, m, v }: State, group: Group, gradient: T<'n'>, fee
   const moved = ofGroup(params, group);
   const sizes = moved.map(param => param.size);
   const moves = tf.split(feeds.lrMain.mul(step.direction), sizes);
-  for (const [i, param] of moved.entries()) {
-    param.assign(param.sub(moves[i]!.reshape(param.shape)));
-  }
+  for (const [i, param] of moved.entries()) param.assign(param.sub(moves[i]!.reshape(param.shape)));
   m[group].assign(step.m);
   v[group].assign(step.v);
 }
 
-type Gradients = Record<Group, T<'n'>>;
+type Vectors = Record<Group, T<'n'>>;
 /** Clips the gradients and moves all parameters. @returns the norms before clipping */
 export function applyGradients(
   { config }: Problem,
   state: State,
-  gradients: Gradients,
+  gradients: Vectors,
   feeds: AdamFeeds,
 ) {
   const norms = eachGroup(group => gradients[group].square().sum().sqrt());
@@ -697,9 +693,8 @@ export function applyGradients(
 /** Scalars by their names in metrics.jsonl. */
 function stepMetrics(config: Config, losses: T, l0: T, norms: Record<Group, T>): Tensors {
   const each = tf.unstack(losses);
-  const named = lossList.map(([name], i): [string, T] => [`loss/${name}`, each[i]!]);
   return {
-    ...Object.fromEntries(named),
+    ...Object.fromEntries(lossList.map(([name], i) => [`loss/${name}`, each[i]!])),
     'train/l0': l0,
     'loss/total': losses.mul(coefficientsOf(config)).sum(),
     'grad_norm/components': norms.components,
@@ -718,9 +713,9 @@ export function compileStep(engine: Engine, problem: Problem, state: State) {
   const { config } = problem;
   const { params, sources, m } = state;
   const R = config.microBatches;
-  type Result = Omit<ReturnType<typeof forward>, 'sources'>;
   const forward = (feeds: StepFeeds, old: Sources) =>
     lossesAndGradients(problem, params, old, feeds);
+  type Result = Omit<ReturnType<typeof forward>, 'sources'>;
   const update = ({ losses, l0, gradients }: Result, feeds: AdamFeeds) =>
     stepMetrics(config, losses, l0, applyGradients(problem, state, gradients, feeds));
 
@@ -734,7 +729,7 @@ export function compileStep(engine: Engine, problem: Problem, state: State) {
     const { length } = lossList;
     return engines.accumulate(engine.compile, R, length, sources, shapes, forward, update);
   };
-  const run = R > 1 ? shards() : (feedsOf: (shard: number) => StepFeeds) => whole(feedsOf(0));
+  const run = R > 1 ? shards() : (feedsOf: (r: number) => StepFeeds) => whole(feedsOf(0));
   return (step: number, data: Rows): Promise<Metrics> =>
     tidyAsync(async () => {
       const rows = batchIndices(data.count, config.batchSize, step, config.seed);
@@ -802,10 +797,8 @@ export function initialParams(problem: Problem): Params {
   for (const [name, shape] of Object.entries(shapes)) {
     const fanIn = shapes[name.replace(/bias$/, 'weight')]![1]!;
     const bound = 1 / Math.sqrt(fanIn);
-    params[name] = makeVariable(
-      draws(sizeOf(shape)).map(u => bound * (2 * u - 1)),
-      shape,
-    );
+    const values = draws(sizeOf(shape)).map(u => bound * (2 * u - 1));
+    params[name] = makeVariable(values, shape);
   }
   return params;
 }
@@ -814,8 +807,7 @@ export function initialParams(problem: Problem): Params {
 export function initialState({ modules, config }: Problem, params: Params): State {
   const shape = [config.batchSize * config.seqLen, totalC(modules) + modules.length];
   const s = makeVariable(uniformArray(sizeOf(shape), config.seed, 0, PURPOSE.sources), shape);
-  const moments = () =>
-    eachGroup(group => zeros([sum(ofGroup(params, group).map(param => param.size))]));
+  const moments = () => eachGroup(group => zeros([sum(ofGroup(params, group).map(x => x.size))]));
   return { params, m: moments(), v: moments(), sources: { s, m: zeros(shape), v: zeros(shape) } };
 }
 
@@ -833,12 +825,10 @@ export async function* warmUp(engine: Engine, problem: Problem, state: State) {
   for (let i = 0; i < steps; i++) {
     const rate = cosine(i, steps, config.faithfulnessWarmupLrFinalFrac);
     const feeds = { lrMain: config.faithfulnessWarmupLr * rate, ...mainCorrections(i) };
-    const { loss } = await tidyAsync(async () => scalars(await step(asTensors(feeds))));
-    yield loss!;
+    yield (await tidyAsync(async () => scalars(await step(asTensors(feeds))))).loss!;
   }
-  for (const moment of [state.m.components, state.v.components]) {
+  for (const moment of [state.m.components, state.v.components])
     tf.tidy(() => moment.assign(tf.zerosLike(moment)));
-  }
 }
 
 // ---- G. Evaluation --------------------------------------
@@ -1162,15 +1152,15 @@ export async function shortHarvest({ engine, problem, params, data }: Run): Prom
   const { vocab = 0 } = (target as Partial<LanguageModel>).arch ?? {};
   if (!target.nextToken || vocab * sumC > MAX_CELLS)
     refuse(`harvest: ${sumC} components x ${vocab} tokens are for postprocess/harvest.ts`);
-  const shapes = [[sumC], [sumC], [vocab], [vocab], [sumC, vocab], [sumC, vocab]];
-  const tables = shapes.map(zeros);
+  const tables = [[sumC], [sumC], [sumC + 1, vocab], [sumC + 1, vocab]].map(zeros);
   const count = engine.compile('short harvest', (f: Record<'inputs', T>) => {
-    const { pass, g } = importances(problem, params, f.inputs);
+    const { pass, g, N } = importances(problem, params, f.inputs);
     const fires: T<'N ΣC'> = indicator(g.greater(0));
+    const rows: T<'N ΣC+1'> = tf.concat([fires, tf.ones([N, 1])], 1); // the last counts every position
     const token: T<'N vocab'> = tf.oneHot(f.inputs.flatten() as tf.Tensor1D, vocab);
     const probs: T<'N vocab'> = pass.output.logSoftmax().exp();
-    const [onToken, ahead] = [tf.matMul(fires, token, true), tf.matMul(fires, probs, true)];
-    const counts = [fires.sum(0), g.sum(0), token.sum(0), probs.sum(0), onToken, ahead];
+    const products = [token, probs].map(columns => tf.matMul(rows, columns, true));
+    const counts = [fires.sum(0), g.sum(0), ...products];
     for (const [i, table] of tables.entries()) table.assign(table.add(counts[i]!));
     const strongest = tf.topk(g.transpose(), 1);
     return { value: strongest.values.flatten(), at: strongest.indices.flatten() };
@@ -1183,46 +1173,43 @@ export async function shortHarvest({ engine, problem, params, data }: Run): Prom
     const found = await count({ inputs: batch });
     const [value, at] = await Promise.all([numbers(found.value), numbers(found.at)]);
     tf.dispose([batch, found]);
+    const S = rows.seqLen;
     for (const [c, list] of strongest.entries()) {
-      const [n, S] = [at[c]!, rows.seqLen];
-      list.push({ value: value[c]!, row: indices[Math.floor(n / S)]!, at: n % S });
+      list.push({ value: value[c]!, row: indices[Math.floor(at[c]! / S)]!, at: at[c]! % S });
       list.sort((a, b) => b.value - a.value).splice(EXAMPLES);
     }
   }
-  const [nC, ciSum, nIn, nOut, nCIn, nCOut] = await Promise.all(tables.map(numbers));
+  const [nC, ciSum, nIn, nOut] = await Promise.all(tables.map(numbers));
   tf.dispose(tables);
 
   const token = (id: number) => data.tokenizer?.id_to_token(id)?.replace(/[▁Ġ]/g, ' ') ?? `#${id}`;
   const text = (ids: ArrayLike<number>) => Array.from(ids, token).join('');
   const N = rows.count * rows.seqLen;
   /** Tokens that component c meets more often than chance, the most surprising first. */
-  const byPmi = (c: number, counts: Float32Array, totals: Float32Array): TokenPmi[] =>
-    range(0, vocab)
-      .map((t): TokenPmi => {
-        const [n, expected] = [counts[c * vocab + t]!, (nC![c]! * totals[t]!) / N];
-        return [text([t]), n, Math.max(n, expected) < MIN_COUNT ? 0 : Math.log(n / expected)];
-      })
-      .filter(([, , pmi]) => pmi > 1e-4) // below that it is the rounding of float32
-      .sort((a, b) => b[2] - a[2])
-      .slice(0, LIST);
+  const byPmi = (c: number, counts: Float32Array): TokenPmi[] => {
+    const pairs = range(0, vocab).map((t): TokenPmi => {
+      const [n, ofToken] = [counts[c * vocab + t]!, counts[sumC * vocab + t]!];
+      const expected = (nC![c]! * ofToken) / N;
+      return [text([t]), n, Math.max(n, expected) < MIN_COUNT ? 0 : Math.log(n / expected)];
+    });
+    const above = pairs.filter(([, , pmi]) => pmi > 1e-4); // below that it is rounding
+    return above.sort((a, b) => b[2] - a[2]).slice(0, LIST);
+  };
   const marked = ({ row, at }: Firing) => {
     const ids = rows.row(row);
     const [from, to] = [Math.max(0, at - WINDOW), at + WINDOW];
     return `${text(ids.slice(from, at))}»${text([ids[at]!])}«${text(ids.slice(at + 1, to))}`;
   };
-  const describe = (m: Module, index: number) => {
-    const c = m.offset + index;
-    return {
-      module: m.path,
-      index,
-      density: nC![c]! / N,
-      meanCi: ciSum![c]! / N,
-      firesOn: byPmi(c, nCIn!, nIn!),
-      predicts: byPmi(c, nCOut!, nOut!),
-      examples: strongest[c]!.filter(firing => firing.value > 0).map(marked),
-    };
-  };
-  const all = modules.flatMap(m => range(0, m.C).map(i => describe(m, i)));
+  const describe = (module: string, index: number, c: number) => ({
+    module,
+    index,
+    density: nC![c]! / N,
+    meanCi: ciSum![c]! / N,
+    firesOn: byPmi(c, nIn!),
+    predicts: byPmi(c, nOut!),
+    examples: strongest[c]!.filter(firing => firing.value > 0).map(marked),
+  });
+  const all = modules.flatMap(m => range(0, m.C).map(i => describe(m.path, i, m.offset + i)));
   return { positions: N, components: all.filter(c => c.density > 0) };
 }
 
