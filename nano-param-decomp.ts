@@ -81,23 +81,23 @@ const flag = (value: boolean, help: string) => ({ value, help });
 const GROUPS = {
   'Target and data': {
     model: place('Hugging Face folder, or hub id org/name[@revision]'),
-    data: place('training data: .txt, .jsonl, .json rows of ids, .parquet, or a hub data set'),
-    evalData: place('held-out data; without it the last 5 % of the documents, never trained on'),
+    data: place('.txt, .jsonl, .json rows of ids, .parquet, or a hub data set'),
+    evalData: place('held-out data; without it the last 5 % of the documents'),
     labels: place('JSON: the known rules that hold in each row of --eval-data; adds a scoreboard'),
-    seqLen: int(512, 'tokens in a row, at most what the target allows', 1, 1 << 20),
+    seqLen: int(512, 'tokens in a row', 1, 1 << 20),
     components: text('auto', 'pattern=C,…: "*.q_proj=64", first match; auto: C = max(dIn, dOut)'),
     out: place('run folder; without it runs/<model>-<time>'),
   },
   Training: {
     nSteps: int(400_000, 'training steps', 1),
-    batchSize: int(64, 'rows in a batch; if not given, 2 on a CPU engine', 1),
-    microBatches: int(1, 'shards of a batch, one after another (R in the importance loss)', 1),
-    seed: int(0, 'every random number is a function of (seed, step, purpose)', 0, 2 ** 31 - 1),
+    batchSize: int(64, 'rows in a batch; on a CPU engine 2 if not given', 1),
+    microBatches: int(1, 'shards of a batch (R), one after another', 1),
+    seed: int(0, 'of all random numbers', 0, 2 ** 31 - 1),
     mainLr: real(5e-5, 'AdamW learning rate of V, U and the CI function'),
     mainLrFinalFrac: real(0.1, 'where its cosine ends', 0, 1),
-    gradClipComponents: real(0.01, 'clips the joint gradient norm of all V and U; 0 = off'),
-    gradClipCi: real(0, "the same for the CI function; 0 = off, the paper's choice"),
-    faithfulnessWarmupSteps: int(400, 'steps on the faithfulness loss alone, at the start'),
+    gradClipComponents: real(0.01, 'clips the gradient norm of all V and U; 0 = off'),
+    gradClipCi: real(0, 'and of the CI function; 0 = off'),
+    faithfulnessWarmupSteps: int(400, 'first steps, on this loss alone'),
     faithfulnessWarmupLr: real(1e-3, 'their learning rate'),
     faithfulnessWarmupLrFinalFrac: real(1, 'where its cosine ends; 1 = constant', 0, 1),
   },
@@ -113,40 +113,40 @@ const GROUPS = {
     leakyAlpha: real(0.01, 'slope of the leaky sigmoids outside [0, 1]', 0, 1),
   },
   'CI function': {
-    ciDModel: int(0, 'width; 0 = auto: 8/3 of the target width (paper: 2048 at 768)', 0, 1 << 17),
-    ciNBlocks: int(0, 'blocks; 0 = auto: twice the target layers (paper: 8 at 4)', 0, 4096),
-    ciNHeads: int(0, 'heads; 0 = auto: one per 64 of width, at least 4, at most 16', 0, 4096),
+    ciDModel: int(0, 'width; 0 = auto: 8/3 of the target width', 0, 1 << 17),
+    ciNBlocks: int(0, 'blocks; 0 = auto: twice the target layers', 0, 4096),
+    ciNHeads: int(0, 'heads; 0 = auto: 4 to 16, one per 64 of width', 0, 4096),
     ciMlpHidden: int(0, 'MLP width; 0 = auto: 4 times the width', 0, 1 << 20),
     ciRopeBase: real(10_000, 'base of its rotary embedding', 1),
   },
   'Persistent PGD': {
-    ppgdLr: real(0.01, 'learning rate of the adversarial sources'),
+    ppgdLr: real(0.01, 'learning rate of the sources'),
     ppgdLrFinalFrac: real(1, 'where its cosine ends; 1 = constant', 0, 1),
-    ppgdWarmupPct: real(0.025, 'share of the steps over which it rises from 0', 0, 1),
+    ppgdWarmupPct: real(0.025, 'share of the steps in which it rises from 0', 0, 1),
     ppgdBeta1: real(0.5, 'Adam of the sources', 0, 0.999999),
     ppgdBeta2: real(0.99, 'Adam of the sources', 0, 0.999999),
     ppgdEps: real(1e-8, 'Adam of the sources'),
-    ppgdInnerSteps: int(2, 'ascent steps before each training step', 0, 1000),
+    ppgdInnerSteps: int(2, 'moves before the losses of a step', 0, 1000),
   },
   Evaluation: {
     evalFreq: int(1000, 'steps between evaluations; 0 = only at the end'),
-    slowEvalFreq: int(5000, 'steps between slow evaluations; 0 = only at the end'),
+    slowEvalFreq: int(5000, 'steps between slow ones; 0 = only at the end'),
     evalBatchSize: int(0, 'rows in its batches; 0 = auto: the batch size'),
-    ciAliveThreshold: real(0, 'a component counts in L0 where g is above this', 0, 1),
-    roundingThreshold: real(0, 'rounded masks are 1 where g is above this', 0, 1),
+    ciAliveThreshold: real(0, 'a component counts in L0 where g is above', 0, 1),
+    roundingThreshold: real(0, 'rounded masks are 1 where g is above', 0, 1),
     pgdEvalStepSize: real(0.1, 'step of the fresh sign-PGD adversary'),
     pgdEvalNSteps: int(20, 'its steps', 0, 10_000),
   },
   Run: {
     logEvery: int(100, 'steps between lines of metrics.jsonl', 1),
     saveEvery: int(5000, 'steps between checkpoints; 0 = only at the end'),
-    harvest: flag(true, 'harvest and write the page at the end (--no-harvest leaves it out)'),
+    harvest: flag(true, 'harvest and page at the end (--no-harvest: without)'),
     harvestRows: int(4096, 'training rows that the harvest reads; 0 = all'),
   },
   Engine: {
     engine: text('auto', 'auto: the fastest that loads', 'auto tensorflow webgpu wasm'),
     precision: text('auto', 'of matrix products; auto: tf32 on CUDA', 'auto float32 tf32 bf16'),
-    graph: flag(true, 'trace each function into a graph (--no-graph runs it op by op)'),
+    graph: flag(true, 'trace functions into graphs (--no-graph: op by op)'),
     xla: text('auto', 'compile with XLA; auto: on a CPU from 10,000 steps on', 'auto on off'),
     threads: int(0, 'CPU threads of the native engines; 0 = all cores', 0, 1024),
   },
@@ -176,17 +176,17 @@ export type Linear = (path: string, x: T<'N dIn'>) => T<'N dOut'>;
 
 /** The frozen network: everything that the method needs to know of it. */
 export interface Target {
-  readonly linears: readonly LinearLayer[]; // those that may be decomposed
+  linears: readonly LinearLayer[]; // those that may be decomposed
   /** Wᵀ [dIn,dOut] under the path of its layer, a bias [dOut] under `${path}.bias`. */
-  readonly weights: ReadonlyMap<string, tf.Variable>;
+  weights: ReadonlyMap<string, tf.Variable>;
   /**
    * The outputs for inputs [B,S] (tokens, int32) or [B,S,·] (features): one row a position, or fewer.
    * Every layer of `linears` is computed by `linear`.
    */
   forward(inputs: T<'B S'>, linear: Linear): T<'N out'>;
-  readonly compare: Comparison; // `kl` or `mse` of section D
-  readonly nextToken?: boolean; // outputs predict the next token: evaluation adds cross-entropies
-  readonly source?: Source; // for config.json
+  compare: Comparison; // `kl` or `mse` of section D
+  nextToken?: boolean; // outputs predict the next token: evaluation adds cross-entropies
+  source?: Source; // for config.json
 }
 /** Where a target comes from; `commit`: the hub's, of a model from there. */
 type Source = { path: string; commit?: string; type: string; sha256: string };
@@ -196,10 +196,10 @@ export type Module = LinearLayer & { C: number; offset: number };
 
 /** What stays fixed in a run. Modules are sorted by path; `ci`: another CI function than ours. */
 export type Problem<Net extends Target = Target> = {
-  readonly target: Net;
-  readonly modules: readonly Module[];
-  readonly config: Config;
-  readonly ci?: CiFunction;
+  target: Net;
+  modules: readonly Module[];
+  config: Config;
+  ci?: CiFunction;
 };
 export const totalC = (modules: readonly Module[]) => sum(modules.map(m => m.C));
 
@@ -212,10 +212,9 @@ export const U = (params: Tensors, { path }: Module): T<'C dOut'> =>
 /** All products are of matrices: TFJS's own product of [B,S,k] and [k,m] has no gradient. */
 export const matmul = (a: T<'n k'>, b: T<'k m'>, transposeB = false): T<'n m'> =>
   tf.matMul(a as tf.Tensor2D, b as tf.Tensor2D, false, transposeB);
-/** 1 where the condition holds, else 0. */
 export const indicator = (condition: T): T => condition.cast('float32');
 const addBias = (y: T<'N dOut'>, bias?: T<'dOut'>) => (bias ? y.add(bias) : y);
-export const weightOf = ({ weights }: Pick<Target, 'weights'>, name: string) =>
+const weightOf = ({ weights }: Pick<Target, 'weights'>, name: string) =>
   weights.get(name) ?? refuse(`no weight ${name}`);
 
 /** The layers as the target has them: x Wᵀ + b. */
@@ -408,7 +407,7 @@ export function importanceLoss(gUpper: T<'N ΣC'>, p: T, config: Config, R: numb
 
 /** How outputs are compared with the target's own: a scalar. */
 export interface Comparison {
-  readonly metric: string; // the prefix of its metrics
+  metric: string; // the prefix of its metrics
   /** For training: differentiable in the second argument. */
   loss(own: T<'N out'>, predicted: T<'N out'>): T;
   /** For evaluation: the same value, exact when it is small. */
@@ -443,7 +442,7 @@ export const kl: Comparison = {
   },
 };
 
-/** g + (1 − g) u: a component may be removed exactly as far as its importance allows. */
+/** A component may be removed exactly as far as its importance allows. */
 export const interpolate = (g: T<'N ΣC'>, u: T<'N ΣC'>): T<'N ΣC'> => g.add(tf.sub(1, g).mul(u));
 
 /**
@@ -748,7 +747,6 @@ const progress = (step: number, nSteps: number) => (nSteps > 1 ? step / (nSteps 
 /** A cosine from 1 at the first step to `finalFrac` at the last. */
 export const cosine = (step: number, nSteps: number, finalFrac: number): number =>
   finalFrac + (1 - finalFrac) * 0.5 * (1 + Math.cos(Math.PI * progress(step, nSteps)));
-/** The bias corrections of the main Adam. */
 const mainCorrections = (step: number) => ({
   c1: 1 - MAIN_BETAS.beta1 ** (step + 1),
   c2: 1 - MAIN_BETAS.beta2 ** (step + 1),
@@ -998,7 +996,6 @@ export function compileEvaluation(engine: Engine, problem: Problem, params: Para
 // The run folder holds config.json, metrics.jsonl, and a checkpoint: components.safetensors, and
 // state.safetensors, which only --resume needs.
 
-/** What a run works on. */
 export interface Run<Net extends Target = Target> {
   engine: Engine;
   problem: Problem<Net>;
@@ -1128,7 +1125,7 @@ const VERSION = '0.1.0';
 // counts more, in bounded memory, and fills the page.
 
 /** Token, count, and PMI = ln(n_ct N / (n_c n_t)) in nats. */
-export type TokenPmi = [token: string, count: number, pmi: number];
+type TokenPmi = [token: string, count: number, pmi: number];
 export interface ShortHarvest {
   positions: number; // N
   components: {
@@ -1220,7 +1217,7 @@ export async function shortHarvest({ engine, problem, params, data }: Run): Prom
 // Every family is the same decoder with other options.
 
 /** What a config.json says, in one vocabulary for all families. */
-// biome-ignore format: kept on few lines
+// biome-ignore format: few lines
 export interface Architecture {
   type: string; names: Names;
   vocab: number; dModel: number; dMlp: number; nLayers: number;
@@ -1236,13 +1233,13 @@ export interface Architecture {
   tied: boolean; // the head is the embedding, unless the file has one
 }
 /** State-dict names without `.weight`, those of a block within it; absent where there is none. */
-// biome-ignore format: kept on few lines
+// biome-ignore format: few lines
 export interface Names {
   embed: string; positions?: string; blocks: string; last: string; head: string;
   norm1: string; q: string; k?: string; v?: string; qNorm?: string; kNorm?: string; o: string;
   norm2: string; gate?: string; up: string; down: string;
 }
-// biome-ignore format: kept on few lines
+// biome-ignore format: few lines
 export const NAMES: Record<'llama' | 'llama_simple_mlp', Names> = {
   llama: {
     embed: 'model.embed_tokens', blocks: 'model.layers', last: 'model.norm', head: 'lm_head',
@@ -1261,10 +1258,10 @@ const nameOf = ({ names }: Architecture, part: keyof Names, i: number) =>
 
 /** A language model as a target; its outputs are logits [N,vocab]. */
 export interface LanguageModel extends Target {
-  readonly arch: Architecture;
-  readonly dir: string;
-  readonly config: Readonly<Record<string, unknown>>; // config.json as it is
-  readonly source: NonNullable<Target['source']>;
+  arch: Architecture;
+  dir: string;
+  config: Readonly<Record<string, unknown>>; // config.json as it is
+  source: NonNullable<Target['source']>;
 }
 
 /** The linear layers of an architecture's blocks, in network order. */
@@ -1390,11 +1387,11 @@ export function rotate(x: T<'B H S hd'>, frequencies: Float32Array): T<'B H S hd
 }
 
 /** [N, H·hd] -> [B,H,S,hd] */
-export const toHeads = (x: T<'N d'>, B: number, S: number, H: number): T<'B H S hd'> =>
+const toHeads = (x: T<'N d'>, B: number, S: number, H: number): T<'B H S hd'> =>
   x.reshape([B, S, H, x.size / (B * S * H)]).transpose([0, 2, 1, 3]);
 
 /** softmax(q kᵀ / √hd) v for q [B,H,S,hd] and k, v [B,H',S,hd], H' a divisor of H. */
-export function attend(q: T, k: T, v: T, causal: boolean): T<'N d'> {
+function attend(q: T, k: T, v: T, causal: boolean): T<'N d'> {
   const [B = 0, H = 0, S = 0, headDim = 0] = q.shape;
   const kvHeads = k.shape[1]!;
   // Grouped queries: the q heads that share a k are stacked as rows.
@@ -1461,8 +1458,8 @@ function decoder(net: Network, tokens: T<'B S'>, linear: Linear): T<'N vocab'> {
  * count is Infinity, every row is new: they are read in order, never shuffled.
  */
 export interface Rows {
-  readonly count: number;
-  readonly seqLen: number; // S; 1 for a network without sequences
+  count: number;
+  seqLen: number; // S; 1 for a network without sequences
   row(i: number): Int32Array | Float32Array;
 }
 export const firstRows = (rows: Rows, n: number): Rows => {
@@ -1519,7 +1516,7 @@ export async function loadData(model: LanguageModel, config: Config): Promise<Da
 // Random numbers are a function of (seed, step, purpose) alone, so any step can be replayed, and a
 // resumed run needs no state of a generator.
 
-// biome-ignore format: kept on few lines
+// biome-ignore format: few lines
 export const PURPOSE = {
   mask: 1, delta: 2, route: 3, routeCount: 4, randomMask: 5, pgd: 6, shuffle: 7, sources: 8,
   harvest: 9, init: 16, // and on from there, one for each array of initial values
@@ -1570,9 +1567,9 @@ export function scramble(x: number): number {
 // and writes components.safetensors.
 
 export interface Engine {
-  readonly name: string;
-  readonly gpu: boolean;
-  readonly description: string; // a line for people: which engine, and why
+  name: string;
+  gpu: boolean;
+  description: string; // a line for people: which engine, and why
   memoryBytes?(): number; // how much a step may take
   /**
    * `fn`, faster where the engine can trace it: then it runs once as it is, and from then on as one
@@ -1608,17 +1605,17 @@ export async function scalars(tensors: Tensors): Promise<Metrics> {
   return Object.fromEntries(Object.keys(tensors).map((name, i) => [name, values[i]![0]!]));
 }
 
-/** The folder's module if it is beside this file, else the plain ways. */
-const beside = async <X>(folder: string, plain: X, load: () => Promise<X>): Promise<X> =>
-  fs.existsSync(new URL(`${folder}/index.ts`, import.meta.url)) ? load() : plain;
+/** The module of a folder, if that is beside this file. */
+const beside = async <X>(folder: string, load: () => Promise<X>): Promise<X | undefined> =>
+  fs.existsSync(new URL(`${folder}/index.ts`, import.meta.url)) ? load() : undefined;
+const needsRoom = (): never => refuse('this needs the folders io/ and engine/ beside the file');
+/** The plain ways of a room; whatever else is asked of it is refused. */
+const alone = <X extends object>(plain: Partial<X>) =>
+  new Proxy(plain, { get: (_, name) => Reflect.get(plain, name) ?? needsRoom }) as X;
 
-// biome-ignore format: kept on few lines
-type Io = Pick<typeof import('./io/index.ts'),
-  | 'commandLine' | 'resolveModel' | 'loadTokenizer' | 'loadRows' | 'startProgress' | 'watchSignals'
-  | 'checkFinite' | 'readMetrics' | 'saveCheckpoint' | 'restore' | 'resume' | 'compareRuns'
-  | 'compareData' | 'runRecord' | 'readRecord' | 'dryRun' | 'warnOfTarget' | 'describeRun'
-  | 'stepLine'
-> & { openModel(dir: string, own: typeof NAMES, talk: typeof say): Promise<ModelFiles> };
+type Io = Omit<typeof import('./io/index.ts'), 'openModel'> & {
+  openModel(dir: string, own: typeof NAMES, talk: typeof say): Promise<ModelFiles>;
+};
 /** A model folder, with its tensors by the names that `arch` implies. */
 interface ModelFiles {
   arch: Architecture;
@@ -1628,8 +1625,7 @@ interface ModelFiles {
   finish(): string; // the SHA-256 of all that was read
   close(): void;
 }
-const needsRoom = (): never => refuse('this needs the folders io/ and engine/ beside the file');
-const plainIo: Io = {
+const plainIo: Partial<Io> = {
   commandLine: plainFlags,
   resolveModel: async dir => ({ dir }),
   openModel: plainModel,
@@ -1645,12 +1641,6 @@ const plainIo: Io = {
   saveCheckpoint: plainSave,
   runRecord: ({ problem: { config } }) => ({ formatVersion: 1, config }) as never,
   readMetrics: () => [],
-  readRecord: needsRoom,
-  restore: needsRoom,
-  resume: needsRoom,
-  compareRuns: needsRoom,
-  compareData: needsRoom,
-  dryRun: needsRoom,
   describeRun: () => {},
   stepLine: (done, nSteps) => `step ${done}/${nSteps}`,
   warnOfTarget: () => {},
@@ -1658,7 +1648,7 @@ const plainIo: Io = {
 interface Engines extends Pick<typeof import('./engine/index.ts'), 'checkSize' | 'accumulate'> {
   startEngine(config: Config): Promise<Omit<Engine, 'compile'> & Partial<Engine>>;
 }
-const plainEngines: Engines = {
+const plainEngines: Partial<Engines> = {
   async startEngine({ engine, precision }) {
     if (!['auto', 'wasm'].includes(engine) || !['auto', 'float32'].includes(precision))
       refuse(`--engine ${engine}, --precision ${precision}: not without the folder engine/`);
@@ -1667,10 +1657,10 @@ const plainEngines: Engines = {
     return { name: 'wasm', gpu: false, description: 'WASM, op by op (no engine/ folder)' };
   },
   checkSize: () => {},
-  accumulate: needsRoom,
 };
-const io = await beside('io', plainIo, () => import('./io/index.ts'));
-const engines = await beside('engine', plainEngines, () => import('./engine/index.ts'));
+const io: Io = (await beside('io', () => import('./io/index.ts'))) ?? alone(plainIo);
+const engines: Engines =
+  (await beside('engine', () => import('./engine/index.ts'))) ?? alone(plainEngines);
 
 function readJson(file: string): Record<string, unknown> {
   try {
@@ -1736,7 +1726,7 @@ export function plainArchitecture(config: Record<string, any>, file: string): Ar
   if (!Object.hasOwn(ACTIVATIONS, activation)) other(`hidden_act ${activation}`);
   for (const field of ['rope_scaling', 'rope_parameters']) if (config[field]) other(field);
   const headDim = config.head_dim ?? dModel / nHeads;
-  // biome-ignore format: kept on few lines
+  // biome-ignore format: few lines
   return {
     type, names, activation, dModel, nHeads, headDim,
     nKvHeads: config.num_key_value_heads ?? nHeads, vocab: config.vocab_size,
@@ -1775,17 +1765,16 @@ async function plainRows(
 
 async function plainSave(dir: string, _step: number, components: Params): Promise<void> {
   const header: Record<string, object> = {};
-  const data: Buffer[] = [];
   let end = 0;
-  for (const [name, variable] of Object.entries(components)) {
-    const bytes = 4 * variable.size;
-    header[name] = { dtype: 'F32', shape: variable.shape, data_offsets: [end, end + bytes] };
-    data.push(Buffer.from(Float32Array.from(await numbers(variable)).buffer));
-    end += bytes;
+  for (const [name, { shape, size }] of Object.entries(components)) {
+    header[name] = { dtype: 'F32', shape, data_offsets: [end, end + 4 * size] };
+    end += 4 * size;
   }
   const start = Buffer.from(`${' '.repeat(8)}${JSON.stringify(header)}`);
   start.writeBigUInt64LE(BigInt(start.length - 8));
-  fs.writeFileSync(path.join(dir, 'components.safetensors'), Buffer.concat([start, ...data]));
+  const data = await Promise.all(Object.values(components).map(numbers));
+  const bytes = data.map(x => Buffer.from(x.buffer, x.byteOffset, x.byteLength));
+  fs.writeFileSync(path.join(dir, 'components.safetensors'), Buffer.concat([start, ...bytes]));
 }
 
 // ---- M. Command line ------------------------------------
@@ -1866,7 +1855,6 @@ export async function openRun(dir: string, changes: Partial<Config> = {}) {
   await io.restore(path.join(dir, 'components.safetensors'), run.params);
   return { ...run, record, otherData };
 }
-export type OpenRun = Awaited<ReturnType<typeof openRun>>;
 
 export type Flags = Readonly<Record<string, string | boolean | undefined>>;
 /** A command on a finished run, and its flags besides the config's fields. */
@@ -1881,7 +1869,7 @@ const writeHarvest = async (run: Run): Promise<void> => {
   writeAtomic(file, JSON.stringify(await shortHarvest(run)));
 };
 /** What postprocess/ does: jobs on finished runs, and what follows when a training ends. */
-export interface Postprocess {
+interface Postprocess {
   JOBS: Record<string, Job>;
   finish(run: Run, metrics: Metrics): Promise<void>;
 }
@@ -1953,7 +1941,7 @@ if (process.argv[1] && fs.realpathSync(process.argv[1]) === fileURLToPath(import
     return error.name === 'UsageError' ? 2 : 1;
   };
   // Not awaited: postprocess/ imports this file, which then has to be loaded.
-  beside('postprocess', plainPostprocess, () => import('./postprocess/index.ts'))
+  beside('postprocess', () => import('./postprocess/index.ts'))
     .then(post => main(process.argv.slice(2), post))
     .catch(failed)
     .then(code => Object.assign(process, { exitCode: code }));
