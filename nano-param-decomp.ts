@@ -3,8 +3,8 @@
  *
  * VPD writes every weight matrix of a trained network as a sum of rank-one subcomponents, and a small
  * transformer, the causal-importance (CI) function, learns which few of them each token really needs.
- * Whatever it calls unimportant may be removed, at random or by an adversary, and the network must
- * still give the same answer. What is left are small mechanisms that a person can look at one by one.
+ * What it calls unimportant may be removed, at random or by an adversary, and the network must still
+ * give the same answer. What is left are small mechanisms that a person can look at one by one.
  *
  *   npm install && npm start                         the bundled toy: decompose, evaluate, page
  *   npx tsx nano-param-decomp.ts --model M --data D  a Hugging Face folder or hub id, and a text file
@@ -47,18 +47,18 @@ import { fileURLToPath } from 'node:url';
 import { Tokenizer } from '@huggingface/tokenizers';
 import * as tf from '@tensorflow/tfjs';
 
-/** A tensor. The names of its axes are for the reader, TypeScript does not check them: T<'N dIn'>. */
+/** A tensor. T<'N dIn'> names its axes for the reader; TypeScript does not check them. */
 export type T<_Axes extends string = string> = tf.Tensor;
 export type Tensors = Record<string, tf.Tensor>;
 
-/** Wrong input (a flag, a file, a folder): reported in one line, exit code 2. */
+/** Wrong input: reported in one line, exit code 2. */
 export class UsageError extends Error {
   override readonly name = 'UsageError';
 }
 export function refuse(message: string): never {
   throw new UsageError(message);
 }
-/** Progress and warnings go to standard error; standard output is for results. */
+/** Progress and warnings; standard output is for results. */
 export function say(line: string): void {
   io.endLiveLine(); // a progress line, on a terminal
   process.stderr.write(`${line}\n`);
@@ -67,18 +67,16 @@ export function say(line: string): void {
 export const range = (from: number, to: number) =>
   Array.from({ length: Math.max(0, to - from) }, (_, i) => from + i);
 export const sum = (values: Iterable<number>): number => [...values].reduce((a, b) => a + b, 0);
-/** 0 … count − 1 in batches of `size`; the last one may be shorter. */
+/** 0 … count − 1 in batches of at most `size`. */
 export const inBatches = (count: number, size: number): number[][] =>
   range(0, Math.ceil(count / size)).map(b => range(b * size, Math.min((b + 1) * size, count)));
 
-// ---- A. Config ----------------------------------------------------------------------------------
+// ---- A. Config ------------------------------------------
 // One record gives each field its type, default, bounds, flag (kebab-case) and line in --help. The
-// defaults of training are the paper's; for its target, sizes left at 0 ("auto") are the paper's too.
+// defaults are the paper's; where they are 0 ("auto"), its target gets the paper's sizes.
 
 const real = (value: number, help: string, min = 0, max = 1e12) => ({ value, help, min, max });
-const int = (value: number, help: string, min = 0, max = 1e9) => {
-  return { value, help, min, max, integer: true };
-};
+const int = (...field: Parameters<typeof real>) => ({ ...real(...field), integer: true });
 const text = (value: string, help: string, choices = '') => ({ value, help, choices }); // one of them
 const place = (help: string) => ({ value: '', help, place: true }); // a file, folder or hub name
 const flag = (value: boolean, help: string) => ({ value, help });
@@ -86,26 +84,23 @@ const flag = (value: boolean, help: string) => ({ value, help });
 const GROUPS = {
   'Target and data': {
     model: place('Hugging Face folder, or hub id org/name[@revision]'),
-    data: place('training data: .txt, .jsonl, .json rows of ids, .parquet, or a hub data set'),
-    evalData: place('held-out data; without it the last 5 % of the documents, never trained on'),
-    labels: place('JSON with the rules in force in the rows of --eval-data: adds a scoreboard'),
-    seqLen: int(512, 'tokens in a row, at most what the target allows', 1, 1 << 20),
-    components: text(
-      'auto',
-      'pattern=C, first match wins: "*.q_proj=64"; auto: C = max(dIn, dOut)',
-    ),
+    data: place('.txt, .jsonl, .json rows of ids, .parquet, or a hub data set'),
+    evalData: place('held-out data; without it the last 5 % of the documents'),
+    labels: place('JSON: the known rules that hold in each row of --eval-data; adds a scoreboard'),
+    seqLen: int(512, 'tokens in a row', 1, 1 << 20),
+    components: text('auto', 'pattern=C,…: "*.q_proj=64", first match; auto: C = max(dIn, dOut)'),
     out: place('run folder; without it runs/<model>-<time>'),
   },
   Training: {
     nSteps: int(400_000, 'training steps', 1),
-    batchSize: int(64, 'rows in a batch; if not given, 2 on a CPU engine', 1),
-    microBatches: int(1, 'shards of a batch, one after another (R of the importance loss)', 1),
-    seed: int(0, 'every random number is a function of (seed, step, purpose)', 0, 2 ** 31 - 1),
+    batchSize: int(64, 'rows in a batch; on a CPU engine 2 if not given', 1),
+    microBatches: int(1, 'shards of a batch (R), one after another', 1),
+    seed: int(0, 'of all random numbers', 0, 2 ** 31 - 1),
     mainLr: real(5e-5, 'AdamW learning rate of V, U and the CI function'),
     mainLrFinalFrac: real(0.1, 'where its cosine ends', 0, 1),
-    gradClipComponents: real(0.01, 'clips the joint gradient norm of all V and U; 0 = off'),
-    gradClipCi: real(0, "the same for the CI function; 0 = off, the paper's choice"),
-    faithfulnessWarmupSteps: int(400, 'steps on the faithfulness loss alone, before training'),
+    gradClipComponents: real(0.01, 'clips the gradient norm of all V and U; 0 = off'),
+    gradClipCi: real(0, 'and of the CI function; 0 = off'),
+    faithfulnessWarmupSteps: int(400, 'first steps, on this loss alone'),
     faithfulnessWarmupLr: real(1e-3, 'their learning rate'),
     faithfulnessWarmupLrFinalFrac: real(1, 'where its cosine ends; 1 = constant', 0, 1),
   },
@@ -121,40 +116,40 @@ const GROUPS = {
     leakyAlpha: real(0.01, 'slope of the leaky sigmoids outside [0, 1]', 0, 1),
   },
   'CI function': {
-    ciDModel: int(0, 'width; 0 = auto: 8/3 of the target width (paper: 2048 at 768)', 0, 1 << 17),
-    ciNBlocks: int(0, 'blocks; 0 = auto: twice the target layers (paper: 8 at 4)', 0, 4096),
-    ciNHeads: int(0, 'heads; 0 = auto: one per 64 of width, at least 4, at most 16', 0, 4096),
+    ciDModel: int(0, 'width; 0 = auto: 8/3 of the target width', 0, 1 << 17),
+    ciNBlocks: int(0, 'blocks; 0 = auto: twice the target layers', 0, 4096),
+    ciNHeads: int(0, 'heads; 0 = auto: 4 to 16, one per 64 of width', 0, 4096),
     ciMlpHidden: int(0, 'MLP width; 0 = auto: 4 times the width', 0, 1 << 20),
     ciRopeBase: real(10_000, 'base of its rotary embedding', 1),
   },
   'Persistent PGD': {
-    ppgdLr: real(0.01, 'learning rate of the adversarial sources'),
+    ppgdLr: real(0.01, 'learning rate of the sources'),
     ppgdLrFinalFrac: real(1, 'where its cosine ends; 1 = constant', 0, 1),
-    ppgdWarmupPct: real(0.025, 'share of the steps over which it rises from 0', 0, 1),
+    ppgdWarmupPct: real(0.025, 'share of the steps in which it rises from 0', 0, 1),
     ppgdBeta1: real(0.5, 'Adam of the sources', 0, 0.999999),
     ppgdBeta2: real(0.99, 'Adam of the sources', 0, 0.999999),
     ppgdEps: real(1e-8, 'Adam of the sources'),
-    ppgdInnerSteps: int(2, 'ascent steps before each training step', 0, 1000),
+    ppgdInnerSteps: int(2, 'moves before the losses of a step', 0, 1000),
   },
   Evaluation: {
     evalFreq: int(1000, 'steps between evaluations; 0 = only at the end'),
-    slowEvalFreq: int(5000, 'steps between slow evaluations; 0 = only at the end'),
-    evalBatchSize: int(0, 'rows of an evaluation batch; 0 = auto: the batch size'),
-    ciAliveThreshold: real(0, 'a component counts in L0 where g is above this', 0, 1),
-    roundingThreshold: real(0, 'rounded masks are 1 where g is above this', 0, 1),
+    slowEvalFreq: int(5000, 'steps between slow ones; 0 = only at the end'),
+    evalBatchSize: int(0, 'rows in its batches; 0 = auto: the batch size'),
+    ciAliveThreshold: real(0, 'a component counts in L0 where g is above', 0, 1),
+    roundingThreshold: real(0, 'rounded masks are 1 where g is above', 0, 1),
     pgdEvalStepSize: real(0.1, 'step of the fresh sign-PGD adversary'),
     pgdEvalNSteps: int(20, 'its steps', 0, 10_000),
   },
   Run: {
     logEvery: int(100, 'steps between lines of metrics.jsonl', 1),
     saveEvery: int(5000, 'steps between checkpoints; 0 = only at the end'),
-    harvest: flag(true, 'harvest and write the page at the end (--no-harvest leaves it out)'),
+    harvest: flag(true, 'harvest and page at the end (--no-harvest: without)'),
     harvestRows: int(4096, 'training rows that the harvest reads; 0 = all'),
   },
   Engine: {
     engine: text('auto', 'auto: the fastest that loads', 'auto tensorflow webgpu wasm'),
     precision: text('auto', 'of matrix products; auto: tf32 on CUDA', 'auto float32 tf32 bf16'),
-    graph: flag(true, 'trace each function into a graph (--no-graph runs it op by op)'),
+    graph: flag(true, 'trace functions into graphs (--no-graph: op by op)'),
     xla: text('auto', 'compile with XLA; auto: on a CPU from 10,000 steps on', 'auto on off'),
     threads: int(0, 'CPU threads of the native engines; 0 = all cores', 0, 1024),
   },
@@ -169,62 +164,60 @@ const FIELDS = {
   ...GROUPS.Run,
   ...GROUPS.Engine,
 };
-/** Every field with its value: what config.json stores. */
 export type Config = { [K in keyof typeof FIELDS]: (typeof FIELDS)[K]['value'] };
 const defaults = Object.entries(FIELDS).map(([name, { value }]) => [name, value]);
 export const DEFAULTS: Config = Object.fromEntries(defaults);
 
-// ---- B. Components ------------------------------------------------------------------------------
+// ---- B. Components --------------------------------------
 // Each decomposed weight W [dOut,dIn] becomes a sum of C rank-one matrices, Wᵀ ≈ V U with V [dIn,C]
 // and U [C,dOut]. What they do not (yet) explain is the delta component Δ = W − (V U)ᵀ.
 
 /** A linear layer of the target: y = x Wᵀ + b. */
 export type LinearLayer = { path: string; dIn: number; dOut: number };
-/** How a linear layer is computed: by the target's own weight, or by masked components. */
+/** How linear layers are computed: by the target's own weights, or by masked components. */
 export type Linear = (path: string, x: T<'N dIn'>) => T<'N dOut'>;
 
-/** Where a model comes from; the hub's commit, where it is one of the hub. */
-type Place = { path: string; commit?: string };
 /** The frozen network: everything that the method needs to know of it. */
 export interface Target {
-  readonly linears: readonly LinearLayer[]; // those that may be decomposed
+  linears: readonly LinearLayer[]; // those that may be decomposed
   /** Wᵀ [dIn,dOut] under the path of its layer, a bias [dOut] under `${path}.bias`. */
-  readonly weights: ReadonlyMap<string, tf.Variable>; // variables: a traced graph keeps them as state
+  weights: ReadonlyMap<string, tf.Variable>;
   /**
-   * The network's outputs for inputs [B,S] (tokens, int32) or [B,S,·] (features), one row for each
-   * answer that is compared: [N,·], or fewer. Every layer of `linears` is computed by `linear`.
+   * The outputs for inputs [B,S] (tokens, int32) or [B,S,·] (features): one row a position, or fewer.
+   * Every layer of `linears` is computed by `linear`.
    */
   forward(inputs: T<'B S'>, linear: Linear): T<'N out'>;
-  readonly compare: Comparison; // `kl` or `mse` of section D
-  readonly nextToken?: boolean; // outputs predict the next token: evaluation adds cross-entropies
-  readonly source?: Place & { type: string; sha256: string }; // for config.json
+  compare: Comparison; // `kl` or `mse` of section D
+  nextToken?: boolean; // outputs predict the next token: evaluation adds cross-entropies
+  source?: Source; // for config.json
 }
+/** Where a target comes from; `commit`: the hub's, of a model from there. */
+type Source = { path: string; commit?: string; type: string; sha256: string };
 
 /** A decomposed linear layer (not an nn.Module): columns offset … offset + C of [N,ΣC] tensors. */
 export type Module = LinearLayer & { C: number; offset: number };
 
-/** What stays fixed in a run; modules are sorted by path. `ci`: another CI function than ours. */
+/** What stays fixed in a run. Modules are sorted by path; `ci`: another CI function than ours. */
 export type Problem<Net extends Target = Target> = {
-  readonly target: Net;
-  readonly modules: readonly Module[];
-  readonly config: Config;
-  readonly ci?: CiFunction;
+  target: Net;
+  modules: readonly Module[];
+  config: Config;
+  ci?: CiFunction;
 };
 export const totalC = (modules: readonly Module[]) => sum(modules.map(m => m.C));
 
-/** Parameters by their names in components.safetensors: components.<path>.V and .U, ci_fn.*. */
+/** Parameters by name, as in components.safetensors: components.<path>.V and .U, ci_fn.*. */
 export type Params = Record<string, tf.Variable>;
 export const V = (params: Tensors, { path }: Module): T<'dIn C'> => params[`components.${path}.V`]!;
 export const U = (params: Tensors, { path }: Module): T<'C dOut'> =>
   params[`components.${path}.U`]!;
 
-/** All products are [N,k] x [k,m]: TFJS's own product of [B,S,k] and [k,m] has no gradient. */
+/** All products are of matrices: TFJS's own product of [B,S,k] and [k,m] has no gradient. */
 export const matmul = (a: T<'n k'>, b: T<'k m'>, transposeB = false): T<'n m'> =>
   tf.matMul(a as tf.Tensor2D, b as tf.Tensor2D, false, transposeB);
-/** 1 where the condition holds, else 0. */
 export const indicator = (condition: T): T => condition.cast('float32');
-const addBias = (y: T<'N dOut'>, bias: T<'dOut'> | undefined) => (bias ? y.add(bias) : y);
-export const weightOf = ({ weights }: Pick<Target, 'weights'>, name: string): tf.Tensor =>
+const addBias = (y: T<'N dOut'>, bias?: T<'dOut'>) => (bias ? y.add(bias) : y);
+const weightOf = ({ weights }: Pick<Target, 'weights'>, name: string) =>
   weights.get(name) ?? refuse(`no weight ${name}`);
 
 /** tf.split, whose own gradient throws where there is only one part. */
@@ -247,7 +240,7 @@ export interface Masks {
 /**
  * The masked linear layers. With component mask m, delta mask δ and routing r the formula is
  *   y = r [ ((x V) ⊙ m) U + δ (x Δᵀ) ] + (1 − r) x Wᵀ + b,   Δᵀ = Wᵀ − V U.
- * Putting Δᵀ in and collecting (x V) U and x Wᵀ gives the same without ever forming Δ:
+ * Put Δᵀ in, collect (x V) U and x Wᵀ, and Δ never has to be formed:
  *   y = ((x V) ⊙ a) U + k ⊙ (x Wᵀ) + b,   a = r (m − δ),   k = 1 − r (1 − δ).
  */
 export function maskedLinear({ target, modules }: Problem, params: Tensors, masks: Masks): Linear {
@@ -279,14 +272,13 @@ export function maskedLinear({ target, modules }: Problem, params: Tensors, mask
   };
 }
 
-/** The target's outputs with its decomposed layers masked. */
 export const maskedForward = (problem: Problem, params: Tensors, inputs: T, masks: Masks): T =>
   problem.target.forward(inputs, maskedLinear(problem, params, masks));
 
-/** A forward that keeps what enters and what leaves every linear layer. */
+/** A forward that keeps what enters and what leaves every linear layer, by its path. */
 export interface Pass {
   inputs: T<'B S'>;
-  acts: Record<string, T<'N dIn'>>; // pre-weight activations, by path
+  acts: Record<string, T<'N dIn'>>;
   outputs: Record<string, T<'N dOut'>>;
   output: T<'N out'>; // the network's
 }
@@ -301,34 +293,34 @@ export function recordedForward(target: Target, inputs: T, linear = ownLinear(ta
   return { inputs, acts, outputs, output };
 }
 
-/** Resolves --components: "pattern=C,…", the first match wins, * is any text. */
+/** Resolves --components: "pattern=C,…", where * is any text and the first match counts. */
 export function chooseModules(linears: readonly LinearLayer[], spec: string): Module[] {
-  const auto = spec === 'auto';
-  const rules = (auto ? '*=1' : spec).split(',').map(rule => {
-    const [, pattern = '', C = '0'] = /^([\w.*]+)=(\d{1,7})$/.exec(rule.trim()) ?? [];
+  const paths = linears.map(l => l.path);
+  const rules = (spec === 'auto' ? [] : spec.split(',')).map(rule => {
+    const [, pattern = '', C = 0] = /^([\w.*]+)=(\d{1,7})$/.exec(rule.trim()) ?? [];
     if (+C < 1) refuse(`--components: got ${rule}, takes pattern=C, as in "*.q_proj=64"`);
     const regex = new RegExp(`^${pattern.replaceAll('.', '\\.').replaceAll('*', '.*')}$`);
-    if (!linears.some(l => regex.test(l.path)))
-      refuse(`--components: ${pattern} matches none of ${linears.map(l => l.path).join(', ')}`);
+    if (!paths.some(name => regex.test(name)))
+      refuse(`--components: ${pattern} matches none of ${paths.join(', ')}`);
     return { regex, C: +C };
   });
   const modules: Module[] = [];
   for (const layer of [...linears].sort((a, b) => (a.path < b.path ? -1 : 1))) {
-    const C = rules.find(r => r.regex.test(layer.path))?.C;
-    const size = auto ? Math.max(layer.dIn, layer.dOut) : C;
-    if (size) modules.push({ ...layer, C: size, offset: totalC(modules) });
+    const auto = Math.max(layer.dIn, layer.dOut);
+    const C = spec === 'auto' ? auto : rules.find(r => r.regex.test(layer.path))?.C;
+    if (C) modules.push({ ...layer, C, offset: totalC(modules) });
   }
   return modules;
 }
 
-// ---- C. CI function -----------------------------------------------------------------------------
-// One bidirectional transformer reads what enters every module and says, for each position, how
-// causally important each component is.
+// ---- C. CI function -------------------------------------
+// One bidirectional transformer reads what enters all modules, and says for each position how causally
+// important each component is.
 
 /** A CI function; its parameters are named ci_fn.*, weights [out,in] and biases [out]. */
 export interface CiFunction {
-  shapes(problem: Problem): Record<string, number[]>; // in the order of components.safetensors
-  /** Logits z. `input`: every module's activation, RMS-normed without a scale, side by side. */
+  shapes(problem: Problem): Record<string, number[]>;
+  /** Logits z. `input`: every module's activations, RMS-normed without a scale, side by side. */
   logits(problem: Problem, params: Tensors, input: T<'N ΣdIn'>, S: number): T<'N ΣC'>;
 }
 
@@ -357,13 +349,14 @@ export const ciTransformer: CiFunction = {
       addBias(matmul(x, params[`ci_fn.${name}.weight`]!, true), params[`ci_fn.${name}.bias`]);
     let x: T<'N d'> = linear('proj_in', input);
     for (let i = 0; i < config.ciNBlocks; i++) {
+      const block = `blocks.${i}`;
       let h: T<'N d'> = rmsNormalize(x, FLOAT32_EPSILON);
       const heads = (p: string) =>
-        toHeads(linear(`blocks.${i}.attn.${p}_proj`, h), B, S, config.ciNHeads);
+        toHeads(linear(`${block}.attn.${p}_proj`, h), B, S, config.ciNHeads);
       const [q, k] = [rotate(heads('q'), frequencies), rotate(heads('k'), frequencies)];
-      x = x.add(linear(`blocks.${i}.attn.o_proj`, attend(q, k, heads('v'), false)));
+      x = x.add(linear(`${block}.attn.o_proj`, attend(q, k, heads('v'), false)));
       h = rmsNormalize(x, FLOAT32_EPSILON);
-      x = x.add(linear(`blocks.${i}.mlp.2`, gelu(linear(`blocks.${i}.mlp.0`, h))));
+      x = x.add(linear(`${block}.mlp.2`, gelu(linear(`${block}.mlp.0`, h))));
     }
     return linear('proj_out', x);
   },
@@ -392,24 +385,22 @@ export const lowerLeaky = (z: T<'N ΣC'>, alpha: number): T<'N ΣC'> =>
 export const upperLeaky = (z: T<'N ΣC'>, alpha: number): T<'N ΣC'> =>
   z.clipByValue(0, 1).add(tf.mul(alpha, z.sub(1).relu()));
 
-/** The target's forward on inputs [B,S,…], and the importances that the CI function reads off it. */
+/** The target's forward, and the importances that the CI function reads off it. */
 export function importances(problem: Problem, params: Tensors, inputs: T<'B S'>) {
   const [B = 0, S = 0] = inputs.shape;
   const pass = recordedForward(problem.target, inputs);
   const normed = problem.modules.map(m => rmsNormalize(pass.acts[m.path]!, FLOAT32_EPSILON));
   const input: T<'N ΣdIn'> = tf.concat(normed, 1);
-  const z: T<'N ΣC'> = ciLogits(problem, params, input, S);
+  const z = ciLogits(problem, params, input, S);
   return { pass, input, z, g: lowerLeaky(z, problem.config.leakyAlpha), N: B * S, S };
 }
 
-// ---- D. Losses ----------------------------------------------------------------------------------
+// ---- D. Losses ------------------------------------------
 
 /** Σ ‖Δ‖² / Σ numel(Δ) over all modules: with everything on, the parts add up to the target. */
 export function faithfulnessLoss({ target, modules }: Problem, params: Tensors): T {
-  const squares = modules.map(m => {
-    const delta = weightOf(target, m.path).sub(matmul(V(params, m), U(params, m))); // Δᵀ
-    return delta.square().sum();
-  });
+  const delta = (m: Module) => weightOf(target, m.path).sub(matmul(V(params, m), U(params, m)));
+  const squares = modules.map(m => delta(m).square().sum());
   return tf.addN(squares).div(sum(modules.map(m => m.dIn * m.dOut)));
 }
 
@@ -420,26 +411,26 @@ export function faithfulnessLoss({ target, modules }: Problem, params: Tensors):
  */
 export function importanceLoss(gUpper: T<'N ΣC'>, p: T, config: Config, R: number): T {
   // With p < 1 the slope of g^p at 0 is infinite; ε makes it finite.
-  // x^p is exp(p ln x) here: TensorFlow's pow on a CPU goes number by number, 20 times slower.
+  // x^p is exp(p ln x): TensorFlow's pow is 20 times slower on a CPU.
   const sigma: T<'ΣC'> = gUpper.add(config.impEps).log().mul(p).exp().sum(0);
   const mu = sigma.div(gUpper.shape[0]!);
   const log2 = sigma.mul(R).add(1).log().mul(Math.LOG2E);
   return mu.mul(log2.mul(config.impBeta).add(1)).sum();
 }
 
-/** How outputs are compared with the target's own. */
+/** How outputs are compared with the target's own: a scalar. */
 export interface Comparison {
-  readonly metric: string; // the prefix of its metrics
-  /** A loss to train with: a scalar, differentiable in the second argument. */
+  metric: string; // the prefix of its metrics
+  /** For training: differentiable in the second argument. */
   loss(own: T<'N out'>, predicted: T<'N out'>): T;
-  /** The same value, summed so that it is exact when it is small. */
+  /** For evaluation: the same value, exact when it is small. */
   measure(own: T<'N out'>, predicted: T<'N out'>): T;
 }
 /** The mean of (prediction − own)². */
 export const mse: Comparison = {
   metric: 'recon/mse',
-  loss: (own, predicted) => tf.squaredDifference(predicted, own).mean(),
-  measure: (own, predicted) => tf.squaredDifference(predicted, own).mean(),
+  loss: (own, predicted) => predicted.squaredDifference(own).mean(),
+  measure: (own, predicted) => mse.loss(own, predicted),
 };
 /** Of logits: the mean over rows of KL(target ‖ prediction), in nats. */
 export const kl: Comparison = {
@@ -454,7 +445,7 @@ export const kl: Comparison = {
       const gradFunc = (dy: T, [log, probs]: T[]) => log!.exp().sub(probs!).mul(dy.div(N));
       return { value: probs.mul(logProbs.sub(log)).sum().div(N), gradFunc };
     })(predicted),
-  // With d = ln p − ln q, Σ p d = Σ p (d + e^−d − 1): all terms are positive, so values near 1e-6
+  // With d = ln p − ln q, Σ p d = Σ p (d + e^−d − 1): no term is negative, so values near 1e-6
   // survive the rounding of float32 sums.
   measure(own, predicted) {
     const logProbs = own.logSoftmax();
@@ -464,7 +455,7 @@ export const kl: Comparison = {
   },
 };
 
-/** g + (1 − g) u: a component may be removed exactly as far as its importance allows. */
+/** A component may be removed exactly as far as its importance allows. */
 export const interpolate = (g: T<'N ΣC'>, u: T<'N ΣC'>): T<'N ΣC'> => g.add(tf.sub(1, g).mul(u));
 
 /**
@@ -492,12 +483,8 @@ export function stochasticDraws({ modules }: Problem, N: number, key: T): Draws 
   };
 }
 
-const reconstruction = (
-  problem: Problem,
-  params: Tensors,
-  { inputs, output }: Pass,
-  masks: Masks,
-) => problem.target.compare.loss(output, maskedForward(problem, params, inputs, masks));
+const reconstruction = (problem: Problem, params: Tensors, pass: Pass, masks: Masks) =>
+  problem.target.compare.loss(pass.output, maskedForward(problem, params, pass.inputs, masks));
 
 /** Reconstruction with random masks, a random part of the modules routed through components. */
 export const stochasticLoss = (
@@ -522,7 +509,7 @@ export function adversarialLoss(
 }
 
 /** What the losses of a step are functions of. */
-export interface LossInputs {
+interface LossInputs {
   problem: Problem;
   params: Tensors;
   pass: Pass;
@@ -554,16 +541,16 @@ export const LOSSES = {
 } satisfies Record<string, Loss>;
 const lossList: [string, Loss][] = Object.entries(LOSSES);
 
-// ---- E. The adversary ---------------------------------------------------------------------------
-// Persistent PGD: the sources s live on from step to step, so the adversary finds in thousands of
-// steps what a fresh one would look for anew each time. In each training step it makes some moves
-// before the losses are taken (`ppgdInnerSteps`) and one after; its Adam counts all of them.
+// ---- E. The adversary -----------------------------------
+// Persistent PGD: the sources s live on from step to step, so that the adversary need not begin anew
+// each time. In each training step it makes `ppgdInnerSteps` moves before the losses are taken and one
+// after; its Adam counts all of them.
 
 /** The sources s [N,ΣC+M] in [0, 1], and the moments of their Adam. */
 export type Sources<X extends T = T> = { s: X; m: X; v: X };
 const PARTS = ['s', 'm', 'v'] as const;
 
-/** One ascent step of the adversary, clamped to [0, 1]; c1, c2: its bias corrections. */
+/** One move: an ascent step, clamped to [0, 1]; c1, c2: Adam's bias corrections. */
 export function ascend(
   { s, m, v }: Sources,
   grad: T,
@@ -582,23 +569,23 @@ export function adam(grad: T, m: T, v: T, betas: Betas, c1: T, c2: T) {
   const { beta1, beta2, eps } = betas;
   const newM = m.mul(beta1).add(grad.mul(1 - beta1));
   const newV = v.mul(beta2).add(grad.square().mul(1 - beta2));
-  // m̂ / (√v̂ + ε) = m (√c2 / c1) / (√v + ε √c2), where the corrections are factors of scalars.
+  // m̂ / (√v̂ + ε) = m (√c2 / c1) / (√v + ε √c2) corrects with scalars.
   const root = c2.sqrt();
   const direction = newM.mul(root.div(c1)).div(newV.sqrt().add(tf.mul(eps, root)));
   return { direction, m: newM, v: newV };
 }
 type Betas = { beta1: number; beta2: number; eps: number };
 
-// ---- F. The step --------------------------------------------------------------------------------
+// ---- F. The step ----------------------------------------
 
-/** What changes from step to step: the schedule's numbers, the inputs [B,S,…], the random key. */
+/** What changes with the step: the schedule's numbers, the inputs [B,S,…], the random key. */
 export type StepFeeds = Record<keyof ReturnType<typeof schedule> | 'inputs' | 'key', T>;
 type AdamFeeds = Pick<StepFeeds, 'lrMain' | 'c1' | 'c2'>;
 
 /**
  * The whole method on one batch (or one of its shards). It assigns nothing: it returns the losses,
  * the gradients of both groups of parameters, the sources after the adversary's moves, and L0.
- * `given`: draws to use in place of those that follow from the key.
+ * `given`: draws in place of those that follow from the key.
  */
 export function lossesAndGradients(
   problem: Problem,
@@ -623,8 +610,8 @@ export function lossesAndGradients(
     sources = ascend(sources, grad!, config, feeds.lrPpgd, c1[k]!, c2[k]!);
   }
 
-  // 3. The losses. TFJS differentiates with respect to the tensors it is given (below, in 4), wherever
-  //    the function takes them from: so this function of V, U, z and s needs no arguments.
+  // 3. The losses. TFJS differentiates with respect to the tensors that 4 names, wherever the function
+  //    takes them from: so this function of V, U, z and s needs no arguments.
   const losses = () => {
     const g = lowerLeaky(z, config.leakyAlpha);
     const inputs = { problem, params, pass, z, g, draws, sources: sources.s, feeds };
@@ -633,16 +620,16 @@ export function lossesAndGradients(
 
   // 4. The gradients of total = Σ coefficient × loss: the coefficients are the upstream gradient of the
   //    vector of losses. They end at z; from there dz goes on through the CI function. Its forward in 1
-  //    ran outside of the tape, since the moves in 2 need no gradient of it, so it runs once more
-  //    here. (A traced graph merges the two.)
+  //    ran outside of the tape, since the moves in 2 need no gradient of it, so it runs again here (a
+  //    traced graph merges the two).
   const components = ofGroup(params, 'components');
   const upstream = tf.tensor1d(coefficientsOf(config));
   const { value, grads } = tf.valueAndGrads(losses)([...components, z, sources.s], upstream);
   const [dz, dSources] = grads.slice(components.length) as [T, T];
   const ciGrads = tf.grads(() => ciLogits(problem, params, input, S))(ofGroup(params, 'ci_fn'), dz);
 
-  // 5. The adversary's move after the losses needs no backward pass of its own: s enters no other loss,
-  //    so its gradient is the total's, divided by the coefficient.
+  // 5. The adversary's last move needs no backward pass of its own: s enters no other loss, so its
+  //    gradient is the total's, divided by the coefficient.
   const after = () => {
     const grad = dSources.div(config.coeffPpgd);
     return ascend(sources, grad, config, feeds.lrPpgd, c1[moves]!, c2[moves]!);
@@ -668,16 +655,11 @@ const eachGroup = <X>(make: (group: Group) => X): Record<Group, X> => ({
   ci_fn: make('ci_fn'),
 });
 const ofGroup = <X extends T>(params: Record<string, X>, group: Group): X[] =>
-  Object.keys(params)
-    .filter(name => name.startsWith(group))
-    .map(name => params[name]!);
-/** The tensors in one vector: Adam on a group is then a few large ops, not many small ones. */
+  Object.entries(params).flatMap(([name, x]) => (name.startsWith(group) ? x : []));
+/** The tensors in one vector: Adam on a group is a few large ops, not many small ones. */
 const sideBySide = (tensors: T[]): T<'n'> => tf.concat(tensors.map(x => x.flatten()));
 
-/**
- * What a training step reads and changes, all of it tf.Variables, so that a traced graph keeps them on
- * the device. m and v are Adam's moments, one vector a group; sources are [batchSize·S, ΣC+M].
- */
+/** What a step changes. m, v: Adam's moments, one vector a group; sources: [batchSize·S, ΣC+M]. */
 export interface State {
   params: Params;
   m: Record<Group, tf.Variable>;
@@ -686,29 +668,27 @@ export interface State {
 }
 
 const MAIN_BETAS = { beta1: 0.9, beta2: 0.999, eps: 1e-8 };
-/** AdamW with weight decay 0: moves one group of parameters, and its moments. */
+/** AdamW with weight decay 0 on one group of parameters. */
 function adamUpdate({ params, m, v }: State, group: Group, gradient: T<'n'>, feeds: AdamFeeds) {
   const step = adam(gradient, m[group], v[group], MAIN_BETAS, feeds.c1, feeds.c2);
   const moved = ofGroup(params, group);
   const sizes = moved.map(param => param.size);
   const moves = tf.split(feeds.lrMain.mul(step.direction), sizes);
-  for (const [i, param] of moved.entries()) {
-    param.assign(param.sub(moves[i]!.reshape(param.shape)));
-  }
+  for (const [i, param] of moved.entries()) param.assign(param.sub(moves[i]!.reshape(param.shape)));
   m[group].assign(step.m);
   v[group].assign(step.v);
 }
 
-type Gradients = Record<Group, T<'n'>>;
+type Vectors = Record<Group, T<'n'>>;
 /** Clips the gradients and moves all parameters. @returns the norms before clipping */
 export function applyGradients(
   { config }: Problem,
   state: State,
-  gradients: Gradients,
+  gradients: Vectors,
   feeds: AdamFeeds,
 ) {
   const norms = eachGroup(group => gradients[group].square().sum().sqrt());
-  // Gradients that are not finite move nothing: the parameters can be looked at when the run stops.
+  // Gradients that are not finite move nothing, so that the run stops with its last good parameters.
   const finite = tf.isFinite(norms.components.add(norms.ci_fn));
   const lrMain = tf.where(finite, feeds.lrMain, tf.scalar(0));
   const limits = { components: config.gradClipComponents, ci_fn: config.gradClipCi };
@@ -722,12 +702,11 @@ export function applyGradients(
   return norms;
 }
 
-/** The numbers of a step by their names in metrics.jsonl, as scalars. */
+/** Scalars by their names in metrics.jsonl. */
 function stepMetrics(config: Config, losses: T, l0: T, norms: Record<Group, T>): Tensors {
   const each = tf.unstack(losses);
-  const named = lossList.map(([name], i): [string, T] => [`loss/${name}`, each[i]!]);
   return {
-    ...Object.fromEntries(named),
+    ...Object.fromEntries(lossList.map(([name], i) => [`loss/${name}`, each[i]!])),
     'train/l0': l0,
     'loss/total': losses.mul(coefficientsOf(config)).sum(),
     'grad_norm/components': norms.components,
@@ -735,22 +714,20 @@ function stepMetrics(config: Config, losses: T, l0: T, norms: Record<Group, T>):
   };
 }
 
-/** Metric names to numbers, as in metrics.jsonl. */
+/** Numbers by their names in metrics.jsonl. */
 export type Metrics = Record<string, number>;
-/** Does one training step: moves the state on. */
-export type Step = (step: number, data: Rows) => Promise<Metrics>;
 
 /**
- * Compiles the training step. With microBatches = R > 1 the batch comes in R shards, one after another:
- * each has its own rows of the sources, and losses and gradients are averaged over the shards.
+ * Compiles the training step, which moves the state on. With microBatches = R > 1 the batch comes in R
+ * shards: each has its own rows of the sources; losses and gradients are averaged over them.
  */
-export function compileStep(engine: Engine, problem: Problem, state: State): Step {
+export function compileStep(engine: Engine, problem: Problem, state: State) {
   const { config } = problem;
   const { params, sources, m } = state;
   const R = config.microBatches;
-  type Result = Omit<ReturnType<typeof forward>, 'sources'>;
   const forward = (feeds: StepFeeds, old: Sources) =>
     lossesAndGradients(problem, params, old, feeds);
+  type Result = Omit<ReturnType<typeof forward>, 'sources'>;
   const update = ({ losses, l0, gradients }: Result, feeds: AdamFeeds) =>
     stepMetrics(config, losses, l0, applyGradients(problem, state, gradients, feeds));
 
@@ -764,8 +741,8 @@ export function compileStep(engine: Engine, problem: Problem, state: State): Ste
     const { length } = lossList;
     return engines.accumulate(engine.compile, R, length, sources, shapes, forward, update);
   };
-  const run = R > 1 ? shards() : (feedsOf: (shard: number) => StepFeeds) => whole(feedsOf(0));
-  return (step, data) =>
+  const run = R > 1 ? shards() : (feedsOf: (r: number) => StepFeeds) => whole(feedsOf(0));
+  return (step: number, data: Rows): Promise<Metrics> =>
     tidyAsync(async () => {
       const rows = batchIndices(data.count, config.batchSize, step, config.seed);
       const size = rows.length / R;
@@ -783,13 +760,12 @@ const progress = (step: number, nSteps: number) => (nSteps > 1 ? step / (nSteps 
 /** A cosine from 1 at the first step to `finalFrac` at the last. */
 export const cosine = (step: number, nSteps: number, finalFrac: number): number =>
   finalFrac + (1 - finalFrac) * 0.5 * (1 + Math.cos(Math.PI * progress(step, nSteps)));
-/** The bias corrections of the main Adam. */
 const mainCorrections = (step: number) => ({
   c1: 1 - MAIN_BETAS.beta1 ** (step + 1),
   c2: 1 - MAIN_BETAS.beta2 ** (step + 1),
 });
 
-/** All that changes with the step by a rule: learning rates, p, bias corrections of both Adams. */
+/** What follows from the step: learning rates, p, bias corrections of both Adams. */
 export function schedule(config: Config, step: number) {
   const { nSteps, ppgdInnerSteps } = config;
   const warmup = Math.floor(config.ppgdWarmupPct * nSteps);
@@ -815,8 +791,7 @@ const zeros = (shape: number[]): tf.Variable => tf.tidy(() => tf.variable(tf.zer
 export function initialParams(problem: Problem): Params {
   const { modules, config, ci = ciTransformer } = problem;
   const params: Params = {};
-  // Each array of draws has a purpose of its own, counted on: the order of these lines is part of what
-  // a seed means.
+  // Each array has a purpose of its own, counted on: the order of these lines is part of the seed.
   let purpose = PURPOSE.init;
   const draws = (n: number) => uniformArray(n, config.seed, 0, purpose++);
   const normal = (n: number, deviation: number) => {
@@ -833,10 +808,8 @@ export function initialParams(problem: Problem): Params {
   for (const [name, shape] of Object.entries(shapes)) {
     const fanIn = shapes[name.replace(/bias$/, 'weight')]![1]!;
     const bound = 1 / Math.sqrt(fanIn);
-    params[name] = makeVariable(
-      draws(sizeOf(shape)).map(u => bound * (2 * u - 1)),
-      shape,
-    );
+    const values = draws(sizeOf(shape)).map(u => bound * (2 * u - 1));
+    params[name] = makeVariable(values, shape);
   }
   return params;
 }
@@ -845,15 +818,11 @@ export function initialParams(problem: Problem): Params {
 export function initialState({ modules, config }: Problem, params: Params): State {
   const shape = [config.batchSize * config.seqLen, totalC(modules) + modules.length];
   const s = makeVariable(uniformArray(sizeOf(shape), config.seed, 0, PURPOSE.sources), shape);
-  const moments = () =>
-    eachGroup(group => zeros([sum(ofGroup(params, group).map(param => param.size))]));
+  const moments = () => eachGroup(group => zeros([sum(ofGroup(params, group).map(x => x.size))]));
   return { params, m: moments(), v: moments(), sources: { s, m: zeros(shape), v: zeros(shape) } };
 }
 
-/**
- * The faithfulness warm-up: AdamW on V and U alone, from moments 0, which it leaves at 0. Yields the
- * loss of each step; whoever iterates may stop it.
- */
+/** The faithfulness warm-up: AdamW on V and U alone; its moments end at 0. Yields each step's loss. */
 export async function* warmUp(engine: Engine, problem: Problem, state: State) {
   const { config } = problem;
   const steps = config.faithfulnessWarmupSteps;
@@ -867,18 +836,15 @@ export async function* warmUp(engine: Engine, problem: Problem, state: State) {
   for (let i = 0; i < steps; i++) {
     const rate = cosine(i, steps, config.faithfulnessWarmupLrFinalFrac);
     const feeds = { lrMain: config.faithfulnessWarmupLr * rate, ...mainCorrections(i) };
-    const { loss } = await tidyAsync(async () => scalars(await step(asTensors(feeds))));
-    yield loss!;
+    yield (await tidyAsync(async () => scalars(await step(asTensors(feeds))))).loss!;
   }
-  for (const moment of [state.m.components, state.v.components]) {
+  for (const moment of [state.m.components, state.v.components])
     tf.tidy(() => moment.assign(tf.zerosLike(moment)));
-  }
 }
 
-// ---- G. Evaluation ------------------------------------------------------------------------------
+// ---- G. Evaluation --------------------------------------
 
-/** Below this mean importance a component counts as dead. */
-const DEAD_BELOW = 1e-6;
+const DEAD_BELOW = 1e-6; // mean importance of a dead component
 
 /** Mean next-token cross-entropy in nats; the last position of a row predicts nothing. */
 export function crossEntropy(logProbs: T<'N vocab'>, tokens: T<'B S'>): T {
@@ -894,10 +860,9 @@ export function crossEntropy(logProbs: T<'N vocab'>, tokens: T<'B S'>): T {
 }
 
 /** Random numbers of an evaluation; `subset`: for the stochastic loss and the hidden activations. */
-export type EvaluationDraws = { stoch: Draws; random: T<'N ΣC'>; subset: Draws };
-function evaluationDraws(problem: Problem, N: number, key: T): EvaluationDraws {
+function evaluationDraws(problem: Problem, N: number, key: T) {
   const draws = (i: number) => stochasticDraws(problem, N, key.add(tf.tensor1d([0, i], 'int32')));
-  const random = uniform([N, totalC(problem.modules)], key, PURPOSE.randomMask);
+  const random: T<'N ΣC'> = uniform([N, totalC(problem.modules)], key, PURPOSE.randomMask);
   return { stoch: draws(0), subset: draws(1), random };
 }
 
@@ -907,7 +872,7 @@ export function evaluateMasks(
   params: Tensors,
   inputs: T,
   p: T,
-  draws: EvaluationDraws,
+  draws: ReturnType<typeof evaluationDraws>,
 ): Tensors {
   const { config, modules, target } = problem;
   const { pass, z, g } = importances(problem, params, inputs);
@@ -930,26 +895,24 @@ export function evaluateMasks(
   for (const [name, masks] of Object.entries(strategies)) {
     const output = maskedForward(problem, params, inputs, masks);
     results[`${target.compare.metric}_${name}`] = target.compare.measure(pass.output, output);
-    // Cross-entropy is linear in log-probabilities, so the CE of their difference is exact where a
-    // difference of two CEs would be rounding.
-    if (own) {
-      const difference = crossEntropy(output.logSoftmax().sub(own), inputs);
-      results[`ce_kl/ce_difference_${name}`] = difference;
-    }
+    // Cross-entropy is linear in log-probabilities: that of their difference is exact, where a
+    // difference of two cross-entropies would be rounding.
+    const difference = own && crossEntropy(output.logSoftmax().sub(own), inputs);
+    if (difference) results[`ce_kl/ce_difference_${name}`] = difference;
   }
   const active = indicator(g.greater(config.ciAliveThreshold)).mean(0); // [ΣC]
   return { ...results, active, meanCi: g.mean(0) };
 }
 
-/** Reconstruction when the components whose `mask` [1,ΣC] is 0 are deleted and all others are on. */
-export function aliveAlone(problem: Problem, params: Tensors, inputs: T, mask: T): T {
+/** Reconstruction when the components whose mask is 0 are deleted and all others are on. */
+export function aliveAlone(problem: Problem, params: Tensors, inputs: T, mask: T<'1 ΣC'>): T {
   const { target } = problem;
   const own = target.forward(inputs, ownLinear(target));
   return target.compare.measure(own, maskedForward(problem, params, inputs, { mask }));
 }
 
-/** Fresh PGD: the loss at one source [1,ΣC+M] for all positions, and where sign ascent takes it. */
-export function pgdStep(problem: Problem, params: Tensors, inputs: T, source: T) {
+/** Fresh PGD: the loss at one source for all positions, and where sign ascent takes it. */
+export function pgdStep(problem: Problem, params: Tensors, inputs: T, source: T<'1 ΣC+M'>) {
   const { pass, g } = importances(problem, params, inputs);
   const loss = (s: T) => adversarialLoss(problem, params, pass, g, s);
   const { value, grads } = tf.valueAndGrads(loss)([source]);
@@ -957,7 +920,7 @@ export function pgdStep(problem: Problem, params: Tensors, inputs: T, source: T)
   return { loss: value, next: moved.clipByValue(0, 1) };
 }
 
-/** Mean of (module output − the target's)² by module [M], under CI masks and stochastic ones. */
+/** Mean of (module output − the target's)² by module, under CI masks and stochastic ones [M]. */
 export function hiddenActsErrors(problem: Problem, params: Tensors, inputs: T, draws: Draws) {
   const { target, modules } = problem;
   const { pass, g } = importances(problem, params, inputs);
@@ -971,10 +934,7 @@ export function hiddenActsErrors(problem: Problem, params: Tensors, inputs: T, d
   return { CI: errors({ mask: g }), Stochastic: errors(stochastic) };
 }
 
-/** `meanCi`: mean g of every component over the rows [ΣC]. */
-export type Evaluation = { metrics: Metrics; meanCi: Float64Array };
-
-/** Compiles the evaluation of the parameters as they are at the time of the call. */
+/** Compiles the evaluation, of the parameters as they are when it is called. */
 export function compileEvaluation(engine: Engine, problem: Problem, params: Params) {
   const { modules, config, target } = problem;
   const [sumC, sumOut] = [totalC(modules), sum(modules.map(m => m.dOut))];
@@ -994,8 +954,8 @@ export function compileEvaluation(engine: Engine, problem: Problem, params: Para
     [`${target.compare.metric}_alive`]: aliveAlone(problem, params, f.inputs, f.mask),
   }));
 
-  /** Means over the rows, whose batches may differ in size. */
-  const evaluate = async (rows: Rows, step: number, slow: boolean): Promise<Evaluation> => {
+  /** Means over the rows; `meanCi`: mean g of every component. */
+  const evaluate = async (rows: Rows, step: number, slow: boolean) => {
     const p = tf.scalar(schedule(config, Math.min(step, config.nSteps - 1)).p);
     const means: Record<string, Float64Array> = {};
     const add = async (share: number, results: Tensors) => {
@@ -1023,17 +983,19 @@ export function compileEvaluation(engine: Engine, problem: Problem, params: Para
 
     const { meanCi, active, CI, Stochastic, ...values } = means;
     const metrics: Metrics = { 'eval/n_alive': sum(isAlive) };
-    for (const [name, [mean]] of Object.entries(values)) metrics[`eval/${name}`] = mean!;
-    const ofZero = metrics['eval/ce_kl/ce_difference_zero_masked']!;
-    for (const [name, difference] of Object.entries(metrics))
-      if (name.includes('ce_difference'))
-        metrics[name.replace('difference', 'unrecovered')] = difference / ofZero;
+    for (const [name, [mean = 0]] of Object.entries(values)) {
+      metrics[`eval/${name}`] = mean;
+      if (name.includes('ce_difference')) {
+        const ofZero = values['ce_kl/ce_difference_zero_masked']![0]!;
+        metrics[`eval/${name.replace('difference', 'unrecovered')}`] = mean / ofZero;
+      }
+    }
     const threshold = config.ciAliveThreshold; // written as Python writes a float
-    const l0 = `eval/l0/${Number.isInteger(threshold) ? threshold.toFixed(1) : threshold}`;
+    const l0 = `eval/l0/${threshold % 1 === 0 ? threshold.toFixed(1) : threshold}`;
     metrics[`${l0}_total`] = sum(active!);
-    for (const m of modules)
-      metrics[`${l0}_${m.path}`] = sum(active!.subarray(m.offset, m.offset + m.C));
-    for (const [kind, errors] of slow ? Object.entries({ CI, Stochastic }) : []) {
+    for (const { path, offset, C } of modules)
+      metrics[`${l0}_${path}`] = sum(active!.subarray(offset, offset + C));
+    for (const [kind, errors] of Object.entries(slow ? { CI, Stochastic } : {})) {
       const loss = `eval/loss/${kind}HiddenActsReconLoss`;
       for (const [i, m] of modules.entries()) metrics[`${loss}/${m.path}`] = errors![i]!;
       metrics[`${loss}/total`] = sum(modules.map((m, i) => (errors![i]! * m.dOut) / sumOut));
@@ -1043,11 +1005,10 @@ export function compileEvaluation(engine: Engine, problem: Problem, params: Para
   return (rows: Rows, step: number, slow: boolean) => tidyAsync(() => evaluate(rows, step, slow));
 }
 
-// ---- H. The run ---------------------------------------------------------------------------------
-// The run folder holds config.json, metrics.jsonl, and a checkpoint: components.safetensors, the
-// deliverable, and state.safetensors, which only --resume needs.
+// ---- H. The run -----------------------------------------
+// The run folder holds config.json, metrics.jsonl, and a checkpoint: components.safetensors, and
+// state.safetensors, which only --resume needs.
 
-/** What a run works on. */
 export interface Run<Net extends Target = Target> {
   engine: Engine;
   problem: Problem<Net>;
@@ -1055,10 +1016,7 @@ export interface Run<Net extends Target = Target> {
   data: Data;
 }
 
-/**
- * A run on any network. A field of the config that is not given has the method's default, or follows
- * the network. Without `out` nothing is written.
- */
+/** A run on any network. Fields not given have their defaults; without `out` nothing is written. */
 export async function newRun(
   target: Target,
   data: Data,
@@ -1076,28 +1034,22 @@ export async function newRun(
   return { engine, problem, params: initialParams(problem), data };
 }
 
-type Stopped = () => Promise<boolean>;
 /**
- * Writes config.json, warms up, trains, evaluates and saves. `old`: the record of the run to go on with;
+ * The training loop: warm up; step, log, evaluate, save. `old`: the record of the run to go on with;
  * `stopped` is asked after each step. @returns the last evaluation; undefined if it was stopped
  */
 export async function decompose(
   run: Run,
-  { old, stopped }: { old?: RunRecord; stopped?: Stopped } = {},
+  { old, stopped }: { old?: RunRecord | undefined; stopped?: () => Promise<unknown> } = {},
 ): Promise<Metrics | undefined> {
-  const { out } = run.problem.config;
+  const { engine, problem, params, data } = run;
+  const { config: c } = problem;
   const now = recordOf(run);
   if (old) io.compareRuns(old, now, say);
-  if (out) {
-    fs.mkdirSync(out, { recursive: true });
-    writeAtomic(path.join(out, 'config.json'), `${JSON.stringify(now, null, 1)}\n`);
+  if (c.out) {
+    fs.mkdirSync(c.out, { recursive: true });
+    writeAtomic(path.join(c.out, 'config.json'), `${JSON.stringify(now, null, 1)}\n`);
   }
-  return train(run, old !== undefined, stopped ?? (async () => false));
-}
-
-/** The training loop: warm up; step, log, evaluate, save; until the last step or a signal. */
-async function train({ engine, problem, params, data }: Run, resume: boolean, stopped: Stopped) {
-  const { config: c } = problem;
   const state = initialState(problem, params);
   const metricsFile = path.join(c.out, 'metrics.jsonl');
   const log = (step: number, metrics: Metrics) => {
@@ -1106,11 +1058,12 @@ async function train({ engine, problem, params, data }: Run, resume: boolean, st
   const save = async (step: number) => {
     if (c.out) await io.saveCheckpoint(c.out, step, params, stateVariables(state));
   };
-  const evaluateRows = compileEvaluation(engine, problem, params);
+  const compiled = compileEvaluation(engine, problem, params);
+  const heldOut = firstRows(data.heldOut, c.evalBatchSize);
   const evaluate = async (step: number, slow: boolean) =>
-    (await evaluateRows(firstRows(data.heldOut, c.evalBatchSize), step, slow)).metrics;
+    (await compiled(heldOut, step, slow)).metrics;
 
-  let done = (resume && (await io.resume(c.out, params, stateVariables(state), say))) || 0;
+  let done = (old && (await io.resume(c.out, params, stateVariables(state), say))) || 0;
   if (done === 0) {
     const total = c.faithfulnessWarmupSteps;
     const show = io.startProgress(total);
@@ -1119,7 +1072,7 @@ async function train({ engine, problem, params, data }: Run, resume: boolean, st
       i++;
       show(i, () => `warm-up ${i}/${total}  faithfulness ${loss.toExponential(2)}`);
       await io.checkFinite(i, { 'warm-up loss/faith': loss }, params);
-      if (await stopped()) return undefined; // nothing is saved yet: --resume begins again
+      if (await stopped?.()) return undefined; // nothing is saved yet: --resume begins again
     }
   }
   const step = compileStep(engine, problem, state);
@@ -1128,42 +1081,32 @@ async function train({ engine, problem, params, data }: Run, resume: boolean, st
   while (done < c.nSteps) {
     const started = performance.now();
     const metrics = await step(done, data.train);
-    const rates = schedule(c, done);
+    const { lrMain, lrPpgd, p } = schedule(c, done);
     done++;
     const last = done === c.nSteps;
     const due = (every: number) => last || (every > 0 && done % every === 0);
     await io.checkFinite(done, metrics, params);
-    const losses = () =>
-      lossList.map(([l]) => `${l} ${metrics[`loss/${l}`]!.toPrecision(3)}`).join('  ');
-    show(
-      done,
-      () => `step ${done}/${c.nSteps}  ${losses()}  L0 ${metrics['train/l0']!.toFixed(1)}`,
-    );
+    show(done, () => io.stepLine(done, c.nSteps, metrics));
     if (due(c.logEvery)) {
       const { numTensors, numBytes } = tf.memory();
-      log(done, {
-        ...metrics,
-        'lr/main': rates.lrMain,
-        'lr/ppgd': rates.lrPpgd,
-        p: rates.p,
-        'time/ms_per_step': performance.now() - started,
-        'memory/tensors': numTensors,
-        'memory/bytes': numBytes,
-      });
+      const rates = { 'lr/main': lrMain, 'lr/ppgd': lrPpgd, p };
+      const memory = { 'memory/tensors': numTensors, 'memory/bytes': numBytes };
+      const time = { 'time/ms_per_step': performance.now() - started };
+      log(done, { ...metrics, ...rates, ...time, ...memory });
     }
-    // The last step is saved before its evaluation, so that nothing which fails from there on loses it;
-    // others after it, so that a resumed run finds all of its lines in metrics.jsonl.
+    // The last step is saved before its evaluation, which may fail; other steps after it, so that a
+    // resumed run finds all of its lines in metrics.jsonl.
     if (last) await save(done);
     if (due(c.evalFreq)) {
       evaluated = await evaluate(done, due(c.slowEvalFreq));
       log(done, evaluated);
     }
-    const stop = await stopped();
+    const stop = await stopped?.();
     if (!last && (stop || due(c.saveEvery))) await save(done);
     if (stop) return undefined;
   }
   if (evaluated) return evaluated;
-  // A run that is resumed after its last step has nothing evaluated yet, or no line of it.
+  // A run that is resumed after its last step is evaluated here, and has a line of that or not.
   evaluated = await evaluate(done, true);
   const isLast = (line: Metrics) => line.step === done && 'eval/n_alive' in line;
   if (!io.readMetrics(metricsFile).some(isLast)) log(done, evaluated);
@@ -1172,14 +1115,13 @@ async function train({ engine, problem, params, data }: Run, resume: boolean, st
 
 /** What --resume needs besides the parameters, by the names in state.safetensors. */
 const stateVariables = ({ m, v, sources }: State): Params => {
-  const parts = Object.entries({ 'adam.m': m, 'adam.v': v, ppgd: sources });
-  const named = parts.flatMap(([part, of]) =>
-    Object.entries(of).map(([name, x]) => [`${part}.${name}`, x]),
-  );
-  return Object.fromEntries(named);
+  const named: Params = {};
+  for (const [part, of] of Object.entries({ 'adam.m': m, 'adam.v': v, ppgd: sources }))
+    for (const [name, x] of Object.entries(of)) named[`${part}.${name}`] = x;
+  return named;
 };
 
-/** Writes beside and renames, so that nobody ever reads half a file. */
+/** Writes beside and renames: nobody ever reads half a file. */
 export function writeAtomic(file: string, content: string): void {
   fs.writeFileSync(`${file}.tmp-${process.pid}`, content);
   fs.renameSync(`${file}.tmp-${process.pid}`, file);
@@ -1190,22 +1132,22 @@ export type RunRecord = ReturnType<typeof recordOf>;
 const recordOf = (run: Run) => io.runRecord(run, VERSION);
 const VERSION = '0.1.0';
 
-// ---- I. Harvest ---------------------------------------------------------------------------------
-// What does each component do? The short version, by dense counts: how often it fires, on which
-// tokens, ahead of which predictions, and where most strongly, as text. A component fires where g > 0.
-// postprocess/harvest.ts counts more, in bounded memory, and fills the page.
+// ---- I. Harvest -----------------------------------------
+// What does each component do? The short version, by dense counts: how often it fires (g > 0), on
+// which tokens, ahead of which predictions, and where most strongly, as text. postprocess/harvest.ts
+// counts more, in bounded memory, and fills the page.
 
 /** Token, count, and PMI = ln(n_ct N / (n_c n_t)) in nats. */
-export type TokenPmi = [token: string, count: number, pmi: number];
+type TokenPmi = [token: string, count: number, pmi: number];
 export interface ShortHarvest {
   positions: number; // N
   components: {
     module: string;
     index: number;
     density: number; // share of the positions where it fires
-    meanCi: number; // over all positions
-    firesOn: TokenPmi[]; // the tokens it meets more often than by chance
-    predicts: TokenPmi[]; // the same for the next token; counts are softmax mass
+    meanCi: number;
+    firesOn: TokenPmi[]; // tokens that it meets more often than by chance
+    predicts: TokenPmi[]; // the same of the next token; counts are softmax mass
     examples: string[]; // the strongest firings, one a batch, the token in »«
   }[]; // those that fire
 }
@@ -1220,15 +1162,15 @@ export async function shortHarvest({ engine, problem, params, data }: Run): Prom
   const { vocab = 0 } = (target as Partial<LanguageModel>).arch ?? {};
   if (!target.nextToken || vocab * sumC > MAX_CELLS)
     refuse(`harvest: ${sumC} components x ${vocab} tokens are for postprocess/harvest.ts`);
-  const shapes = [[sumC], [sumC], [vocab], [vocab], [sumC, vocab], [sumC, vocab]];
-  const tables = shapes.map(zeros);
+  const tables = [[sumC], [sumC], [sumC + 1, vocab], [sumC + 1, vocab]].map(zeros);
   const count = engine.compile('short harvest', (f: Record<'inputs', T>) => {
-    const { pass, g } = importances(problem, params, f.inputs);
+    const { pass, g, N } = importances(problem, params, f.inputs);
     const fires: T<'N ΣC'> = indicator(g.greater(0));
+    const rows: T<'N ΣC+1'> = tf.concat([fires, tf.ones([N, 1])], 1); // the last counts every position
     const token: T<'N vocab'> = tf.oneHot(f.inputs.flatten() as tf.Tensor1D, vocab);
     const probs: T<'N vocab'> = pass.output.logSoftmax().exp();
-    const [onToken, ahead] = [tf.matMul(fires, token, true), tf.matMul(fires, probs, true)];
-    const counts = [fires.sum(0), g.sum(0), token.sum(0), probs.sum(0), onToken, ahead];
+    const products = [token, probs].map(columns => tf.matMul(rows, columns, true));
+    const counts = [fires.sum(0), g.sum(0), ...products];
     for (const [i, table] of tables.entries()) table.assign(table.add(counts[i]!));
     const strongest = tf.topk(g.transpose(), 1);
     return { value: strongest.values.flatten(), at: strongest.indices.flatten() };
@@ -1241,62 +1183,59 @@ export async function shortHarvest({ engine, problem, params, data }: Run): Prom
     const found = await count({ inputs: batch });
     const [value, at] = await Promise.all([numbers(found.value), numbers(found.at)]);
     tf.dispose([batch, found]);
+    const S = rows.seqLen;
     for (const [c, list] of strongest.entries()) {
-      const [n, S] = [at[c]!, rows.seqLen];
-      list.push({ value: value[c]!, row: indices[Math.floor(n / S)]!, at: n % S });
+      list.push({ value: value[c]!, row: indices[Math.floor(at[c]! / S)]!, at: at[c]! % S });
       list.sort((a, b) => b.value - a.value).splice(EXAMPLES);
     }
   }
-  const [nC, ciSum, nIn, nOut, nCIn, nCOut] = await Promise.all(tables.map(numbers));
+  const [nC, ciSum, nIn, nOut] = await Promise.all(tables.map(numbers));
   tf.dispose(tables);
 
   const token = (id: number) => data.tokenizer?.id_to_token(id)?.replace(/[▁Ġ]/g, ' ') ?? `#${id}`;
   const text = (ids: ArrayLike<number>) => Array.from(ids, token).join('');
   const N = rows.count * rows.seqLen;
   /** Tokens that component c meets more often than chance, the most surprising first. */
-  const byPmi = (c: number, counts: Float32Array, totals: Float32Array): TokenPmi[] =>
-    range(0, vocab)
-      .map((t): TokenPmi => {
-        const [n, expected] = [counts[c * vocab + t]!, (nC![c]! * totals[t]!) / N];
-        return [text([t]), n, Math.max(n, expected) < MIN_COUNT ? 0 : Math.log(n / expected)];
-      })
-      .filter(([, , pmi]) => pmi > 1e-4) // below that it is the rounding of float32
-      .sort((a, b) => b[2] - a[2])
-      .slice(0, LIST);
+  const byPmi = (c: number, counts: Float32Array): TokenPmi[] => {
+    const pairs = range(0, vocab).map((t): TokenPmi => {
+      const [n, ofToken] = [counts[c * vocab + t]!, counts[sumC * vocab + t]!];
+      const expected = (nC![c]! * ofToken) / N;
+      return [text([t]), n, Math.max(n, expected) < MIN_COUNT ? 0 : Math.log(n / expected)];
+    });
+    const above = pairs.filter(([, , pmi]) => pmi > 1e-4); // below that it is rounding
+    return above.sort((a, b) => b[2] - a[2]).slice(0, LIST);
+  };
   const marked = ({ row, at }: Firing) => {
     const ids = rows.row(row);
     const [from, to] = [Math.max(0, at - WINDOW), at + WINDOW];
     return `${text(ids.slice(from, at))}»${text([ids[at]!])}«${text(ids.slice(at + 1, to))}`;
   };
-  const describe = (m: Module, index: number) => {
-    const c = m.offset + index;
-    return {
-      module: m.path,
-      index,
-      density: nC![c]! / N,
-      meanCi: ciSum![c]! / N,
-      firesOn: byPmi(c, nCIn!, nIn!),
-      predicts: byPmi(c, nCOut!, nOut!),
-      examples: strongest[c]!.filter(firing => firing.value > 0).map(marked),
-    };
-  };
-  const all = modules.flatMap(m => range(0, m.C).map(i => describe(m, i)));
+  const describe = (module: string, index: number, c: number) => ({
+    module,
+    index,
+    density: nC![c]! / N,
+    meanCi: ciSum![c]! / N,
+    firesOn: byPmi(c, nIn!),
+    predicts: byPmi(c, nOut!),
+    examples: strongest[c]!.filter(firing => firing.value > 0).map(marked),
+  });
+  const all = modules.flatMap(m => range(0, m.C).map(i => describe(m.path, i, m.offset + i)));
   return { positions: N, components: all.filter(c => c.density > 0) };
 }
 
-// ---- below: what this stands on -----------------------------------------------------------------
+// ---- below: what this stands on -------------------------
 
-// ---- J. Language models -------------------------------------------------------------------------
-// A Hugging Face folder: config.json names the architecture, safetensors files hold the weights. Every
-// family is the same decoder with other options.
+// ---- J. Language models ---------------------------------
+// In a Hugging Face folder config.json names the architecture, and safetensors files hold the weights.
+// Every family is the same decoder with other options.
 
-/** What a config.json says, in one vocabulary for all families: the options of the decoder. */
-// biome-ignore format: kept on few lines
+/** What a config.json says, in one vocabulary for all families. */
+// biome-ignore format: few lines
 export interface Architecture {
   type: string; names: Names;
   vocab: number; dModel: number; dMlp: number; nLayers: number;
   nHeads: number; nKvHeads: number; headDim: number;
-  context: number; contextField: string; // the longest row, and the config's field that says so
+  context: number; contextField: string; // the longest row, and the field that says so
   norm: 'rms' | 'layer'; eps: number;
   rotary: Float32Array | undefined; // RoPE's inverse wavelengths; undefined: learned positions
   qkv: 'separate' | 'concatenated' | 'by head'; // one layer each, or one for all, named as q
@@ -1306,14 +1245,14 @@ export interface Architecture {
   biased: RegExp | undefined; // paths of the linear layers that have a bias
   tied: boolean; // the head is the embedding, unless the file has one
 }
-/** State-dict names without `.weight`, those of a block within it. Absent: the family has none. */
-// biome-ignore format: kept on few lines
+/** State-dict names without `.weight`, those of a block within it; absent where there is none. */
+// biome-ignore format: few lines
 export interface Names {
   embed: string; positions?: string; blocks: string; last: string; head: string;
   norm1: string; q: string; k?: string; v?: string; qNorm?: string; kNorm?: string; o: string;
   norm2: string; gate?: string; up: string; down: string;
 }
-// biome-ignore format: kept on few lines
+// biome-ignore format: few lines
 export const NAMES: Record<'llama' | 'llama_simple_mlp', Names> = {
   llama: {
     embed: 'model.embed_tokens', blocks: 'model.layers', last: 'model.norm', head: 'lm_head',
@@ -1332,10 +1271,10 @@ const nameOf = ({ names }: Architecture, part: keyof Names, i: number) =>
 
 /** A language model as a target; its outputs are logits [N,vocab]. */
 export interface LanguageModel extends Target {
-  readonly arch: Architecture;
-  readonly dir: string;
-  readonly config: Readonly<Record<string, unknown>>; // config.json as it is
-  readonly source: NonNullable<Target['source']>;
+  arch: Architecture;
+  dir: string;
+  config: Readonly<Record<string, unknown>>; // config.json as it is
+  source: NonNullable<Target['source']>;
 }
 
 /** The linear layers of an architecture's blocks, in network order. */
@@ -1358,37 +1297,36 @@ export function linearLayers(arch: Architecture): LinearLayer[] {
 }
 
 /** Loads a Hugging Face folder. @throws UsageError naming the file and what is wrong with it */
-export async function loadTarget(dir: string, from: Place = { path: dir }) {
+export async function loadTarget(
+  dir: string,
+  from: Pick<Source, 'path' | 'commit'> = { path: dir },
+) {
   await openRooms();
   const files = await io.openModel(dir, NAMES, say);
   const { arch, config } = files;
-  const { names, conv1d, vocab, dModel, headDim, nLayers } = arch;
+  const { names, conv1d, vocab, dModel } = arch;
   const linears = linearLayers(arch);
   const weights = new Map<string, tf.Variable>();
-  const load = (name: string, shape: number[]) =>
-    weights.set(name, makeVariable(files.read(name, shape), shape));
-  const loadNorm = (name: string) => {
-    load(`${name}.weight`, [dModel]);
-    if (arch.norm === 'layer') load(`${name}.bias`, [dModel]);
+  const load = (name: string, shape: number[], key = `${name}.weight`, transposed = false) => {
+    weights.set(key, makeVariable(files.read(`${name}.weight`, shape), shape, transposed));
+    const bias = `${name}.bias`;
+    const length = key === name && !transposed ? shape.slice(1) : shape.slice(0, 1);
+    if (files.has(bias)) weights.set(bias, makeVariable(files.read(bias, length), length));
   };
   try {
-    load(`${names.embed}.weight`, [vocab, dModel]);
-    if (names.positions) load(`${names.positions}.weight`, [arch.context, dModel]);
-    for (const { path: name, dIn, dOut } of linears) {
-      // Kept as Wᵀ, so that no product has to transpose it.
-      const shape = conv1d ? [dIn, dOut] : [dOut, dIn];
-      weights.set(name, makeVariable(files.read(`${name}.weight`, shape), shape, !conv1d));
-      if (files.has(`${name}.bias`)) load(`${name}.bias`, [dOut]);
-    }
-    for (const i of range(0, nLayers)) {
-      for (const part of ['norm1', 'norm2'] as const) loadNorm(nameOf(arch, part, i));
+    load(names.embed, [vocab, dModel]);
+    if (names.positions) load(names.positions, [arch.context, dModel]);
+    // Linear layers are kept as Wᵀ, so that no product has to transpose them.
+    for (const { path: name, dIn, dOut } of linears)
+      load(name, conv1d ? [dIn, dOut] : [dOut, dIn], name, !conv1d);
+    for (const i of range(0, arch.nLayers)) {
+      for (const part of ['norm1', 'norm2'] as const) load(nameOf(arch, part, i), [dModel]);
       for (const part of ['qNorm', 'kNorm'] as const)
-        if (names[part]) load(`${nameOf(arch, part, i)}.weight`, [headDim]);
+        if (names[part]) load(nameOf(arch, part, i), [arch.headDim]);
     }
-    loadNorm(names.last);
-    const head = `${names.head}.weight`;
-    if (files.has(head)) load(head, [vocab, dModel]);
-    else if (!arch.tied) refuse(`${dir}: ${head} is missing and tie_word_embeddings is false`);
+    load(names.last, [dModel]);
+    if (files.has(`${names.head}.weight`)) load(names.head, [vocab, dModel]);
+    else if (!arch.tied) refuse(`${dir}: no ${names.head}, and tie_word_embeddings is false`);
     const source = { ...from, type: arch.type, sha256: files.finish() };
     return languageModel({ arch, linears, weights, dir, config, source });
   } finally {
@@ -1405,7 +1343,6 @@ export const languageModel = <X extends Network>(network: X) => ({
   forward: (tokens: T<'B S'>, linear: Linear) => decoder(network, tokens, linear),
 });
 
-/** A variable of the target or the decomposition; what is trainable concerns TFJS's optimisers. */
 export const makeVariable = (data: Float32Array, shape: number[], transposed = false) =>
   tf.tidy((): tf.Variable => {
     const stored = tf.tensor(data, shape);
@@ -1440,10 +1377,11 @@ export const rmsNormalize = (x: T, eps: number): T =>
     return { value: y, gradFunc };
   })(x);
 
-function normalise({ arch, weights }: Network, name: string, x: T<'N d'>): T<'N d'> {
-  const centred = arch.norm === 'layer' ? x.sub(x.mean(-1, true)) : x;
-  const scaled = rmsNormalize(centred, arch.eps).mul(weightOf({ weights }, `${name}.weight`));
-  return addBias(scaled, weights.get(`${name}.bias`));
+function normalise(net: Network, name: string, x: T<'N d'>): T<'N d'> {
+  const { norm, eps } = net.arch;
+  const centred = norm === 'layer' ? x.sub(x.mean(-1, true)) : x;
+  const scaled = rmsNormalize(centred, eps).mul(weightOf(net, `${name}.weight`));
+  return addBias(scaled, net.weights.get(`${name}.bias`));
 }
 
 /** RoPE's inverse wavelengths, one for each rotated pair of dimensions. */
@@ -1457,18 +1395,17 @@ export function rotate(x: T<'B H S hd'>, frequencies: Float32Array): T<'B H S hd
   const position = tf.range(0, S, 1, 'float32').reshape([S, 1]);
   const angle: T<'S half'> = position.mul(tf.tensor2d(frequencies, [1, half]));
   const [cos, sin] = [angle.cos(), angle.sin()];
-  const rest = headDim - 2 * half;
-  const sizes = rest > 0 ? [half, half, rest] : [half, half];
+  const sizes = [half, half, headDim - 2 * half].filter(size => size > 0);
   const [a, b, ...others] = tf.split(x, sizes, 3) as [T, T, ...T[]];
   return tf.concat([a.mul(cos).sub(b.mul(sin)), b.mul(cos).add(a.mul(sin)), ...others], 3);
 }
 
 /** [N, H·hd] -> [B,H,S,hd] */
-export const toHeads = (x: T<'N d'>, B: number, S: number, H: number): T<'B H S hd'> =>
+const toHeads = (x: T<'N d'>, B: number, S: number, H: number): T<'B H S hd'> =>
   x.reshape([B, S, H, x.size / (B * S * H)]).transpose([0, 2, 1, 3]);
 
 /** softmax(q kᵀ / √hd) v for q [B,H,S,hd] and k, v [B,H',S,hd], H' a divisor of H. */
-export function attend(q: T, k: T, v: T, causal: boolean): T<'N d'> {
+function attend(q: T, k: T, v: T, causal: boolean): T<'N d'> {
   const [B = 0, H = 0, S = 0, headDim = 0] = q.shape;
   const kvHeads = k.shape[1]!;
   // Grouped queries: the q heads that share a k are stacked as rows.
@@ -1480,104 +1417,82 @@ export function attend(q: T, k: T, v: T, causal: boolean): T<'N d'> {
     const later = indicator(position.reshape([1, S]).greater(position.reshape([S, 1])));
     scores = scores.add(later.mul(-1e9));
   }
-  const mixed = tf.matMul(scores.softmax().reshape([B, kvHeads, rows, S]), v);
-  const heads = mixed.reshape([B, H, S, headDim]);
-  return heads.transpose([0, 2, 1, 3]).reshape([B * S, H * headDim]);
+  const mixed: T = tf.matMul(scores.softmax().reshape([B, kvHeads, rows, S]), v);
+  const heads = mixed.reshape([B, H, S, headDim]).transpose([0, 2, 1, 3]);
+  return heads.reshape([B * S, H * headDim]);
 }
 
-function attention(
-  network: Network,
-  i: number,
-  h: T<'N d'>,
-  [B, S]: [number, number],
-  linear: Linear,
-): T<'N d'> {
-  const { arch, weights } = network;
-  const { qkv, nHeads, nKvHeads, names, rotary, eps } = arch;
-  const project = (part: keyof Names) => linear(nameOf(arch, part, i), h);
+type At = (part: keyof Names) => string;
+/** The attention of one block; `at`: the paths of its layers. */
+function attention(net: Network, at: At, h: T<'N d'>, S: number, linear: Linear): T<'N d'> {
+  const { qkv, nHeads, nKvHeads, names, rotary } = net.arch;
+  const N = h.shape[0]!;
   // Fused layers give [N,3·dQ]: all of q, all of k, all of v,
   // or ('by head') q, k and v of one head after those of another.
-  const first = project('q');
-  const fused = qkv === 'by head' ? first.reshape([B * S, nHeads, -1]) : first;
-  const parts =
-    qkv === 'separate' ? [first, project('k'), project('v')] : tf.split(fused, 3, fused.rank - 1);
-  let [q, k, v] = parts.map((x, part) => toHeads(x, B, S, part === 0 ? nHeads : nKvHeads)) as [
-    T,
-    T,
-    T,
-  ];
-  const headNorm = (part: 'qNorm' | 'kNorm', x: T) =>
-    names[part]
-      ? rmsNormalize(x, eps).mul(weightOf({ weights }, `${nameOf(arch, part, i)}.weight`))
-      : x;
-  [q, k] = [headNorm('qNorm', q), headNorm('kNorm', k)];
-  if (rotary) [q, k] = [rotate(q, rotary), rotate(k, rotary)];
-  return linear(nameOf(arch, 'o', i), attend(q, k, v, true));
+  let [q, k, v]: (T | undefined)[] = [linear(at('q'), h)];
+  if (qkv === 'separate') [k, v] = [linear(at('k'), h), linear(at('v'), h)];
+  else if (qkv === 'concatenated') [q, k, v] = tf.split(q!, 3, 1);
+  else [q, k, v] = tf.split(q!.reshape([N, nHeads, -1]), 3, 2);
+  const heads = (x: T, H: number, norm?: 'qNorm' | 'kNorm') => {
+    const split = toHeads(x, N / S, S, H);
+    const normed = norm && names[norm] ? normalise(net, at(norm), split) : split;
+    return norm && rotary ? rotate(normed, rotary) : normed;
+  };
+  const [queries, keys] = [heads(q!, nHeads, 'qNorm'), heads(k!, nKvHeads, 'kNorm')];
+  return linear(at('o'), attend(queries, keys, heads(v!, nKvHeads), true));
 }
 
 /** The logits for tokens (int32), every linear layer of the blocks computed by `linear`. */
-function decoder(network: Network, tokens: T<'B S'>, linear: Linear): T<'N vocab'> {
-  const { arch, weights } = network;
-  const { names, dModel } = arch;
+function decoder(net: Network, tokens: T<'B S'>, linear: Linear): T<'N vocab'> {
+  const { names, dModel, activation, parallelResidual, nLayers } = net.arch;
   const [B = 0, S = 0] = tokens.shape;
-  const embedding = weightOf({ weights }, `${names.embed}.weight`);
+  const embedding = weightOf(net, `${names.embed}.weight`);
   let x: T<'N d'> = tf.gather(embedding, tokens.flatten());
   if (names.positions) {
-    const all = weightOf({ weights }, `${names.positions}.weight`);
-    const positions = tf.slice(all, [0, 0], [S, dModel]);
-    x = x
-      .reshape([B, S, dModel])
-      .add(positions)
-      .reshape([B * S, dModel]);
+    const positions = tf.slice(weightOf(net, `${names.positions}.weight`), [0, 0], [S, dModel]);
+    x = tf.add(x.reshape([B, S, dModel]), positions).reshape([B * S, dModel]);
   }
-  const act = ACTIVATIONS[arch.activation];
-  for (const i of range(0, arch.nLayers)) {
-    const at = (part: keyof Names) => nameOf(arch, part, i);
-    const attended = attention(network, i, normalise(network, at('norm1'), x), [B, S], linear);
-    const afterAttention = x.add(attended);
-    const h = normalise(network, at('norm2'), arch.parallelResidual ? x : afterAttention);
+  const act = ACTIVATIONS[activation];
+  for (const i of range(0, nLayers)) {
+    const at: At = part => nameOf(net.arch, part, i);
+    const attended = x.add(attention(net, at, normalise(net, at('norm1'), x), S, linear));
+    const h = normalise(net, at('norm2'), parallelResidual ? x : attended);
     const up = linear(at('up'), h);
     const hidden = names.gate ? act(linear(at('gate'), h)).mul(up) : act(up);
-    x = afterAttention.add(linear(at('down'), hidden));
+    x = attended.add(linear(at('down'), hidden));
   }
-  return matmul(
-    normalise(network, names.last, x),
-    weights.get(`${names.head}.weight`) ?? embedding,
-    true,
-  );
+  const head = net.weights.get(`${names.head}.weight`) ?? embedding;
+  return matmul(normalise(net, names.last, x), head, true);
 }
 
-// ---- K. Data ------------------------------------------------------------------------------------
+// ---- K. Data --------------------------------------------
 
 /**
- * Rows of one length: tokens (Int32Array) or features, position after position (Float32Array). A count of
- * Infinity is a source whose every row is new: it is read in order and never shuffled.
+ * Rows of one length: tokens (Int32Array) or features, position after position (Float32Array). Where
+ * count is Infinity, every row is new: they are read in order, never shuffled.
  */
 export interface Rows {
-  readonly count: number;
-  readonly seqLen: number; // S; 1 for a network without sequences
+  count: number;
+  seqLen: number; // S; 1 for a network without sequences
   row(i: number): Int32Array | Float32Array;
 }
-export const firstRows = (rows: Rows, n: number): Rows => ({
-  ...rows,
-  count: Math.min(n, rows.count),
-});
+export const firstRows = (rows: Rows, n: number): Rows => {
+  return { ...rows, count: Math.min(n, rows.count) };
+};
 
 export type Data = { train: Rows; heldOut: Rows; tokenizer?: Tokenizer | undefined };
 
-/** The given rows as a batch of inputs: tokens [B,S] (int32), or features [B,S,·]. */
+/** Rows as a batch of inputs: tokens [B,S] (int32), or features [B,S,·]. */
 export function inputBatch({ seqLen, row }: Rows, indices: readonly number[]): tf.Tensor {
   const rows = indices.map(row);
-  const B = rows.length;
-  const width = rows[0]!.length;
-  const tokens = rows[0] instanceof Int32Array;
-  const all = tokens ? new Int32Array(B * width) : new Float32Array(B * width);
+  const [B, width, tokens] = [rows.length, rows[0]!.length, rows[0] instanceof Int32Array];
+  const all = new (tokens ? Int32Array : Float32Array)(B * width);
   for (const [i, values] of rows.entries()) all.set(values, i * width);
   if (tokens) return tf.tensor2d(all, [B, seqLen], 'int32');
   return tf.tensor3d(all, [B, seqLen, width / seqLen]);
 }
 
-/** The rows of one training step: each epoch is a new shuffle, a function of (seed, epoch) alone. */
+/** The rows of one training step: each epoch is a new shuffle, by (seed, epoch) alone. */
 export function batchIndices(count: number, size: number, step: number, seed: number): number[] {
   const places = range(step * size, (step + 1) * size);
   if (count === Infinity) return places;
@@ -1603,20 +1518,20 @@ export async function loadData(model: LanguageModel, config: Config): Promise<Da
   return { tokenizer, ...(await io.rowsOf(config, model, tokenizer)) };
 }
 
-// Random numbers are a function of (seed, step, purpose) and of nothing else, so any step can be
-// replayed, and a resumed run needs no state of a generator.
+// Random numbers are a function of (seed, step, purpose) alone, so any step can be replayed, and a
+// resumed run needs no state of a generator.
 
-// biome-ignore format: kept on few lines
+// biome-ignore format: few lines
 export const PURPOSE = {
   mask: 1, delta: 2, route: 3, routeCount: 4, randomMask: 5, pgd: 6, shuffle: 7, sources: 8,
   harvest: 9, init: 16, // and on from there, one for each array of initial values
 };
 
-/** What of it changes from step to step, as a tensor: it must enter a traced graph as a feed. */
+/** (seed, step) as a tensor: a feed of a traced graph. */
 export const randomKey = (seed: number, step: number): tf.Tensor1D =>
   tf.tensor1d([scramble(seed), step], 'int32');
 
-/** Uniform numbers in [0, 1), a function of (key, purpose). An engine may have its own, other bits. */
+/** Uniform numbers in [0, 1) by (key, purpose). An engine may have its own, with other bits. */
 export function uniform(shape: number[], key: tf.Tensor, purpose: number): tf.Tensor {
   if (tf.getKernel('Uniform', tf.getBackend()))
     return tf.engine().runKernel('Uniform', { key }, { shape, purpose }) as tf.Tensor;
@@ -1624,15 +1539,15 @@ export function uniform(shape: number[], key: tf.Tensor, purpose: number): tf.Te
   return tf.tensor(uniformArray(sizeOf(shape), seed, step, purpose), shape);
 }
 
-/** n uniform numbers in [0, 1) by the generator sfc32, 24 bits a number. */
+/** The generator sfc32, 24 bits a number. */
 export function uniformArray(n: number, seed: number, step: number, purpose: number) {
-  // (seed, step, purpose) → (a, b, c) is one-to-one, so no two keys give the same numbers.
+  // (seed, step, purpose) → (a, b, c) is one-to-one: no two keys give the same numbers.
   let a = scramble(seed);
   let b = scramble(a ^ step);
   let c = scramble(b ^ purpose);
   let counter = 1;
   const out = new Float32Array(n);
-  // The first twelve rounds spread each bit of the key over the whole state.
+  // The first twelve rounds spread the key's bits over the whole state.
   for (let i = -12; i < n; i++) {
     const t = (a + b + counter) | 0;
     counter = (counter + 1) | 0;
@@ -1643,7 +1558,7 @@ export function uniformArray(n: number, seed: number, step: number, purpose: num
   }
   return out;
 }
-/** MurmurHash3's finaliser: a permutation of the 32-bit numbers that mixes all of their bits. */
+/** MurmurHash3's finaliser: a permutation of the 32-bit numbers that mixes their bits. */
 export function scramble(x: number): number {
   let h = (x + 0x9e3779b9) | 0;
   h = Math.imul(h ^ (h >>> 16), 0x85ebca6b);
@@ -1651,37 +1566,37 @@ export function scramble(x: number): number {
   return h ^ (h >>> 16);
 }
 
-// ---- L. Rooms -----------------------------------------------------------------------------------
-// engine/ makes TFJS fast, io/ stands between this file and the world. Where a folder is missing, the
-// plain ways below do: this file alone runs op by op, reads llama and llama_simple_mlp folders and .txt
-// files, and writes components.safetensors.
+// ---- L. Rooms -------------------------------------------
+// engine/ makes TFJS fast, io/ stands between this file and the world. Without them the plain ways
+// below do: this file alone runs op by op, reads llama and llama_simple_mlp folders and .txt files,
+// and writes components.safetensors.
 
 export interface Engine {
-  readonly name: string;
-  readonly gpu: boolean;
-  readonly description: string; // a line for people: which engine, and why
+  name: string;
+  gpu: boolean;
+  description: string; // a line for people: which engine, and why
   memoryBytes?(): number; // how much a step may take
   /**
-   * A function with the same meaning as `fn`, and faster where the engine can trace it: then `fn` runs
-   * once as it is, and from then on as one graph. So what changes from call to call must enter through
-   * `feeds`, and no branch of JavaScript may depend on a tensor's value. `fn` may assign tf.Variables.
+   * `fn`, faster where the engine can trace it: then it runs once as it is, and from then on as one
+   * graph. So what changes from call to call must enter through `feeds`, no branch of JavaScript may
+   * depend on a tensor's value, and what lives on is a tf.Variable, which `fn` may assign.
    */
   compile<F extends Tensors, O extends Tensors>(
     name: string,
     fn: (feeds: F) => O,
   ): (feeds: F) => Promise<O>;
 }
-/** Runs every op by itself. A traced graph is checked against this. */
+/** Runs every op by itself. */
 export const opByOp: Pick<Engine, 'compile'> = {
   compile: (_name, fn) => async feeds => tf.tidy(() => fn(feeds)),
 };
-/** Starts the engine that the config asks for. @throws UsageError if it is not there */
+/** @throws UsageError if the engine that the config asks for is not there */
 export async function startEngine(config: Config): Promise<Engine> {
   await openRooms();
   return { ...opByOp, ...(await engines.startEngine(config)) };
 }
 
-/** tf.tidy for an async function: disposes of the tensors made in it. It is not re-entrant. */
+/** tf.tidy for an async function. It is not re-entrant. */
 export async function tidyAsync<X>(job: () => Promise<X>): Promise<X> {
   tf.engine().startScope();
   try {
@@ -1696,17 +1611,18 @@ export async function scalars(tensors: Tensors): Promise<Metrics> {
   return Object.fromEntries(Object.keys(tensors).map((name, i) => [name, values[i]![0]!]));
 }
 
-/** The folder's module if it is beside this file, else the plain ways. */
-const beside = async <X>(folder: string, plain: X, load: () => Promise<X>): Promise<X> =>
-  fs.existsSync(new URL(`${folder}/index.ts`, import.meta.url)) ? load() : plain;
+/** The module of a folder, if that is beside this file. */
+const beside = async <X>(folder: string, load: () => Promise<X>): Promise<X | undefined> =>
+  fs.existsSync(new URL(`${folder}/index.ts`, import.meta.url)) ? load() : undefined;
+const needsRoom = (): never => refuse('this needs the folders io/ and engine/ beside the file');
+/** The plain ways of a room; whatever else is asked of it is refused. */
+const alone = <X extends object>(plain: Partial<X>) =>
+  new Proxy(plain, { get: (_, name) => Reflect.get(plain, name) ?? needsRoom }) as X;
 
-// biome-ignore format: kept on few lines
-type Io = Pick<typeof import('./io/index.ts'),
-  | 'commandLine' | 'resolveModel' | 'loadTokenizer' | 'rowsOf' | 'startProgress' | 'watchSignals'
-  | 'checkFinite' | 'readMetrics' | 'saveCheckpoint' | 'restore' | 'resume' | 'compareRuns'
-  | 'compareData' | 'endLiveLine' | 'runRecord' | 'readRecord' | 'dryRun' | 'warnOfTarget'
-> & { openModel(dir: string, own: typeof NAMES, talk: typeof say): Promise<ModelFiles> };
-/** A model folder: what its config says, and its tensors by the names that `arch` implies. */
+type Io = Omit<typeof import('./io/index.ts'), 'openModel'> & {
+  openModel(dir: string, own: typeof NAMES, talk: typeof say): Promise<ModelFiles>;
+};
+/** A model folder, with its tensors by the names that `arch` implies. */
 interface ModelFiles {
   arch: Architecture;
   config: Record<string, unknown>;
@@ -1715,9 +1631,7 @@ interface ModelFiles {
   finish(): string; // the SHA-256 of all that was read
   close(): void;
 }
-const needs = (folder: string) => (): never =>
-  refuse(`this needs the folder ${folder} beside the file`);
-const plainIo: Io = {
+const plainIo: Partial<Io> = {
   commandLine: plainFlags,
   resolveModel: async dir => ({ dir }),
   openModel: plainModel,
@@ -1733,19 +1647,15 @@ const plainIo: Io = {
   saveCheckpoint: plainSave,
   runRecord: ({ problem: { config } }) => ({ formatVersion: 1, config }) as never,
   readMetrics: () => [],
-  readRecord: needs('io/'),
-  restore: needs('io/'),
-  resume: needs('io/'),
-  compareRuns: needs('io/'),
-  compareData: needs('io/'),
-  dryRun: needs('io/'),
+  describeRun: () => {},
+  stepLine: (done, nSteps) => `step ${done}/${nSteps}`,
   warnOfTarget: () => {},
   endLiveLine: () => {},
 };
 interface Engines extends Pick<typeof import('./engine/index.ts'), 'checkSize' | 'accumulate'> {
   startEngine(config: Config): Promise<Omit<Engine, 'compile'> & Partial<Engine>>;
 }
-const plainEngines: Engines = {
+const plainEngines: Partial<Engines> = {
   async startEngine({ engine, precision }) {
     if (!['auto', 'wasm'].includes(engine) || !['auto', 'float32'].includes(precision))
       refuse(`--engine ${engine}, --precision ${precision}: not without the folder engine/`);
@@ -1754,14 +1664,13 @@ const plainEngines: Engines = {
     return { name: 'wasm', gpu: false, description: 'WASM, op by op (no engine/ folder)' };
   },
   checkSize: () => {},
-  accumulate: needs('engine/'),
 };
-let io: Io = plainIo;
-let engines: Engines = plainEngines;
+let io: Io = alone(plainIo);
+let engines: Engines = alone(plainEngines);
 /** Takes the rooms in. Whatever starts from outside awaits it first. */
 async function openRooms(): Promise<void> {
-  io = await beside('io', plainIo, () => import('./io/index.ts'));
-  engines = await beside('engine', plainEngines, () => import('./engine/index.ts'));
+  io = (await beside('io', () => import('./io/index.ts'))) ?? io;
+  engines = (await beside('engine', () => import('./engine/index.ts'))) ?? engines;
 }
 
 function readJson(file: string): Record<string, unknown> {
@@ -1775,19 +1684,14 @@ function readJson(file: string): Record<string, unknown> {
 /** Flags of the main job, as --name=value. */
 function plainFlags(argv: string[]): ReturnType<Io['commandLine']> {
   const values: Record<string, string | number | boolean> = {};
-  const wrong = (arg: string) =>
-    refuse(`${arg}: without io/ takes --name=value, one of ${Object.keys(FIELDS).join(' ')}`);
   for (const arg of argv) {
     const [, no, flag = '', raw] = /^--(no-)?([\w-]+)(?:=(.+))?$/s.exec(arg) ?? [];
     const name = flag.replace(/-(.)/g, (_, letter) => letter.toUpperCase());
-    if (!Object.hasOwn(FIELDS, name)) wrong(arg);
-    const { value: usual, min, max } = FIELDS[name as 'seed'];
+    const { value: usual, min, max } = FIELDS[name as 'seed'] ?? {};
     const value = typeof usual === 'number' ? Number(raw ?? Number.NaN) : no ? false : raw;
-    if (
-      typeof value !== typeof usual ||
-      !(typeof value !== 'number' || (value >= min && value <= max))
-    )
-      wrong(arg);
+    const inside = typeof value !== 'number' || (value >= min && value <= max);
+    if (!Object.hasOwn(FIELDS, name) || typeof value !== typeof usual || !inside)
+      refuse(`${arg}: without io/ takes --name=value, one of ${Object.keys(FIELDS).join(' ')}`);
     values[name] = value!;
   }
   return { job: 'decompose', values, flags: {}, meantFor: {} };
@@ -1799,7 +1703,7 @@ async function plainModel(dir: string): Promise<ModelFiles> {
   const config = readJson(configFile);
   const bytes = fs.existsSync(file) ? fs.readFileSync(file) : refuse(`${file}: no such file`);
   const sha256 = crypto.createHash('sha256').update(fs.readFileSync(configFile));
-  // A safetensors file: the header's length in 8 bytes, the header (JSON), the tensors' bytes.
+  // A safetensors file is the header's length in 8 bytes, the header (JSON), the tensors' bytes.
   const start = 8 + Number(bytes.readBigUInt64LE());
   const header = JSON.parse(bytes.toString('utf8', 8, start));
   const read = (name: string, shape: readonly number[]): Float32Array => {
@@ -1833,7 +1737,7 @@ export function plainArchitecture(config: Record<string, any>, file: string): Ar
   if (!Object.hasOwn(ACTIVATIONS, activation)) other(`hidden_act ${activation}`);
   for (const field of ['rope_scaling', 'rope_parameters']) if (config[field]) other(field);
   const headDim = config.head_dim ?? dModel / nHeads;
-  // biome-ignore format: kept on few lines
+  // biome-ignore format: few lines
   return {
     type, names, activation, dModel, nHeads, headDim,
     nKvHeads: config.num_key_value_heads ?? nHeads, vocab: config.vocab_size,
@@ -1854,10 +1758,8 @@ async function plainRows(
 ): ReturnType<Io['rowsOf']> {
   if (!tokenizer || !data.endsWith('.txt') || evalData || !fs.existsSync(data))
     return refuse(`${data}: without io/ takes one .txt file`);
-  const documents = fs
-    .readFileSync(data, 'utf8')
-    .split('\n')
-    .filter(line => line.trim());
+  const lines = fs.readFileSync(data, 'utf8').split('\n');
+  const documents = lines.filter(line => line.trim());
   // Documents are joined by end-of-text, unless the tokenizer starts each with begin-of-text.
   const marksItself = tokenizer.encode('').ids.length > 0;
   const mark = marksItself ? [] : [config.eos_token_id].flat().slice(0, 1);
@@ -1874,23 +1776,22 @@ async function plainRows(
 
 async function plainSave(dir: string, _step: number, components: Params): Promise<void> {
   const header: Record<string, object> = {};
-  const data: Buffer[] = [];
   let end = 0;
-  for (const [name, variable] of Object.entries(components)) {
-    const bytes = 4 * variable.size;
-    header[name] = { dtype: 'F32', shape: variable.shape, data_offsets: [end, end + bytes] };
-    data.push(Buffer.from(Float32Array.from(await numbers(variable)).buffer));
-    end += bytes;
+  for (const [name, { shape, size }] of Object.entries(components)) {
+    header[name] = { dtype: 'F32', shape, data_offsets: [end, end + 4 * size] };
+    end += 4 * size;
   }
   const start = Buffer.from(`${' '.repeat(8)}${JSON.stringify(header)}`);
   start.writeBigUInt64LE(BigInt(start.length - 8));
-  fs.writeFileSync(path.join(dir, 'components.safetensors'), Buffer.concat([start, ...data]));
+  const data = await Promise.all(Object.values(components).map(numbers));
+  const bytes = data.map(x => Buffer.from(x.buffer, x.byteOffset, x.byteLength));
+  fs.writeFileSync(path.join(dir, 'components.safetensors'), Buffer.concat([start, ...bytes]));
 }
 
-// ---- M. Command line ----------------------------------------------------------------------------
+// ---- M. Command line ------------------------------------
 // Exit codes: 0, 1 failed, 2 bad input, 130 or 143 interrupted.
 
-/** Fills in what is "auto", and checks what one field alone can't tell. `given`: set on purpose. */
+/** Fills in what is "auto", and checks fields against each other. `given`: those set on purpose. */
 export function resolveConfig(
   config: Config,
   sizes: Pick<Architecture, 'dModel' | 'nLayers' | 'context' | 'contextField'>,
@@ -1917,8 +1818,7 @@ export function resolveConfig(
   return c;
 }
 
-const LOSS_TOKENS = 8192; // the target's own loss is averaged over so many, where there are
-/** Opens what a config names; prints the target's own loss, which reveals a wrongly loaded model. */
+/** Opens what a config names; says the target's own loss, which reveals a wrongly loaded model. */
 async function openModelRun(config: Config, given: ReadonlySet<string>) {
   if (!config.model)
     refuse('--model: missing; takes a Hugging Face folder or a hub id (or give a --preset)');
@@ -1927,38 +1827,33 @@ async function openModelRun(config: Config, given: ReadonlySet<string>) {
   say(`engine   ${engine.description}`);
   const { dir, commit } = await io.resolveModel(config.model);
   const target = await loadTarget(dir, { path: config.model, ...(commit && { commit }) });
-  const { arch, linears } = target;
-  const sizes = `${arch.nLayers} layers, width ${arch.dModel}, vocabulary ${arch.vocab}`;
-  say(`target   ${config.model}: ${arch.type}, ${sizes}`);
-  const c = resolveConfig(config, arch, given, engine.gpu);
+  const c = resolveConfig(config, target.arch, given, engine.gpu);
   const data = await loadData(target, c);
   c.seqLen = data.train.seqLen;
-  const rowsOf = ({ count, seqLen }: Rows) => `${count} rows of ${seqLen} tokens`;
-  say(`data     ${rowsOf(data.train)} to train on, ${rowsOf(data.heldOut)} held out`);
-  const modules = chooseModules(linears, c.components);
-  say(`modules  ${modules.length} of ${linears.length}, ${totalC(modules)} components`);
+  const modules = chooseModules(target.linears, c.components);
+  const problem: Problem<LanguageModel> = { target, modules, config: c };
+  io.describeRun(problem, data, say);
 
-  const enough = Math.max(c.evalBatchSize, Math.ceil(LOSS_TOKENS / c.seqLen));
-  const rows = firstRows(data.heldOut, enough);
+  const rows = firstRows(data.heldOut, Math.max(c.evalBatchSize, Math.ceil(8192 / c.seqLen)));
   let loss = 0;
   for (const indices of inBatches(rows.count, c.evalBatchSize)) {
-    const tokens = inputBatch(rows, indices);
-    const ofBatch = tf.tidy(() =>
-      crossEntropy(target.forward(tokens, ownLinear(target)).logSoftmax(), tokens),
-    );
-    loss += ((await numbers(ofBatch))[0]! * indices.length) / rows.count;
-    tf.dispose([tokens, ofBatch]);
+    const mean = await tidyAsync(() => {
+      const tokens = inputBatch(rows, indices);
+      const logits = target.forward(tokens, ownLinear(target));
+      return numbers(crossEntropy(logits.logSoftmax(), tokens));
+    });
+    loss += (mean[0]! * indices.length) / rows.count;
   }
-  const what = `the target's own on ${rows.count} held-out rows`;
-  say(`loss     ${loss.toFixed(4)} nats per token, ${what}`);
-  const problem: Problem<LanguageModel> = { target, modules, config: c };
+  say(
+    `loss     ${loss.toFixed(4)} nats per token, the target's own on ${rows.count} held-out rows`,
+  );
   return { engine, problem, params: initialParams(problem), data };
 }
 
 const readRun = (dir: string) => io.readRecord(dir) as RunRecord;
 /**
- * A finished run on a language model: target, parameters, data, tokenizer and engine. `changes`: fields
- * of its config to use in place of its own. @throws UsageError if model or data are not those of the run
+ * A finished run on a language model: target, parameters, data, tokenizer, engine. `changes`: to its
+ * config. @throws UsageError if model or data are not those of the run
  */
 export async function openRun(dir: string, changes: Partial<Config> = {}) {
   await openRooms();
@@ -1974,10 +1869,9 @@ export async function openRun(dir: string, changes: Partial<Config> = {}) {
   await io.restore(path.join(dir, 'components.safetensors'), run.params);
   return { ...run, record, otherData };
 }
-export type OpenRun = Awaited<ReturnType<typeof openRun>>;
 
 export type Flags = Readonly<Record<string, string | boolean | undefined>>;
-/** A command on a finished run, with the flags that it takes besides the config's fields. */
+/** A command on a finished run, and its flags besides the config's fields. */
 export interface Job {
   help: string;
   flags?: Readonly<Record<string, 'string' | 'boolean'>>;
@@ -1989,7 +1883,7 @@ const writeHarvest = async (run: Run): Promise<void> => {
   writeAtomic(file, JSON.stringify(await shortHarvest(run)));
 };
 /** What postprocess/ does: jobs on finished runs, and what follows when a training ends. */
-export interface Postprocess {
+interface Postprocess {
   JOBS: Record<string, Job>;
   finish(run: Run, metrics: Metrics): Promise<void>;
 }
@@ -2001,29 +1895,21 @@ const plainPostprocess: Postprocess = {
   },
 };
 
-/** Parses and runs a command line. @returns the exit code */
-export async function main(argv: string[], post = plainPostprocess): Promise<number> {
-  await openRooms();
-  const jobs = post.JOBS;
-  const given = io.commandLine(argv, { version: VERSION, groups: GROUPS, jobs });
-  if (!given) return 0; // --help, --version
-  const { job, values, flags } = given;
-  if (job === 'decompose') return decomposeModel(values, flags, given.meantFor, post);
-  await jobs[job]!.run(`${flags.run}`, values, flags);
-  return 0;
-}
-
-/** A message may quote a stranger's file: one line of it, without control or direction marks. */
+/** One line of a message, which may quote a stranger's file: without control or direction marks. */
 const oneLine = (error: unknown) =>
   (error as Error).message.slice(0, 500).replace(/[\p{C}\p{Zl}\p{Zp}]/gu, '?');
 
-/** The main job. `meantFor`: the target that a preset is meant for. */
-async function decomposeModel(
-  changes: Partial<Config>,
-  flags: Flags,
-  meantFor: Record<string, number>,
-  post: Postprocess,
-) {
+/** Runs a command line. @returns the exit code */
+export async function main(argv: string[], post = plainPostprocess): Promise<number> {
+  await openRooms();
+  const line = io.commandLine(argv, { version: VERSION, groups: GROUPS, jobs: post.JOBS });
+  if (!line) return 0; // --help, --version
+  const { job, flags, meantFor } = line;
+  const changes: Partial<Config> = line.values;
+  if (job !== 'decompose') {
+    await post.JOBS[job]!.run(`${flags.run}`, changes, flags);
+    return 0;
+  }
   const to = changes.out;
   if (flags.resume && !to) refuse('--resume: takes --out DIR, the folder of the run to go on with');
   const old = flags.resume && to ? readRun(to) : undefined;
@@ -2044,17 +1930,12 @@ async function decomposeModel(
     await io.dryRun(problem, async n => void (await step(n, data.train)));
     return 0;
   }
-  const signals = io.watchSignals(say);
-  let signal: number | undefined;
-  const stopped = async () => {
-    signal = await signals.interrupted();
-    return signal !== undefined;
-  };
-  const metrics = await decompose(run, { ...(old && { old }), stopped });
-  signals.stop();
+  const { interrupted, stop } = io.watchSignals(say);
+  const metrics = await decompose(run, { old, stopped: interrupted });
+  stop();
   if (!metrics) {
     say(`stopped; go on with --resume --out ${out}`);
-    return signal!;
+    return (await interrupted()) ?? 1;
   }
   try {
     await post.finish(run, metrics);
@@ -2069,14 +1950,13 @@ async function decomposeModel(
 
 if (process.argv[1] && fs.realpathSync(process.argv[1]) === fileURLToPath(import.meta.url)) {
   const failed = (error: NodeJS.ErrnoException): number => {
-    const wrongInput = error.name === 'UsageError';
     // What the system says (a full disk …) is no bug of ours: its stack tells nothing.
-    const known = /^E[A-Z]+$/.test(error.code ?? '') || error.name === 'DivergenceError';
-    say(wrongInput || known ? `nano-param-decomp: ${oneLine(error)}` : String(error.stack));
-    return wrongInput ? 2 : 1;
+    const known = /^E[A-Z]+$|^(Usage|Divergence)Error$/.test(error.code ?? error.name);
+    say(known ? `nano-param-decomp: ${oneLine(error)}` : String(error.stack));
+    return error.name === 'UsageError' ? 2 : 1;
   };
   // Not awaited: postprocess/ imports this file, which then has to be loaded.
-  beside('postprocess', plainPostprocess, () => import('./postprocess/index.ts'))
+  beside('postprocess', () => import('./postprocess/index.ts'))
     .then(post => main(process.argv.slice(2), post))
     .catch(failed)
     .then(code => Object.assign(process, { exitCode: code }));

@@ -4,6 +4,7 @@
 export * from './checkpoints.ts';
 export * from './console.ts';
 export { rowsOf } from './data.ts';
+export { describeRun, stepLine } from './describe.ts';
 export { commandLine } from './flags.ts';
 export { datasetCommit, resolveModel } from './hub.ts';
 export { openModel } from './models.ts';
