@@ -164,11 +164,11 @@ const GROUPS = {
     harvestRows: int(4096, 'training rows that the harvest reads; 0 = all'),
   },
   Engine: {
-    engine: text('auto', 'auto: TensorFlow if it loads, else WASM', 'auto tensorflow webgpu wasm'),
+    engine: text('auto', 'auto: TensorFlow on a GPU, else the fastest that loads', 'auto onnx tensorflow webgpu wasm'),
     precision: text('auto', 'of matrix products; auto: tf32 on CUDA, else float32', 'auto float32 tf32 bf16'),
-    graph: flag(true, 'trace the step into a TensorFlow graph (--no-graph runs it op by op)'),
+    graph: flag(true, 'trace the step into a graph (--no-graph runs it op by op)'),
     xla: text('auto', 'compile the graph with XLA; auto: on a CPU from 10,000 steps on', 'auto on off'),
-    threads: int(0, 'threads of the TensorFlow CPU engine; 0 = all cores', 0, 1024),
+    threads: int(0, 'threads of a CPU engine (WASM has one); 0 = all cores', 0, 1024),
   },
 };
 type Merged<U> = (U extends unknown ? (u: U) => void : never) extends (merged: infer I) => void ? I : never;
@@ -270,19 +270,13 @@ const PURPOSE = {
 /** The part of the address that changes from step to step: a tensor, since it must enter a traced graph as a feed. */
 export const randomKey = (seed: number, step: number): tf.Tensor1D => tf.tensor1d([scramble(seed), step], 'int32');
 
-/** Uniform numbers in [0, 1), a function of (key, purpose) alone; each engine has its own bits. */
+/** Uniform numbers in [0, 1), a function of (key, purpose) alone: TensorFlow has its own bits, all others the same. */
 export function uniform(shape: number[], key: tf.Tensor, purpose: number): tf.Tensor {
-  if (tf.getBackend() !== 'tensorflow') {
-    const [seed = 0, step = 0] = key.dataSync();
-    return tf.tensor(uniformArray(sizeOf(shape), seed, step, purpose), shape);
-  }
-  // biome-ignore lint/suspicious/noExplicitAny: a method of tfjs-node, whose types are not there without it
-  const backend = tf.backend() as any;
-  const { binding } = backend;
-  const types = { dtype: binding.TF_FLOAT, T: binding.TF_INT32, Tseed: binding.TF_INT32 };
-  const attrs = Object.entries(types).map(([name, value]) => ({ name, type: binding.TF_ATTR_TYPE, value }));
-  const seed = tf.add(key, tf.tensor1d([purpose, 0], 'int32'));
-  return backend.executeSingleOutput('StatelessRandomUniform', attrs, [tf.tensor1d(shape, 'int32'), seed]);
+  // engine/random.ts registers this kernel, so that a traced function can hold it
+  if (tf.getKernel('Uniform', tf.getBackend()))
+    return tf.engine().runKernel('Uniform', { key }, { shape, purpose, generate: uniformArray as never }) as tf.Tensor;
+  const [seed = 0, step = 0] = key.dataSync();
+  return tf.tensor(uniformArray(sizeOf(shape), seed, step, purpose), shape);
 }
 
 /**

@@ -1,6 +1,8 @@
 import { spawnSync } from 'node:child_process';
 import * as os from 'node:os';
 import * as tf from '@tensorflow/tfjs';
+import { loadOnnxRuntime, onnxCompiler } from './onnxruntime.ts';
+import { registerUniform } from './random.ts';
 import { startTensorFlow } from './tensorflow.ts';
 import { startWasm } from './wasm.ts';
 import { startWebGpu } from './webgpu.ts';
@@ -28,17 +30,20 @@ export async function startEngine(options: Options) {
 
 type Options = Parameters<typeof startTensorFlow>[0] & { engine: string };
 async function start(options: Options) {
-  const { engine: wanted, precision } = options;
-  let why = '';
-  if (wanted !== 'wasm') {
-    try {
-      return await (wanted === 'webgpu' ? startWebGpu() : startTensorFlow(options));
-    } catch (error) {
-      why = `; ${(error as Error).message.split('\n')[0]}`;
-      if (wanted !== 'auto') refuse(`--engine ${wanted}${why}`);
-    }
-  }
-  if (/tf32|bf16/.test(precision)) refuse(`--precision ${precision}: only on TensorFlow${why}`);
+  const { engine: wanted, precision, graph, threads } = options;
+  const tried: string[] = []; // what does not load, and why
+  const or = async <E>(name: string, job: () => Promise<E>): Promise<E | undefined> => {
+    if (wanted !== name && wanted !== 'auto') return undefined;
+    return job().catch((error: Error) => {
+      tried.push(error.message.split('\n')[0]!);
+      return wanted === 'auto' ? undefined : refuse(`--engine ${wanted}: ${tried}`);
+    });
+  };
+  if (wanted === 'webgpu') return (await or('webgpu', startWebGpu))!;
+  const tensorflow = await or('tensorflow', () => startTensorFlow(options));
+  if (tensorflow) return tensorflow;
+  const short = /tf32|bf16/.test(precision);
+  if (short) refuse(`--precision ${precision}: only on TensorFlow${tried.length ? `; ${tried}` : ''}`);
   const missing = await startWasm().then(
     () => '',
     (error: NodeJS.ErrnoException) => {
@@ -46,6 +51,11 @@ async function start(options: Options) {
       return 'plain JavaScript, slow (no @tensorflow/tfjs-backend-wasm)';
     },
   );
-  const description = `TFJS ${tf.version.tfjs} on ${missing || 'WASM'}${why}`;
-  return { name: tf.getBackend(), gpu: false, description };
+  registerUniform();
+  const name = tf.getBackend();
+  const ort = wanted === 'wasm' || !graph || missing ? undefined : await or('onnx', loadOnnxRuntime);
+  const why = tried.map(line => `; ${line}`).join('');
+  if (!ort) return { name, gpu: false, description: `TFJS ${tf.version.tfjs} on ${missing || 'WASM'}${why}` };
+  const { compile } = onnxCompiler(ort, { threads, tolerance: 1e-3, products: 2 ** -16 });
+  return { name: 'onnx', gpu: false, description: `ONNX Runtime ${ort.env.versions.node} on the CPU${why}`, compile };
 }
