@@ -139,7 +139,7 @@ export async function checkNodes(
     for (const [i, value] of values.entries()) have.set(value, tf.keep(made[i]!));
     for (const node of chunk) {
       const inputs = node.inputs.map(tensorOf);
-      const expected = runNode(node, inputs);
+      const expected = tf.tidy(() => runNode(node, inputs));
       for (const [k, output] of node.outputs.entries()) {
         const how = differs(node, k, inputs, expected[k]!, have.get(output)!, products);
         if (how) wrong.push(`${node.kernel} gives ${how}`);

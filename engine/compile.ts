@@ -76,7 +76,10 @@ export function compiler<Loaded>(runtime: Runtime<Loaded>, options: CompileOptio
         if (moved === value) judge(variable.name, variable, before.get(variable)!);
     };
     const wanted = new Set([...recording.outputs.values(), ...recording.assigned.values()]);
-    return [...(await checkNodes(recording, given, runtime.evaluate, options, wanted, result)), ...wrong];
+    return [
+      ...(await checkNodes(recording, given, (...args) => runtime.evaluate(...args), options, wanted, result)),
+      ...wrong,
+    ];
   }
 
   function compile<F extends Tensors, O extends Tensors>(name: string, fn: (feeds: F) => O): (feeds: F) => Promise<O> {

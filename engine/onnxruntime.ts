@@ -53,6 +53,7 @@ export function onnxCompiler(ort: Ort, { threads, ...options }: CompileOptions &
     extra: { session: { intra_op: { allow_spinning: '0' } } },
   };
   const spares = new Map<tf.Variable, tf.Tensor>(); // the second buffers
+  const sessions: Session[] = [];
 
   const empty = (shape: number[], dtype: tf.DataType): tf.Tensor =>
     tf.engine().makeTensorFromTensorInfo(backend.makeOutput(shape, dtype));
@@ -99,7 +100,9 @@ export function onnxCompiler(ort: Ort, { threads, ...options }: CompileOptions &
     const results: [string, Value][] = [...recording.outputs].map(([key, value]) => [`out/${key}`, value]);
     for (const [k, value] of [...recording.assigned.values()].entries()) results.push([`new/${k}`, value]);
     const model = onnxModel(recording.nodes, given, results);
-    return { ...model, recording, session: await ort.InferenceSession.create(model.bytes, sessionOptions) };
+    const session = await ort.InferenceSession.create(model.bytes, sessionOptions);
+    sessions.push(session);
+    return { ...model, recording, session };
   };
   const run = async ({ session, recording, ...model }: Loaded, feeds: Tensors): Promise<Tensors> => {
     const { outputs, assigned, variables } = recording;
@@ -122,7 +125,7 @@ export function onnxCompiler(ort: Ort, { threads, ...options }: CompileOptions &
     }
     return made;
   };
-  return compiler<Loaded>(
+  const compiled = compiler<Loaded>(
     {
       load,
       run,
@@ -147,5 +150,11 @@ export function onnxCompiler(ort: Ort, { threads, ...options }: CompileOptions &
       },
     },
     options,
-  );
+  ); /** Frees the sessions: the compiled functions no longer work. The variables keep their values. */
+  const dispose = async (): Promise<void> => {
+    await Promise.all(sessions.splice(0).map(session => session.release()));
+    tf.dispose([...spares.values()]);
+    spares.clear();
+  };
+  return { ...compiled, dispose };
 }

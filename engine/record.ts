@@ -138,6 +138,9 @@ interface Tape {
   like: Entry[] | undefined;
 }
 let tape: Tape;
+/** What TFJS knows of a tensor's data. */
+const infoOf = (dataId: object): { backend: tf.KernelBackend } =>
+  (tf.engine() as unknown as { state: { tensorInfo: WeakMap<object, never> } }).state.tensorInfo.get(dataId)!;
 
 class Recorder extends tf.KernelBackend {
   override write(numbers: tf.BackendValues, shape: number[], dtype: tf.DataType): object {
@@ -157,7 +160,11 @@ class Recorder extends tf.KernelBackend {
   override read = async (dataId: object) => this.readSync(dataId);
   override numDataIds = () => 0;
   override disposeData = () => true;
-  override incRef(): void {}
+  /** TFJS asks the present backend, even when it assigns one of the home backend's tensors to a variable. */
+  override incRef(dataId: object): void {
+    const { backend } = infoOf(dataId);
+    if (backend !== this) backend.incRef(dataId);
+  }
   decRef(): void {}
   override refCount = () => 1;
   override memory = () => ({ unreliable: true }) as never;
@@ -190,12 +197,9 @@ function enter(key: string, kernel: string, make: () => Value[], user = kernel, 
 function seen({ dataId, shape, dtype }: tf.TensorInfo, user: string): Value {
   const known = tape.values.get(dataId);
   if (known) return known;
-  const state = tf.engine() as unknown as { state: { tensorInfo: WeakMap<object, { backend: tf.KernelBackend }> } };
   const kind = KINDS[dtype as Dtype];
   if (!kind) throw new Error(`a graph cannot hold a tensor of type ${dtype}`);
-  const raw =
-    tape.uploads.get(dataId)?.numbers ??
-    (state.state.tensorInfo.get(dataId)!.backend.readSync(dataId) as ArrayLike<number>);
+  const raw = tape.uploads.get(dataId)?.numbers ?? (infoOf(dataId).backend.readSync(dataId) as ArrayLike<number>);
   const one = (raw as Float32Array)[0]!;
   const repeated = Number.isFinite(one) && !Object.is(one, -0) && (raw as Float32Array).every(x => x === one);
   if (sizeOf(shape) > 1 && repeated) {
@@ -225,6 +229,8 @@ function addNode(kernel: string, keys: string[], inputs: Value[], attrs: object)
   };
   return enter(JSON.stringify([kernel, inputs.map(({ id }) => id), attrs]), kernel, make).outputs;
 }
+
+const recorder = () => tf.findBackend('recorder') as Recorder;
 
 function install(): void {
   if (tf.findBackendFactory('recorder')) return;
@@ -288,6 +294,9 @@ export function record(feeds: Tensors, fn: (feeds: Tensors) => Tensors, first?: 
   const [outputs, assigned] = [new Map<string, Value>(), new Map<tf.Variable, Value>()];
   const values = new WeakMap<object, Value>();
   tape = { calls: 0, entries: [], byKey: new Map(), values, uploads: new WeakMap(), next: 0, like: first?.entries };
+  const backend = tf.backend();
+  const { readSync } = backend;
+  backend.readSync = dataId => (values.has(dataId) ? recorder().readSync(dataId) : readSync.call(backend, dataId));
   engine.startScope();
   tf.setBackend('recorder');
   try {
@@ -313,6 +322,8 @@ export function record(feeds: Tensors, fn: (feeds: Tensors) => Tensors, first?: 
     throw kernel ? new UnknownKernel(kernel) : error;
   } finally {
     tf.setBackend(home);
+    backend.readSync = readSync;
+    for (const variable of Object.values(engine.registeredVariables)) if (!before.has(variable)) variable.dispose();
     for (const [variable, old] of before) {
       if (variable.dataId !== old.dataId) variable.assign(old);
       old.dispose();
