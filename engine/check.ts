@@ -95,7 +95,7 @@ function differs(node: Node, k: number, inputs: tf.Tensor[], wanted: tf.Tensor, 
     allowed = i => (Math.abs(step(i)) <= TINY + 2 ** -22 * Math.abs(x?.[i] ?? 0) ? 2 : 0);
   }
   for (let i = 0; i < a.length; i++)
-    if (Number.isFinite(a[i]!) && !(Math.abs(b[i]! - a[i]!) <= allowed(i))) return `${b[i]} for ${a[i]}`;
+    if (Number.isFinite(a[i]!) && !(Math.abs(b[i]! - a[i]!) <= allowed(i))) return `${b[i]} for ${a[i]}${like(0) ? ` of ${like(0)![i]}` : ''}`;
   return undefined;
 }
 /** Inputs that are no terms of the sum. */

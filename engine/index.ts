@@ -12,20 +12,26 @@ function refuse(message: string): never {
   throw Object.assign(new Error(message), { name: 'UsageError' });
 }
 
-/** Of the GPU, as far as its driver tells, or of the machine. */
-function memoryBytes(gpu: boolean): number {
-  if (!gpu) return os.totalmem();
+/** A WebAssembly heap ends at 4 GiB, whatever the machine has. */
+const WASM_BYTES = 2 ** 32;
+/** What the GPU's driver says it has, in bytes; 0 where there is none. */
+function gpuBytes(): number {
   const { stdout } = spawnSync('nvidia-smi', ['--query-gpu=memory.total', '--format=csv,noheader,nounits']);
-  return Number.parseInt(`${stdout}`, 10) * 2 ** 20 || Infinity;
+  return Number.parseInt(`${stdout}`, 10) * 2 ** 20 || 0;
 }
 
 /**
- * Starts the engine that is asked for; `auto`: TensorFlow if it loads, else WASM, and the description says why.
+ * Starts the engine that is asked for; `auto`: TensorFlow where it finds a GPU, else ONNX Runtime, else TensorFlow on the
+ * CPU, else WASM: the first that loads, and the description says why the others did not.
  * @throws UsageError if it isn't there
  */
 export async function startEngine(options: Options) {
   const engine = await start(options);
-  return { ...engine, memoryBytes: () => memoryBytes(engine.gpu) };
+  const { name, gpu } = engine;
+  // a GPU without that driver's tool says nothing about its memory
+  const memory = () =>
+    gpu ? gpuBytes() || Infinity : name === 'wasm' ? Math.min(WASM_BYTES, os.totalmem()) : os.totalmem();
+  return { ...engine, memoryBytes: memory };
 }
 
 type Options = Parameters<typeof startTensorFlow>[0] & { engine: string };
@@ -40,9 +46,14 @@ async function start(options: Options) {
     });
   };
   if (wanted === 'webgpu') return (await or('webgpu', startWebGpu))!;
-  const tensorflow = await or('tensorflow', () => startTensorFlow(options));
-  if (tensorflow) return tensorflow;
   const short = /tf32|bf16/.test(precision);
+  const onnx = () => (graph && !short ? or('onnx', loadOnnxRuntime) : undefined);
+  const tensorflow = () => or('tensorflow', () => startTensorFlow(options));
+  const gpu = wanted === 'auto' && gpuBytes() > 0;
+  const first = gpu ? await tensorflow() : undefined;
+  const ort = first ? undefined : await onnx();
+  const started = first ?? (ort || gpu ? undefined : await tensorflow());
+  if (started) return started;
   if (short) refuse(`--precision ${precision}: only on TensorFlow${tried.length ? `; ${tried}` : ''}`);
   const missing = await startWasm().then(
     () => '',
@@ -53,9 +64,9 @@ async function start(options: Options) {
   );
   registerUniform();
   const name = tf.getBackend();
-  const ort = wanted === 'wasm' || !graph || missing ? undefined : await or('onnx', loadOnnxRuntime);
   const why = tried.map(line => `; ${line}`).join('');
-  if (!ort) return { name, gpu: false, description: `TFJS ${tf.version.tfjs} on ${missing || 'WASM'}${why}` };
+  if (!ort || missing)
+    return { name, gpu: false, description: `TFJS ${tf.version.tfjs} on ${missing || 'WASM'}${why}` };
   const { compile } = onnxCompiler(ort, { threads, tolerance: 1e-3, products: 2 ** -16 });
   return { name: 'onnx', gpu: false, description: `ONNX Runtime ${ort.env.versions.node} on the CPU${why}`, compile };
 }

@@ -34,8 +34,10 @@ export async function loadOnnxRuntime(): Promise<Ort> {
     return module.default ?? module;
   } catch (error) {
     const { message, code } = error as NodeJS.ErrnoException;
-    const missing = code?.endsWith('MODULE_NOT_FOUND') && message.includes(name);
-    const problem = missing ? 'is not installed' : `does not load (${message.split('\n')[0]})`;
+    const missing = code?.endsWith('MODULE_NOT_FOUND') && message.includes(`'${name}'`);
+    const [, , binary] = /(bin.napi-v\d+.)(\w+.\w+)/.exec(code === 'MODULE_NOT_FOUND' ? message : '') ?? [];
+    const broken = binary ? `has no binary for ${binary}` : `does not load (${message.split('\n')[0]})`;
+    const problem = missing ? 'is not installed' : broken;
     throw new Error(`ONNX Runtime ${problem}`, { cause: error });
   }
 }

@@ -143,6 +143,12 @@ const infoOf = (dataId: object): { backend: tf.KernelBackend } =>
   (tf.engine() as unknown as { state: { tensorInfo: WeakMap<object, never> } }).state.tensorInfo.get(dataId)!;
 
 class Recorder extends tf.KernelBackend {
+  private readonly counts = new WeakMap<object, number>(); // of tensors that share the data, 1 if not told
+  private count(dataId: object, more: number): number {
+    const n = (this.counts.get(dataId) ?? 1) + more;
+    this.counts.set(dataId, n);
+    return n;
+  }
   override write(numbers: tf.BackendValues, shape: number[], dtype: tf.DataType): object {
     const dataId = {};
     tape.uploads.set(dataId, { numbers: numbers as Numbers, shape, dtype: dtype as Dtype });
@@ -159,14 +165,15 @@ class Recorder extends tf.KernelBackend {
   }
   override read = async (dataId: object) => this.readSync(dataId);
   override numDataIds = () => 0;
-  override disposeData = () => true;
+  override disposeData = (dataId: object) => this.count(dataId, -1) <= 0;
   /** TFJS asks the present backend, even when it assigns one of the home backend's tensors to a variable. */
   override incRef(dataId: object): void {
     const { backend } = infoOf(dataId);
     if (backend !== this) backend.incRef(dataId);
+    else this.count(dataId, 1);
   }
   decRef(): void {}
-  override refCount = () => 1;
+  override refCount = (dataId: object) => this.count(dataId, 0);
   override memory = () => ({ unreliable: true }) as never;
   override floatPrecision = () => 32 as const;
   override epsilon = () => 1e-7;
