@@ -147,7 +147,11 @@ const GROUPS = {
     harvestRows: int(4096, 'training rows that the harvest reads; 0 = all'),
   },
   Engine: {
-    engine: text('auto', 'auto: the fastest that loads', 'auto tensorflow webgpu wasm'),
+    engine: text(
+      'auto',
+      'auto: TensorFlow on a GPU, else the fastest',
+      'auto onnx tensorflow webgpu wasm',
+    ),
     precision: text('auto', 'of matrix products; auto: tf32 on CUDA', 'auto float32 tf32 bf16'),
     graph: flag(true, 'trace functions into graphs (--no-graph: op by op)'),
     xla: text('auto', 'compile with XLA; auto: on a CPU from 10,000 steps on', 'auto on off'),
@@ -1534,7 +1538,13 @@ export const randomKey = (seed: number, step: number): tf.Tensor1D =>
 /** Uniform numbers in [0, 1) by (key, purpose). An engine may have its own, with other bits. */
 export function uniform(shape: number[], key: tf.Tensor, purpose: number): tf.Tensor {
   if (tf.getKernel('Uniform', tf.getBackend()))
-    return tf.engine().runKernel('Uniform', { key }, { shape, purpose }) as tf.Tensor;
+    return tf
+      .engine()
+      .runKernel(
+        'Uniform',
+        { key },
+        { shape, purpose, generate: uniformArray as never },
+      ) as tf.Tensor;
   const [seed = 0, step = 0] = key.dataSync();
   return tf.tensor(uniformArray(sizeOf(shape), seed, step, purpose), shape);
 }
