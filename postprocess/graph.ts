@@ -26,7 +26,17 @@ import {
   unembedding,
   V,
 } from './forward.ts';
-import { componentsHash, encode, type Flags, numberFlag, readStage, refuse, talk, tokenText, writeAtomic } from './stages.ts';
+import {
+  componentsHash,
+  encode,
+  type Flags,
+  numberFlag,
+  readStage,
+  refuse,
+  talk,
+  tokenText,
+  writeAtomic,
+} from './stages.ts';
 import { viewerGraph } from './viewer.ts';
 
 export const graphDefaults = {
@@ -93,7 +103,12 @@ export async function attribute(
       const L = wanted[targets[first]!]!.position + 1;
       const batch = targets.slice(first, first + Math.max(1, Math.floor(batchPositions / L)));
       first += batch.length;
-      const read = await attributeBatch(form, reader, L, batch.map(k => wanted[k]!));
+      const read = await attributeBatch(
+        form,
+        reader,
+        L,
+        batch.map(k => wanted[k]!),
+      );
       for (const [i, k] of batch.entries()) each(k, read(i));
     }
   }
@@ -108,8 +123,14 @@ async function attributeBatch(form: ComponentForm, reader: Reader, L: number, ba
   for (const [k, { position, vector }] of batch.entries()) upstream.set(vector, (k * L + position) * width);
   const copies = (x: T): T => tf.tile(tf.slice(x, [0, 0], [L, x.shape[1]!]), [K, 1]);
   const results = tf.tidy(() => {
-    const positions = tf.tensor1d(batch.map(w => w.position), 'int32');
-    const rows = tf.tensor1d(batch.map((w, k) => k * L + w.position), 'int32');
+    const positions = tf.tensor1d(
+      batch.map(w => w.position),
+      'int32',
+    );
+    const rows = tf.tensor1d(
+      batch.map((w, k) => k * L + w.position),
+      'int32',
+    );
     const leaves = { embedded: copies(form.embedded), outputs: form.outputs.map(copies), B: K };
     const grads = leafGradients(form, reader, leaves, tf.tensor2d(upstream, [K * L, width]));
     const out: Record<string, T> = {};
@@ -134,6 +155,9 @@ async function attributeBatch(form: ComponentForm, reader: Reader, L: number, ba
     across: modules.map(({ C }, i) => read[`across${i}`]?.subarray(k * L * C, (k * L + batch[k]!.position + 1) * C)),
   });
 }
+
+/** Weights below this share of a target's strongest are what float32 leaves of a gradient that is 0. */
+const ROUNDING = 1e-7;
 
 /** A node with what attributes it; embeddings are no targets. */
 type Target = { node: GraphNode; wanted?: Wanted };
@@ -207,26 +231,33 @@ export async function promptGraph(
     const aimed = targets.filter((t): t is Required<Target> => t.wanted !== undefined);
     const edges: GraphEdge[][] = [];
     let done = 0;
-    await attribute(form, aimed.map(t => t.wanted), settings.batchPositions, (k, incoming) => {
-      const { node } = aimed[k]!;
-      const t = node.position;
-      const sources: [id: number, weight: number][] = [[t, incoming.embedding]];
-      for (const [i, { C }] of modules.entries()) {
-        const [same, across] = [incoming.same[i], incoming.across[i]];
-        for (const [index, id] of (same && alive[i]![t]) ?? []) sources.push([id, same![index]!]);
-        for (let s = 0; across && s <= t; s++)
-          for (const [index, id] of alive[i]![s]!) sources.push([id, across[s * C + index]!]);
-      }
-      const present = sources.filter(([, weight]) => weight !== 0).sort((a, b) => Math.abs(b[1]) - Math.abs(a[1]));
-      const strongest = present.slice(0, settings.incoming);
-      const total = (list: typeof sources) => list.reduce((sum, [, weight]) => sum + Math.abs(weight), 0);
-      node.share = present.length > 0 ? total(strongest) / total(present) : 1;
-      node.incoming = present.length;
-      leftOut.edges += present.length - strongest.length;
-      edges[node.id] = strongest.map(([id, weight]) => [id, node.id, weight]);
-      done++;
-      progress?.(done, aimed.length);
-    });
+    await attribute(
+      form,
+      aimed.map(t => t.wanted),
+      settings.batchPositions,
+      (k, incoming) => {
+        const { node } = aimed[k]!;
+        const t = node.position;
+        const sources: [id: number, weight: number][] = [[t, incoming.embedding]];
+        for (const [i, { C }] of modules.entries()) {
+          const [same, across] = [incoming.same[i], incoming.across[i]];
+          for (const [index, id] of (same && alive[i]![t]) ?? []) sources.push([id, same![index]!]);
+          for (let s = 0; across && s <= t; s++)
+            for (const [index, id] of alive[i]![s]!) sources.push([id, across[s * C + index]!]);
+        }
+        sources.sort((a, b) => Math.abs(b[1]) - Math.abs(a[1]));
+        const rounding = ROUNDING * Math.abs(sources[0]![1]);
+        const present = sources.filter(([, weight]) => Math.abs(weight) > rounding);
+        const strongest = present.slice(0, settings.incoming);
+        const total = (list: typeof sources) => list.reduce((sum, [, weight]) => sum + Math.abs(weight), 0);
+        node.share = present.length > 0 ? total(strongest) / total(present) : 1;
+        node.incoming = present.length;
+        leftOut.edges += present.length - strongest.length;
+        edges[node.id] = strongest.map(([id, weight]) => [id, node.id, weight]);
+        done++;
+        progress?.(done, aimed.length);
+      },
+    );
     const nodes = targets.map(t => t.node);
     const outputs = nodes.flatMap(n => ('output' in n ? [n.output] : []));
     const strings = tokens.map(id => tokenText(job, id));
@@ -270,12 +301,14 @@ export async function graph(job: Job, flags: Flags): Promise<number> {
   };
   const { text } = flags;
   if (flags.json && typeof text !== 'string') return refuse('graph --json: takes a --text too');
-  if (flags['viewer-json'] !== undefined && typeof text !== 'string') return refuse('--viewer-json: takes a --text too');
+  if (flags['viewer-json'] !== undefined && typeof text !== 'string')
+    return refuse('--viewer-json: takes a --text too');
   if (typeof text === 'string') {
     const made = await promptGraph(job, encode(job, text), settings);
     made.text = text;
-    if (typeof flags['viewer-json'] === 'string')
-      writeAtomic(flags['viewer-json'], JSON.stringify(viewerGraph(job.problem, made)));
+    const file = flags['viewer-json'];
+    if (typeof file === 'string')
+      writeAtomic(file, JSON.stringify(viewerGraph(job.problem, made, path.basename(file, '.json'))));
     if (flags.json) console.log(JSON.stringify(made));
     else saveGraph(dir, settings, made);
     return 0;
