@@ -4,7 +4,7 @@
  */
 import type { Problem } from '../nano-param-decomp.ts';
 import { networkOrder } from './forward.ts';
-import type { PromptGraph } from './graph.ts';
+import type { GraphNode, PromptGraph } from './graph.ts';
 
 /** As circuit-tracer 0.5 declares it (frontend/graph_models.py). */
 export interface ViewerGraph {
@@ -55,11 +55,12 @@ export function viewerGraph(problem: Problem, graph: PromptGraph, slug: string):
     sum += influence[id]!;
     cumulative.set(id, sum / total);
   }
-  const shown = graph.nodes.filter(n => cumulative.has(n.id) || ('output' in n && n.position === last));
+  const always = (n: GraphNode) => 'embedding' in n || ('output' in n && n.position === last);
+  const shown = graph.nodes.filter(n => always(n) || cumulative.has(n.id));
   const likeliest = shown.find(n => 'output' in n)?.id; // the first, since they are sorted
   const nodes = shown.map((n): ViewerNode => {
     const t = n.position;
-    const score = cumulative.get(n.id) ?? null;
+    const score = cumulative.get(n.id) ?? 1;
     const common = { ctx_idx: t, token_prob: 0, is_target_logit: false, run_idx: 0, reverse_ctx_idx: 0 };
     if ('embedding' in n) {
       const [node_id, jsNodeId] = [`E_${n.embedding}_${t}`, `E_${n.embedding}-${t}`];
