@@ -54,18 +54,25 @@ function embeddings({ arch, weights }: Target, tokens: T<'B S'>): T<'N d'> {
   return positions ? tf.add(own, tf.tile(tf.slice(positions, [0, 0], [S, arch.dModel]), [B, 1])) : own;
 }
 
+/** The same target with other weights, given by their keys in `weights`. */
+export function withWeights(target: Target, changes: ReadonlyMap<string, T>): Target {
+  const weights = new Map<string, T>([...target.weights, ...changes]);
+  return { ...target, weights: weights as unknown as Target['weights'] };
+}
+
 /** The target's forward from what enters its first block to the final normed residual [N,d]. */
 function forwardFrom(target: Target, embedded: T<'N d'>, B: number, linear: Linear): T<'N d'> {
   const { names, dModel } = target.arch;
   // the same target, its embedding a table with a row per position, and the identity for a head
-  const weights = new Map<string, T>(target.weights);
+  const changes = new Map<string, T>([
+    [`${names.embed}.weight`, embedded],
+    [`${names.head}.weight`, tf.eye(dModel)],
+  ]);
+  const positions = names.positions && target.weights.get(`${names.positions}.weight`);
+  if (positions) changes.set(`${names.positions}.weight`, tf.zerosLike(positions)); // they are in `embedded`
   const N = embedded.shape[0]!;
-  weights.set(`${names.embed}.weight`, embedded);
-  weights.set(`${names.head}.weight`, tf.eye(dModel));
-  const positions = `${names.positions}.weight`;
-  if (names.positions) weights.set(positions, tf.zerosLike(weights.get(positions)!));
   const rows = tf.range(0, N, 1, 'int32').reshape([B, N / B]);
-  return targetForward({ ...target, weights: weights as unknown as Target['weights'] }, rows, linear);
+  return targetForward(withWeights(target, changes), rows, linear);
 }
 
 /** The form of the forward on tokens int32 [B,S], with the delta component or without. */
