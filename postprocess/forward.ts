@@ -28,6 +28,7 @@ export interface ComponentForm {
   params: Params;
   B: number;
   embedded: T<'N d'>; // what enters the first block
+  inputs: T<'N dIn'>[]; // what each module reads
   acts: T<'N C'>[]; // inner activations a = x V of each module, unscaled
   outputs: T<'N dOut'>[]; // a U: the leaves, without delta and bias
   deltas: T<'dIn dOut'>[] | undefined; // Δᵀ of each module; undefined: left out
@@ -82,11 +83,22 @@ export function componentForm(problem: Problem, params: Params, tokens: T<'B S'>
   const embedded = embeddings(target, tokens);
   const delta = (m: Module): T => tf.sub(target.weights.get(m.path)!, product(V(params, m), U(params, m)));
   const deltas = withDelta ? modules.map(delta) : undefined;
-  const form: ComponentForm = { problem, params, B, embedded, acts: [], outputs: [], deltas, final: embedded };
+  const form: ComponentForm = {
+    problem,
+    params,
+    B,
+    embedded,
+    inputs: [],
+    acts: [],
+    outputs: [],
+    deltas,
+    final: embedded,
+  };
   const own = ownLinear(target);
   const final = forwardFrom(target, embedded, B, (path, x) => {
     const i = modules.findIndex(m => m.path === path);
     if (i < 0) return own(path, x);
+    form.inputs[i] = x;
     form.acts[i] = product(x, V(params, modules[i]!));
     form.outputs[i] = product(form.acts[i]!, U(params, modules[i]!));
     return layerOutput(form, i, x, form.outputs[i]!);

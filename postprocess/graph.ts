@@ -180,8 +180,8 @@ export async function promptGraph(
     const W = unembedding(target);
     const logits = tf.matMul(form.final as tf.Tensor2D, W as tf.Tensor2D, false, true);
     const readings = { g, probs: pass.probs, logits: tf.sub(logits, tf.mean(logits, 1, true)) };
-    const { embedded, acts, outputs, deltas } = form;
-    return { readings, meanW: tf.mean(W, 0), embedded, acts, outputs, deltas: deltas! };
+    const { embedded, inputs, acts, outputs, deltas } = form;
+    return { readings, meanW: tf.mean(W, 0), embedded, inputs, acts, outputs, deltas: deltas! };
   });
   const form: ComponentForm = { problem, params, B: 1, ...kept, final: kept.embedded };
   try {
