@@ -6,7 +6,7 @@ import { importances } from '../nano-param-decomp.ts';
 import { fixtureGraph, fixtureJob } from './fixture.ts';
 import { componentForm, inputOf, leafGradients, type Reader, V } from './forward.ts';
 import { attribute, graphDefaults, promptGraph } from './graph.ts';
-import { influences, viewerGraph } from './viewer.ts';
+import { influences, nextTokens, viewerGraph } from './viewer.ts';
 
 before(async () => {
   await tf.setBackend('cpu');
@@ -137,7 +137,7 @@ test('the JSON for viewers: ids, layers and links fit, and the influence is what
   const outputs = nodes.filter(n => n.feature_type === 'logit');
   assert.ok(outputs.length > 0 && outputs.every(n => n.ctx_idx === 6 && n.layer === '12' && n.clerp.includes('(p=')));
   assert.deepEqual(outputs.map(n => n.is_target_logit).filter(Boolean), [true]);
-  const influence = influences(graph, 6);
+  const influence = influences(graph, nextTokens(graph, 6));
   const roots = graph.nodes.filter(n => !graph.edges.some(e => e[1] === n.id));
   const [atRoots, start] = [roots, graph.nodes.filter(n => 'output' in n && n.position === 6)].map(list =>
     list.reduce((sum, n) => sum + influence[n.id]!, 0),

@@ -167,6 +167,7 @@ export async function promptGraph(
   job: Job,
   tokens: readonly number[],
   given: Partial<GraphSettings> = {},
+  also: readonly { position: number; column: number }[] = [], // nodes, though not alive; nothing's sources then
   progress?: (done: number, total: number) => void | Promise<void>,
 ): Promise<PromptGraph> {
   const settings = { ...graphDefaults, ...given };
@@ -200,7 +201,10 @@ export async function promptGraph(
         const { offset, C, path: module } = modules[i]!;
         const indices = Array.from({ length: C }, (_, index) => index);
         const ci = (index: number) => g![position * sumC + offset + index]!;
-        return indices.filter(index => ci(index) > 0).map(index => ({ i, module, index, ci: ci(index) }));
+        const asked = (index: number) => also.some(a => a.position === position && a.column === offset + index);
+        return indices
+          .filter(index => ci(index) > 0 || asked(index))
+          .map(index => ({ i, module, index, ci: ci(index) }));
       });
       const least = fire.map(f => f.ci).sort((a, b) => b - a)[settings.nodesPerPosition - 1] ?? 0;
       const nodes = fire.filter(f => f.ci >= least).slice(0, settings.nodesPerPosition);
@@ -209,7 +213,7 @@ export async function promptGraph(
         const { C, dIn } = modules[i]!;
         const id = targets.length;
         const node = { id, position, module, index, ci, activation: acts[i]![position * C + index]! };
-        alive[i]![position]!.push([index, id]);
+        if (ci > 0) alive[i]![position]!.push([index, id]);
         const vector = vectors[i]!.subarray(index * dIn, (index + 1) * dIn);
         targets.push({ node, wanted: { reader: i, position, vector } });
       }

@@ -45,7 +45,7 @@ export function viewerGraph(problem: Problem, graph: PromptGraph, slug: string):
   const { modules } = problem;
   const layerOf = new Map(networkOrder(problem).map((i, layer) => [modules[i]!.path, layer]));
   const last = graph.tokens.length - 1;
-  const influence = influences(graph, last);
+  const influence = influences(graph, nextTokens(graph, last));
   const inOrder = [...graph.nodes.keys()].filter(id => influence[id]! > 0 && !('output' in graph.nodes[id]!));
   inOrder.sort((a, b) => influence[b]! - influence[a]!);
   const total = inOrder.reduce((sum, id) => sum + influence[id]!, 0);
@@ -98,13 +98,17 @@ export function viewerGraph(problem: Problem, graph: PromptGraph, slug: string):
   };
 }
 
+/** The next tokens at a position, each with its probability. */
+export const nextTokens = (graph: PromptGraph, position: number): [id: number, weight: number][] =>
+  graph.nodes.flatMap(n => ('output' in n && n.position === position ? [[n.id, n.probability]] : []));
+
 /**
- * Of each node on the next tokens at a position: a next token has its probability; a source gets from each of its
- * targets the target's influence times the edge's share of the absolute weights that come in there.
+ * Of each node on some, which have their weights: a source gets from each of its targets the target's influence times
+ * the edge's share of the absolute weights that come in there.
  */
-export function influences(graph: PromptGraph, position: number): Float64Array {
+export function influences(graph: PromptGraph, on: readonly [id: number, weight: number][]): Float64Array {
   const influence = new Float64Array(graph.nodes.length);
-  for (const n of graph.nodes) if ('output' in n && n.position === position) influence[n.id] = n.probability;
+  for (const [id, weight] of on) influence[id] = weight;
   const incoming = new Map<number, [from: number, weight: number][]>();
   for (const [from, to, weight] of graph.edges) {
     const list = incoming.get(to) ?? [];
