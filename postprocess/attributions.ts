@@ -16,6 +16,7 @@ import * as path from 'node:path';
 import * as tf from '@tensorflow/tfjs';
 import { importances, type Job, type T, tidyAsync, tokenBatch, totalC } from '../nano-param-decomp.ts';
 import { acrossPositions, componentForm, leafGradients, type Reader, U, unembedding, V } from './forward.ts';
+import { refreshPage } from './parts.ts';
 import { componentsHash, type Flags, numberFlag, readStage, refuse, talk, tokenId, writeAtomic } from './stages.ts';
 
 export const attributionDefaults = {
@@ -298,6 +299,7 @@ export async function attributions(job: Job, flags: Flags): Promise<number> {
       writeAtomic(file, JSON.stringify({ ...made, components }));
       talk(`attributions: ${made.targets.length} of ${made.alive} targets`);
     });
+    refreshPage(dir, job.problem.modules);
     if (!made.complete) talk('the time is up; the same command goes on');
   }
   console.log(file);

@@ -30,6 +30,7 @@ import {
   uniformArray,
   upperLeaky,
 } from '../nano-param-decomp.ts';
+import { refreshPage } from './parts.ts';
 import {
   componentsHash,
   encode,
@@ -303,6 +304,7 @@ export async function circuit(job: Job, flags: Flags): Promise<number> {
       .slice(0, 12);
     const file = path.join(job.problem.config.out, 'circuits', `${name}.json`);
     writeAtomic(file, JSON.stringify(made));
+    refreshPage(job.problem.config.out, job.problem.modules);
     console.log(`${circuitTable(made)}\n${file}`);
   }
   return 0;

@@ -26,6 +26,7 @@ import {
   unembedding,
   V,
 } from './forward.ts';
+import { refreshPage } from './parts.ts';
 import {
   componentsHash,
   encode,
@@ -94,7 +95,9 @@ export async function attribute(
   wanted: readonly Wanted[],
   batchPositions: number,
   each: (which: number, incoming: Incoming) => void,
+  progress: (done: number) => void | Promise<void> = () => new Promise(setImmediate), // lets signals in
 ): Promise<void> {
+  let done = 0;
   const readers = new Map<Reader, number[]>();
   for (const [k, { reader }] of wanted.entries()) readers.set(reader, [...(readers.get(reader) ?? []), k]);
   for (const [reader, targets] of readers) {
@@ -110,6 +113,8 @@ export async function attribute(
         batch.map(k => wanted[k]!),
       );
       for (const [i, k] of batch.entries()) each(k, read(i));
+      done += batch.length;
+      await progress(done);
     }
   }
 }
@@ -234,7 +239,7 @@ export async function promptGraph(
     }
     const aimed = targets.filter((t): t is Required<Target> => t.wanted !== undefined);
     const edges: GraphEdge[][] = [];
-    let done = 0;
+    const tick = progress && ((done: number) => progress(done, aimed.length));
     await attribute(
       form,
       aimed.map(t => t.wanted),
@@ -314,7 +319,10 @@ export async function graph(job: Job, flags: Flags): Promise<number> {
     if (typeof file === 'string')
       writeAtomic(file, JSON.stringify(viewerGraph(job.problem, made, path.basename(file, '.json'))));
     if (flags.json) console.log(JSON.stringify(made));
-    else saveGraph(dir, settings, made);
+    else {
+      saveGraph(dir, settings, made);
+      refreshPage(dir, job.problem.modules);
+    }
     return 0;
   }
   for (const [i, row] of passageRows(job).entries()) {
@@ -326,6 +334,7 @@ export async function graph(job: Job, flags: Flags): Promise<number> {
     const seconds = ((performance.now() - started) / 1000).toFixed(1);
     talk(`graph ${i + 1}: ${made.nodes.length} nodes, ${made.edges.length} edges, ${seconds} s`);
   }
+  refreshPage(dir, job.problem.modules);
   console.log(path.join(dir, 'graphs.json'));
   return 0;
 }
