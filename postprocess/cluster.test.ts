@@ -58,14 +58,22 @@ test('every merge is the best there is, and its ΔL is the difference of L from 
     const ids = new Map(groups.map((group, id) => [id, group]));
     for (const [t, [i, j, dL]] of merges.entries()) {
       const before = lengthOf(groups, alpha);
-      assert.ok(Math.abs(L[t]! - before) < 1e-8 * before + 1e-8, `L before merge ${t}: ${L[t]}, from scratch ${before}`);
-      const pairs = range(groups.length).flatMap(a => range(a).map(b => lengthOf(joined(groups, a, b), alpha) - before));
+      assert.ok(
+        Math.abs(L[t]! - before) < 1e-8 * before + 1e-8,
+        `L before merge ${t}: ${L[t]}, from scratch ${before}`,
+      );
+      const pairs = range(groups.length).flatMap(a =>
+        range(a).map(b => lengthOf(joined(groups, a, b), alpha) - before),
+      );
       const [a, b] = [groups.indexOf(ids.get(i)!), groups.indexOf(ids.get(j)!)];
       assert.ok(a >= 0 && b >= 0 && a !== b, `merge ${t} takes two groups that are there`);
       const merged = joined(groups, a, b);
       const difference = lengthOf(merged, alpha) - before;
       assert.ok(Math.abs(dL - difference) < 1e-7, `ΔL of merge ${t}: ${dL}, from scratch ${difference}`);
-      assert.ok(difference <= Math.min(...pairs) + 1e-7, `merge ${t} costs ${difference}, the best ${Math.min(...pairs)}`);
+      assert.ok(
+        difference <= Math.min(...pairs) + 1e-7,
+        `merge ${t} costs ${difference}, the best ${Math.min(...pairs)}`,
+      );
       groups = merged;
       ids.set(sets.length + t, groups.at(-1)!);
     }
@@ -121,4 +129,57 @@ test('the adjusted Rand index: an example by hand, equality up to names, chance'
   const random = seeded(5);
   const labels = () => range(300).map(() => Math.floor(random() * 7));
   assert.ok(Math.abs(sum(range(20).map(() => adjustedRand(labels(), labels()))) / 20) < 0.01);
+});
+
+/** A decomposed toy on its held-out rows (tools/make-cluster-fixture.ts), and the rule that each component answers to. */
+function toy() {
+  const read = (file: string) => JSON.parse(readFileSync(new URL(file, import.meta.url), 'utf8'));
+  const { positions, leaves, sets } = read('../tools/fixtures/cluster/toy.json');
+  const { rules, labels } = read('../assets/toy/labels.json') as { rules: unknown[]; labels: number[][][] };
+  const inForce = labels.flat();
+  assert.equal(inForce.length, positions);
+  const fires: Set<number>[] = sets.map((text: string) => {
+    const bytes = Buffer.from(
+      text.replace(/~(\d+)~/g, (_, n) => 'A'.repeat(Number(n))),
+      'base64',
+    );
+    return new Set(range(positions).filter(p => (bytes[p >> 3]! & (1 << (p & 7))) !== 0));
+  });
+  const known = rules.map((_, rule) => range(positions).filter(p => inForce[p]!.includes(rule)));
+  const answers = fires.map(set => {
+    const scores = known.map(at => (2 * at.filter(p => set.has(p)).length) / (at.length + set.size)); // F1
+    const best = scores.indexOf(Math.max(...scores));
+    return scores[best]! >= 0.8 ? best : undefined;
+  });
+  const firings = firingsOf(positions, fires);
+  return { firings, answers, modules: (leaves as [string, number][]).map(([module]) => module) };
+}
+
+test('the toy: components that answer to the same rule come into the same group, and L falls down to its minimum', () => {
+  const { firings, answers, modules } = toy();
+  const labelled = range(answers.length).filter(leaf => answers[leaf] !== undefined);
+  assert.ok(labelled.length >= 50, `${labelled.length} components answer to a rule`);
+  const random = seeded(9);
+  for (const alpha of [0.1, 1, 10]) {
+    const { merges, L, best } = mergeGroups(firings, { alpha });
+    for (let t = 0; t < best; t++) assert.ok(L[t + 1]! < L[t]!, `α ${alpha}: L rises at merge ${t}`);
+    assert.ok(best > 0);
+    const partition = partitionAfter(modules.length, merges, best);
+    const [groups, rules] = [partition, answers].map(list => labelled.map(leaf => list[leaf]!)) as [number[], number[]];
+    const index = adjustedRand(groups, rules);
+    const shuffled = range(50).map(() => {
+      const order = range(rules.length).map(i => [random(), i] as const).sort(([a], [b]) => a - b); // biome-ignore format: a line
+      return adjustedRand(groups, order.map(([, i]) => rules[i]!)); // biome-ignore format: a line
+    });
+    const { groups: count, several, shareSpanningModules } = groupSizes(partition, modules);
+    console.log(
+      `α ${alpha}: ${count} groups, ${several} of several, ${shareSpanningModules.toFixed(2)} of these span modules; ` +
+        `adjusted Rand ${index.toFixed(3)}, shuffled ${(sum(shuffled) / 50).toFixed(3)}, at most ${Math.max(...shuffled).toFixed(3)}`,
+    );
+    if (alpha === 0.1) continue;
+    assert.ok(
+      index > 0.5 && index > 5 * Math.max(...shuffled),
+      `α ${alpha}: ${index}, shuffled ${Math.max(...shuffled)}`,
+    );
+  }
 });
