@@ -2125,8 +2125,8 @@ async function harvestRun({ engine, problem, params, data }: Job, scoreboard: Sc
   writeAtomic(path.join(config.out, 'report.html'), page.renderReport(shown));
 }
 
-/** A token as text, with its leading space. */
-function tokenText(tokenizer: Tokenizer | undefined, id: number): string {
+/** A token as text, with its leading space; #id without a tokenizer. */
+export function tokenText(tokenizer: Tokenizer | undefined, id: number): string {
   const token = tokenizer?.id_to_token(id);
   if (tokenizer === undefined || token === undefined) return `#${id}`;
   if (token.includes('▁')) return token.replaceAll('▁', ' ');
