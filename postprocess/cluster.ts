@@ -188,6 +188,12 @@ function unspread({ rows, slotOfId, together }: Groups, slot: number): void {
 const pairCost = (alpha: number, logNext: number, si: number, ri: number, sj: number, rj: number, co: number) =>
   alpha * (si * rj + sj * ri) - co * (logNext + alpha * (ri + rj));
 
+function setBest(g: Groups, slot: number, cost: number, partner: number, merge: number): void {
+  g.bound[slot] = cost;
+  g.partner[slot] = partner;
+  g.fresh[slot] = merge;
+}
+
 /** Finds the best partner of a group among all others, whether they ever fire together or not. */
 function refresh(g: Groups, slot: number, merge: number): void {
   const { alive, alpha, s, r, together } = g;
@@ -205,9 +211,7 @@ function refresh(g: Groups, slot: number, merge: number): void {
     }
   }
   unspread(g, slot);
-  g.bound[slot] = best;
-  g.partner[slot] = partner;
-  g.fresh[slot] = merge;
+  setBest(g, slot, best, partner, merge);
 }
 
 /** The pair with the smallest ΔL: only groups whose bound is below the best found so far are looked at again. */
@@ -315,14 +319,9 @@ function merge(g: Groups, i: number, j: number, number: number): [number, number
       append(rows[l]!, id[i]!, co[l]!);
     }
     const cost = pairCost(alpha, logNext, s[i]!, r[i]!, s[l]!, r[l]!, co[l]!);
-    const better = (slot: number, partner: number) => {
-      if (cost >= g.bound[slot]!) return;
-      g.bound[slot] = cost;
-      g.partner[slot] = partner;
-      g.fresh[slot] = number + 1; // at or under the bound of all others: exact
-    };
-    better(l, i);
-    better(i, l);
+    // at or under the bound of all other pairs: exact
+    if (cost < g.bound[l]!) setBest(g, l, cost, i, number + 1);
+    if (cost < g.bound[i]!) setBest(g, i, cost, l, number + 1);
   }
   return [...halves, description(g) - before];
 }
