@@ -29,6 +29,7 @@ export const ENDPOINT_FLAGS = {
   'answer-tokens': 'string', // longest answer, default 600
   tries: 'string', // of one question, default 6
   timeout: 'string', // seconds for one try, default 120
+  'retry-wait': 'string', // seconds before the second try, default 1; doubles each time
 } as const;
 
 /** The endpoint that the flags name; undefined without --api-url. @throws UsageError */
@@ -51,7 +52,7 @@ export function endpointFrom(flags: Flags, key = process.env.NANO_API_KEY || und
     ...{ url, model, key },
     answerTokens: whole('answer-tokens', 600, 100_000),
     tries: whole('tries', 6, 100),
-    firstWait: 1000,
+    firstWait: 1000 * numberFlag(flags, 'retry-wait', 1, { min: 0, max: 120 }),
     timeout: 1000 * numberFlag(flags, 'timeout', 120, { min: 0.01, max: 3600 }),
   };
 }

@@ -512,7 +512,7 @@ async function interpretComponent(
     lines.push(await trials('detection', detectionTrials(subject, pool)));
     lines.push(await trials('fuzzing', fuzzingTrials(subject)));
   }
-  lines.push(await trials('intruder', intruderTrials(subject, material.similar(subject))));
+  lines.push(await trials('intruder', intruderTrials(subject, material.others)));
   return lines.filter(one => one !== undefined);
 }
 
@@ -520,7 +520,7 @@ async function interpretComponent(
 interface Material {
   components: HarvestComponent[]; // in the order in which they are interpreted
   subjects: ReadonlyMap<number, Subject>; // by column
-  similar(subject: Subject): readonly Subject[];
+  others: readonly Subject[]; // among which intruders are
   pool: Pool;
   text: Texts;
   threshold: number;
@@ -601,11 +601,10 @@ async function gather(job: Job, harvest: Harvest, hashes: { components: string; 
       ];
     }),
   );
-  const byDensity = [...subjects.values()].sort((a, b) => a.density - b.density);
   const material: Material = {
     components: [...harvest.components].sort((a, b) => b.firings - a.firings || a.column - b.column).slice(0, most),
     subjects,
-    similar: () => byDensity,
+    others: [...subjects.values()],
     pool,
     text: token => harvest.vocabulary[token] ?? texts[token] ?? `#${token}`,
     threshold,
