@@ -11,7 +11,7 @@
  */
 import * as path from 'node:path';
 import * as tf from '@tensorflow/tfjs';
-import { importances, type Job, tokenBatch, totalC, uniformArray } from '../nano-param-decomp.ts';
+import { importances, tokenBatch, totalC, uniformArray } from '../nano-param-decomp.ts';
 import * as files from './run-files.ts';
 
 export const FLAGS = {
@@ -388,7 +388,7 @@ export type SampledFirings = Firings & { columns: number[]; rows: number; leftOu
 
 /** Runs rows through the target and keeps where g > τ at a few random positions of each. */
 async function sampleFirings(
-  { engine, problem, params, data }: Job,
+  { engine, problem, params, data }: files.Run,
   { positions, perRow, tau, seed }: { positions: number; perRow: number; tau: number; seed: number },
 ): Promise<SampledFirings> {
   const rows = data.train;
@@ -558,7 +558,7 @@ export function describeClusters(
 }
 
 /** cluster --run DIR: writes clusters.json and prints how groups come out. @throws UsageError at a bad flag */
-export async function cluster(job: Job, flags: files.Flags): Promise<number> {
+export async function cluster(job: files.Run, flags: files.Flags): Promise<number> {
   const { problem } = job;
   const dir = problem.config.out;
   const settings = readSettings(flags, problem.config.seed);

@@ -7,7 +7,6 @@ import type { AddressInfo } from 'node:net';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { after, test } from 'node:test';
-import type { Job } from '../nano-param-decomp.ts';
 import { endpointFrom, makeBudget, withoutKey } from './chat.ts';
 import {
   CHANCE,
@@ -26,6 +25,8 @@ import {
   type Trial,
   type Window,
 } from './interpret.ts';
+import { neighboursOf } from './interpret-graph.ts';
+import type { Run } from './run-files.ts';
 
 const range = (n: number) => Array.from({ length: n }, (_, i) => i);
 const sum = (numbers: Iterable<number>) => [...numbers].reduce((a, b) => a + b, 0);
@@ -192,7 +193,7 @@ const folders: string[] = [];
 after(() => folders.map(dir => rmSync(dir, { recursive: true })));
 const COMPONENTS = 6;
 /** A made-up run: component c fires on token c, and rows are these tokens in some order, with others between. */
-function makeRun(): { dir: string; job: Job } {
+function makeRun(): { dir: string; job: Run } {
   const dir = mkdtempSync(join(tmpdir(), 'interpret-'));
   folders.push(dir);
   const random = drawsOf('made-up rows');
@@ -227,7 +228,7 @@ function makeRun(): { dir: string; job: Job } {
   return { dir, job: fakeJob(dir, rows) };
 }
 /** Enough of a run for the windows file to be there already. */
-function fakeJob(dir: string, rows: number[][]): Job {
+function fakeJob(dir: string, rows: number[][]): Run {
   const fires = Object.fromEntries(
     range(COMPONENTS).map(c => {
       const bytes = Buffer.alloc(Math.ceil((rows.length * 24) / 8));
@@ -245,7 +246,7 @@ function fakeJob(dir: string, rows: number[][]): Job {
     join(dir, 'interpretations.windows.json'),
     JSON.stringify({ formatVersion: 1, ...hashes, rows, texts, fires }),
   );
-  return { problem: { config: { out: dir } } } as unknown as Job;
+  return { problem: { config: { out: dir } } } as unknown as Run;
 }
 
 /** The right answer to any question: labels name the token, and trials are judged by it. */
@@ -269,7 +270,7 @@ function answerTo(prompt: string): string {
 
 type Fault = 'none' | '429' | '500' | 'cut' | 'slow' | 'html' | 'empty' | 'nonsense';
 /** `fault` by the number of the request. Counts what it was paid for: whole answers. */
-async function startServer(fault: (request: number) => Fault) {
+async function startServer(fault: (request: number) => Fault, answer = answerTo) {
   const paid = new Map<string, number>();
   const state = { requests: 0, tokens: 0, keys: new Set<string | undefined>() };
   const serve = (request: IncomingMessage, response: ServerResponse, body: string) => {
@@ -293,8 +294,8 @@ async function startServer(fault: (request: number) => Fault) {
     } else if (kind === 'html') response.writeHead(200).end(`<html>${key}</html>`);
     else if (kind === 'empty') response.writeHead(200).end('{"choices":[]}');
     else if (kind === 'nonsense') whole(`As for ${key}, who knows?`);
-    else if (kind === 'slow') setTimeout(() => whole(answerTo(prompt)), 60);
-    else whole(answerTo(prompt));
+    else if (kind === 'slow') setTimeout(() => whole(answer(prompt)), 60);
+    else whole(answer(prompt));
   };
   const server = createServer((request, response) => {
     const chunks: Buffer[] = [];
@@ -312,7 +313,7 @@ async function startServer(fault: (request: number) => Fault) {
 
 const KEY = 'nk-7f3a9c51e2d84b60';
 /** Runs the stage with the key in the environment; what it printed stands in `said`. */
-async function run(job: Job, flags: Record<string, string | boolean>) {
+async function run(job: Run, flags: Record<string, string | boolean>) {
   const said: string[] = [];
   const [out, err] = [process.stdout.write, process.stderr.write];
   const listen = (chunk: unknown) => {
@@ -489,6 +490,63 @@ test('what is refused, and what a refused key says', async () => {
   assert.match(said, /status 401;/);
   hasNoKey(other.dir, said);
 });
+test('graph labels: late to early, early to late, and each question names the neighbours with their labels', async () => {
+  const { dir, job } = makeRun();
+  const [a, b] = ['h.0.a', 'h.0.b'];
+  const edge = (index: number, A: number) => ({ module: a, index, A, Aabs: Math.abs(A), normalised: A });
+  const targets = range(3).map(index => ({
+    ...{ module: b, index, share: 1 },
+    sources: [edge(index, -3), edge((index + 1) % 3, 1), { token: 7, A: 2, Aabs: 2, normalised: 2 }],
+  }));
+  const prompts: string[] = [];
+  const server = await startServer(
+    () => 'none',
+    prompt => {
+      prompts.push(prompt);
+      const name = /matrix (\S+)\. It fires/.exec(prompt)?.[1];
+      if (prompt.includes('What does it do, where it fires?')) return `{"label":"does ${name}"}`;
+      if (prompt.includes('When does it fire?\n')) return `{"label":"when ${name}"}`;
+      return prompt.includes('One label for both') ? '{"label":"both"}' : answerTo(prompt);
+    },
+  );
+  await assert.rejects(run(job, { 'api-url': server.url, graph: true }), /no attributions\.json; attributions --run/);
+  writeFileSync(join(dir, 'attributions.json'), JSON.stringify({ formatVersion: 1, components: 'other', targets }));
+  await assert.rejects(run(job, { 'api-url': server.url, graph: true }), /belongs to other components/);
+  writeFileSync(join(dir, 'attributions.json'), JSON.stringify({ formatVersion: 1, targets }));
+  const { code, said } = await run(job, { 'api-url': server.url, graph: true });
+  assert.equal(code, 0, said);
+  const lines = results(dir).slice(1);
+  assert.equal(lines.filter(({ kind }) => kind === 'graph-label').length, COMPONENTS);
+  const about = (kind: string, module: string) =>
+    prompts.filter(p => p.includes(kind) && p.includes(`matrix ${module}.`));
+  assert.equal(about('What does it do, where', a).length, 3);
+  for (const prompt of about('What does it do, where', a)) {
+    assert.match(prompt, /h\.0\.b:\d, does h\.0\.b \(suppresses, 75 % of these\)/); // 3 of 4, the later pass's own label
+    assert.match(prompt, /h\.0\.b:\d, does h\.0\.b \(supports, 25 % of these\)/);
+  }
+  for (const prompt of about('When does it fire?\n', b)) {
+    assert.match(prompt, /h\.0\.a:\d, when h\.0\.a \(suppresses, 50 % of these\)/);
+    assert.match(prompt, /the token " t7" \(supports, 33 % of these\)/);
+  }
+  for (const prompt of about('One label for both', b)) assert.match(prompt, /"when h\.0\.b".*\n.*"does h\.0\.b"/);
+  const asked = server.state.requests;
+  assert.equal((await run(job, { 'api-url': server.url, graph: true })).code, 0);
+  assert.equal(server.state.requests, asked, 'a second start asks nothing');
+  await server.stop();
+});
+
+test('modules are put in an order in which what feeds comes first', () => {
+  const target = (module: string, ...from: string[]) => ({
+    ...{ module, index: 0 },
+    sources: from.map(name => ({ module: name, index: 0, A: 1, Aabs: 1 })),
+  });
+  const { order } = neighboursOf({ targets: [target('a', 'c'), target('c', 'd', 'b'), target('b', 'd')] });
+  assert.deepEqual(order, ['d', 'b', 'c', 'a']);
+  const many = range(12).map(index => ({ module: 'x', index, A: 1, Aabs: index }));
+  const { upstream } = neighboursOf({ targets: [{ module: 'y', index: 0, sources: many }] });
+  assert.deepEqual(upstream('y:0').map(({ name }) => name), range(8).map(i => `x:${11 - i}`)); // biome-ignore format: a line
+});
+
 /** --api-model alone is refused. */
 const paper = { 'api-model': undefined as unknown as string };
 

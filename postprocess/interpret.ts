@@ -13,9 +13,10 @@ import * as crypto from 'node:crypto';
 import * as fs from 'node:fs';
 import * as path from 'node:path';
 import * as tf from '@tensorflow/tfjs';
-import { importances, type Job, tokenBatch, tokenText, totalC, uniformArray } from '../nano-param-decomp.ts';
+import { importances, tokenBatch, totalC, uniformArray } from '../nano-param-decomp.ts';
 import type { Message } from './chat.ts';
 import { type Answer, ask, type Budget, ENDPOINT_FLAGS, type Endpoint, endpointFrom, makeBudget } from './chat.ts';
+import { NEIGHBOURS, type Neighbours, neighbourLines, readNeighbours } from './interpret-graph.ts';
 import type { Example, Harvest, HarvestComponent } from './run-files.ts';
 import * as files from './run-files.ts';
 
@@ -516,6 +517,82 @@ async function interpretComponent(
   return lines.filter(one => one !== undefined);
 }
 
+/**
+ * Labels that know their neighbours: late to early, early to late, then one from both. Module by module, since a
+ * question holds the answers of the modules before it; what a component waits for and never gets is left out.
+ */
+async function interpretGraph(
+  material: Material,
+  neighbours: Neighbours,
+  plain: ReadonlyMap<string, string>,
+  width: number,
+  asked: Asker,
+): Promise<Interpretation[]> {
+  const nameOf = ({ module, index }: { module: string; index: number }) => `${module}:${index}`;
+  const lines: Interpretation[] = [];
+  const own = new Map<string, string>(); // labels of the pass that is under way, of the modules that it has been at
+  const pass = async (kind: Kind, modules: string[], contentOf: (c: HarvestComponent) => string | undefined) => {
+    own.clear();
+    for (const module of modules) {
+      const components = material.components.filter(c => c.module === module);
+      const found = await inParallel(components, width, async component => {
+        const content = contentOf(component);
+        const answer = content && (await asked(questionOf(component, kind, 0, `${content}\n\n${LABEL_ANSWER}`)));
+        if (!answer) return;
+        const label = readLabel(answer.content);
+        const result = label ?? { label: null, confidence: null, reason: 'the answer has no label' };
+        const { index } = component;
+        lines.push({ module, index, kind, result, model: answer.model, tokens: total([answer]) });
+        return label && ([nameOf(component), label.label] as const);
+      });
+      for (const named of found) if (named) own.set(...named);
+    }
+    return new Map(own);
+  };
+  const others = [...new Set(material.components.map(c => c.module))].filter(m => !neighbours.order.includes(m)).sort();
+  const order = [...neighbours.order, ...others];
+  const section = (title: string, list: string[]) => (list.length > 0 ? `${title}\n${list.join('\n')}` : '');
+  const known = (name: string) => own.get(name) ?? plain.get(name);
+  const does = await pass('graph-output', [...order].reverse(), c =>
+    [
+      describeComponent(c),
+      statistics(c, material.text).output,
+      section(
+        'What it feeds most, with what these do:',
+        neighbourLines(neighbours.downstream(nameOf(c)), known, material.text),
+      ),
+      'What does it do, where it fires?',
+    ].join('\n\n'),
+  );
+  const fires = await pass('graph-input', order, c =>
+    [
+      describeComponent(c),
+      statistics(c, material.text).input,
+      section(
+        'What feeds it most, with when these fire:',
+        neighbourLines(neighbours.upstream(nameOf(c)), known, material.text),
+      ),
+      'When does it fire?',
+    ].join('\n\n'),
+  );
+  await pass('graph-label', order, c => {
+    const [output, input] = [does.get(nameOf(c)), fires.get(nameOf(c))];
+    if (output === undefined || input === undefined) return undefined;
+    return [
+      describeComponent(c),
+      `When it fires: ${JSON.stringify(input)}.\nWhat it does: ${JSON.stringify(output)}.`,
+      'One label for both.',
+    ].join('\n\n');
+  });
+  const kinds = ['graph-output', 'graph-input', 'graph-label'];
+  const place = ({ module, index, kind }: Interpretation) =>
+    [kinds.indexOf(kind), order.indexOf(module), index] as const;
+  return lines.sort((a, b) => {
+    const [[k, m, i], [l, n, j]] = [place(a), place(b)];
+    return k - l || m - n || i - j;
+  });
+}
+
 /** What all components' questions are made of. */
 interface Material {
   components: HarvestComponent[]; // in the order in which they are interpreted
@@ -538,7 +615,7 @@ type WindowsFile = {
 };
 
 /** Held-out text in which it is known where every component fires: computed once, then read from the run's folder. */
-async function readPool(job: Job, harvest: Harvest, hashes: { components: string; harvest: string }) {
+async function readPool(job: files.Run, harvest: Harvest, hashes: { components: string; harvest: string }) {
   const file = path.join(job.problem.config.out, WINDOWS);
   let stored = fs.existsSync(file) ? (JSON.parse(fs.readFileSync(file, 'utf8')) as WindowsFile) : undefined;
   if (stored?.components !== hashes.components || stored.harvest !== hashes.harvest) {
@@ -558,7 +635,7 @@ async function readPool(job: Job, harvest: Harvest, hashes: { components: string
   return { pool, texts };
 }
 
-async function makePool({ problem, params, data }: Job, harvest: Harvest, hashes: object): Promise<WindowsFile> {
+async function makePool({ problem, params, data }: files.Run, harvest: Harvest, hashes: object): Promise<WindowsFile> {
   const { heldOut } = data;
   const [S, columns] = [heldOut.seqLen, totalC(problem.modules)];
   const count = Math.max(1, Math.min(heldOut.count, Math.floor(POOL_POSITIONS / S)));
@@ -579,7 +656,7 @@ async function makePool({ problem, params, data }: Job, harvest: Harvest, hashes
     formatVersion: 1,
     ...(hashes as { components: string; harvest: string }),
     rows,
-    texts: Object.fromEntries([...new Set(rows.flat())].map(token => [token, tokenText(data.tokenizer, token)])),
+    texts: Object.fromEntries([...new Set(rows.flat())].map(token => [token, files.tokenText(data.tokenizer, token)])),
     fires: Object.fromEntries(
       harvest.components.map(({ module, index, column }) => [
         `${module}:${index}`,
@@ -589,7 +666,14 @@ async function makePool({ problem, params, data }: Job, harvest: Harvest, hashes
   };
 }
 
-async function gather(job: Job, harvest: Harvest, hashes: { components: string; harvest: string }, most: number) {
+/** Where no token begins with a space (a vocabulary of words), a space stands before each. */
+function tokenTexts(vocabulary: Readonly<Record<number, string>>): Texts {
+  const all = Object.values(vocabulary);
+  const words = !all.some(text => /^\s/.test(text)) && all.some(text => text.length > 1);
+  return token => (words ? ' ' : '') + (vocabulary[token] ?? `#${token}`);
+}
+
+async function gather(job: files.Run, harvest: Harvest, hashes: { components: string; harvest: string }, most: number) {
   const { pool, texts } = await readPool(job, harvest, hashes);
   const { threshold } = harvest.settings;
   const subjects = new Map(
@@ -606,7 +690,7 @@ async function gather(job: Job, harvest: Harvest, hashes: { components: string; 
     subjects,
     others: [...subjects.values()],
     pool,
-    text: token => harvest.vocabulary[token] ?? texts[token] ?? `#${token}`,
+    text: tokenTexts({ ...texts, ...harvest.vocabulary }),
     threshold,
   };
   return material;
@@ -690,7 +774,7 @@ export async function inParallel<X, Y>(items: readonly X[], width: number, job: 
 const hashFile = (file: string) => crypto.createHash('sha256').update(fs.readFileSync(file)).digest('hex');
 
 /** interpret --run DIR. @returns 1 where an endpoint or the budget ended it early. @throws UsageError */
-export async function interpret(job: Job, flags: files.Flags): Promise<number> {
+export async function interpret(job: files.Run, flags: files.Flags): Promise<number> {
   const dir = job.problem.config.out;
   const harvest = files.readHarvest(dir);
   const hashes = { components: files.componentsHash(dir), harvest: hashFile(path.join(dir, 'harvest.json')) };
@@ -710,6 +794,7 @@ export async function interpret(job: Job, flags: files.Flags): Promise<number> {
   };
   const most = whole('most', 1e9, 1e9);
   const prices = ['price-in', 'price-out'].map(name => files.numberFlag(flags, name, 0, { min: 0, max: 1e6 }));
+  const neighbours = flags.graph === true ? readNeighbours(dir, hashes.components) : undefined;
   const store = openStore(dir);
   if (given !== undefined) {
     if (!fs.existsSync(given)) files.refuse(`--answers: no file ${given}`);
@@ -728,12 +813,27 @@ export async function interpret(job: Job, flags: files.Flags): Promise<number> {
     show(() => `interpret ${++done} of ${material.components.length} components, ${state.asked} answers`);
     return lines;
   });
+  const lines = perComponent.flat();
+  if (neighbours) {
+    const plain = new Map(
+      lines.flatMap(({ module, index, kind, result }) => {
+        const { label } = result as Label;
+        return kind === 'label' && label ? [[`${module}:${index}`, label] as const] : [];
+      }),
+    );
+    lines.push(...(await interpretGraph(material, neighbours, plain, settings.concurrency, asker)));
+  }
   process.removeListener('SIGINT', onSignal);
   finish();
-  const lines = perComponent.flat();
   const header = {
     ...{ kind: 'settings', formatVersion: 1, ...hashes },
-    settings: { trials: TRIALS, chance: CHANCE, poolPositions: POOL_POSITIONS, labelWindows: LABEL_WINDOWS },
+    settings: {
+      trials: TRIALS,
+      chance: CHANCE,
+      poolPositions: POOL_POSITIONS,
+      labelWindows: LABEL_WINDOWS,
+      neighbours: NEIGHBOURS,
+    },
     bounds: { components: material.components.length, alive: harvest.components.length, open: state.open },
   };
   files.writeAtomic(

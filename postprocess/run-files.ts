@@ -2,14 +2,15 @@
 import * as crypto from 'node:crypto';
 import * as fs from 'node:fs';
 import * as path from 'node:path';
-import { type Harvest, UsageError } from '../nano-param-decomp.ts';
+import { type Harvest, type openRun, UsageError } from '../nano-param-decomp.ts';
 
-export type { Example, Harvest, HarvestComponent, Scoreboard } from '../nano-param-decomp.ts';
+export { type Example, type Harvest, type HarvestComponent, tokenText } from '../nano-param-decomp.ts';
+
+/** A finished run, as openRun gives it: engine, problem, params, data. */
+export type Run = Awaited<ReturnType<typeof openRun>>;
 
 /** A stage's flags as the command line gives them. */
 export type Flags = Readonly<Record<string, string | boolean | undefined>>;
-/** What a stage needs that reads only files of the run's folder. */
-export type Folder = { readonly dir: string };
 
 /** @throws UsageError: one line without control or direction marks, since parts of it may be a stranger's text */
 export function refuse(message: string): never {
