@@ -28,6 +28,7 @@ export function readNeighbours(dir: string, components: string): Neighbours {
   const file = files.readRunFile<AttributionsFile>(dir, 'attributions.json', 'attributions');
   if (file.components !== undefined && file.components !== components)
     files.refuse(`${dir}: attributions.json belongs to other components; attributions --run ${dir} makes it anew`);
+  if (!Array.isArray(file.targets)) files.refuse(`${dir}: attributions.json has no list of targets`);
   return neighboursOf(file);
 }
 
