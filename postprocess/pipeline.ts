@@ -13,6 +13,7 @@ export const FLAGS = {
   ...INTERPRET_FLAGS,
   minutes: 'string', // of attributions
   alpha: 'string', // of cluster
+  'cluster-positions': 'string', // its --positions
 } as const;
 
 /** The stages that live elsewhere. `page` is called last, where anything was done. */
@@ -72,7 +73,10 @@ export async function postprocess(run: files.Run, flags: files.Flags, steps: Ste
       stage('attributions', !attributions || isOf(dir, 'attributions.json', components), () =>
         attributions!(run, pick('minutes')),
       ),
-    () => stage('cluster', isOf(dir, 'clusters.json', components), () => cluster(run, pick('alpha'))),
+    () =>
+      stage('cluster', isOf(dir, 'clusters.json', components), () =>
+        cluster(run, { alpha: flags.alpha, positions: flags['cluster-positions'] }),
+      ),
     // asks only what has no answer yet
     () => stage('interpret', !asking, () => interpret(run, { ...flags, graph: attributed() })),
   ];
