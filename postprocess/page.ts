@@ -5,8 +5,9 @@
  */
 import * as fs from 'node:fs';
 import type { Example, Harvest, Scoreboard } from '../nano-param-decomp.ts';
+import type { PageMeanings } from './page-meanings.ts';
 
-export interface ReportData {
+export interface ReportData extends PageMeanings {
   config: unknown; // of config.json
   metrics: Record<string, number>; // the final evaluation
   history: Record<string, number>[]; // the lines of metrics.jsonl
