@@ -3,7 +3,8 @@ import * as fs from 'node:fs';
 import * as path from 'node:path';
 import type { Clusters } from './cluster.ts';
 import type { Interpretation, Label } from './interpret.ts';
-import { componentsHash, type Harvest } from './run-files.ts';
+import { renderReport } from './page.ts';
+import { componentsHash, type Harvest, readHarvest, type Scoreboard, writeAtomic } from './run-files.ts';
 
 /** Groups by the columns of their members, the largest first. */
 export interface PageGroups {
@@ -81,4 +82,15 @@ function pageLabels(lines: readonly Interpretation[], columnOf: ColumnOf): Recor
       label.scores.push({ kind, score, chance, ...(tokenOverlap !== undefined && { tokenOverlap }) });
   }
   return labels;
+}
+
+/** Renders report.html from what is in the run's folder; the scoreboard of known rules is in none of its files. */
+export function writePage(dir: string, scoreboard?: Scoreboard): void {
+  const harvest = readHarvest(dir);
+  const lines = read(() => fs.readFileSync(path.join(dir, 'metrics.jsonl'), 'utf8')) ?? '';
+  const history = lines.split('\n').flatMap(line => read(() => [JSON.parse(line) as Record<string, number>]) ?? []);
+  const metrics = history.findLast(line => 'eval/ce_kl/ce_target' in line) ?? {};
+  const config = read(() => JSON.parse(fs.readFileSync(path.join(dir, 'config.json'), 'utf8')));
+  const shown = { config, metrics, history, harvest, ...readMeanings(dir, harvest), ...(scoreboard && { scoreboard }) };
+  writeAtomic(path.join(dir, 'report.html'), renderReport(shown));
 }

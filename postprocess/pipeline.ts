@@ -7,6 +7,7 @@ import * as fs from 'node:fs';
 import * as path from 'node:path';
 import { cluster } from './cluster.ts';
 import { FLAGS as INTERPRET_FLAGS, interpret } from './interpret.ts';
+import { writePage } from './page-meanings.ts';
 import * as files from './run-files.ts';
 
 export const FLAGS = {
@@ -20,7 +21,7 @@ export const FLAGS = {
 export interface Steps {
   harvest(run: files.Run): Promise<unknown>;
   attributions?(run: files.Run, flags: files.Flags): Promise<number>;
-  page(run: files.Run): Promise<unknown>;
+  page?(run: files.Run): Promise<unknown>; // default: without the scoreboard of known rules, which no file has
 }
 
 const HARVESTED = 'postprocess.json'; // which components harvest.json belongs to, which it does not say itself
@@ -88,7 +89,7 @@ export async function postprocess(run: files.Run, flags: files.Flags, steps: Ste
     files.talk('             no labels: give --api-url and --api-model, or --prompts-only, or --answers FILE');
   const page = path.join(dir, 'report.html');
   await stage('page', done === 0 && fs.existsSync(page), async () => {
-    await steps.page(run);
+    await (steps.page?.(run) ?? writePage(dir));
     return 0;
   });
   console.log(page);

@@ -4,7 +4,7 @@ import * as fs from 'node:fs';
 import * as path from 'node:path';
 import { type Harvest, type openRun, UsageError } from '../nano-param-decomp.ts';
 
-export { type Example, type Harvest, type HarvestComponent, tokenText } from '../nano-param-decomp.ts';
+export { type Example, type Harvest, type HarvestComponent, type Scoreboard, tokenText } from '../nano-param-decomp.ts';
 
 /** A finished run, as openRun gives it: engine, problem, params, data. */
 export type Run = Awaited<ReturnType<typeof openRun>>;
