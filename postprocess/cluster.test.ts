@@ -155,7 +155,7 @@ function toy() {
   return { firings, answers, modules: (leaves as [string, number][]).map(([module]) => module) };
 }
 
-test('the toy: components that answer to the same rule come into the same group, and L falls down to its minimum', () => {
+test('the toy: components that answer to the same rule come into the same group, and L falls down to its minimum', t => {
   const { firings, answers, modules } = toy();
   const labelled = range(answers.length).filter(leaf => answers[leaf] !== undefined);
   assert.ok(labelled.length >= 50, `${labelled.length} components answer to a rule`);
@@ -172,7 +172,7 @@ test('the toy: components that answer to the same rule come into the same group,
       return adjustedRand(groups, order.map(([, i]) => rules[i]!)); // biome-ignore format: a line
     });
     const { groups: count, several, shareSpanningModules } = groupSizes(partition, modules);
-    console.log(
+    t.diagnostic(
       `α ${alpha}: ${count} groups, ${several} of several, ${shareSpanningModules.toFixed(2)} of these span modules; ` +
         `adjusted Rand ${index.toFixed(3)}, shuffled ${(sum(shuffled) / 50).toFixed(3)}, at most ${Math.max(...shuffled).toFixed(3)}`,
     );

@@ -582,7 +582,7 @@ function summarise({ leaves, groups, positions, L, best, alphas, ensemble, alpha
   const lines = [
     `${leaves.length} components at ${positions} positions: ${groups.length} groups at α ${alpha}, ${several} of several members`,
     `description ${(L[0]! / positions).toFixed(2)} bits a position as they are, ${(L[best]! / positions).toFixed(2)} in groups`,
-    `       α  groups  of several  spanning modules  layers`,
+    ...(alphas.length > 0 ? ['       α  groups  of several  spanning modules  layers'] : []),
     ...alphas.map(
       a =>
         `${String(a.alpha).padStart(8)}${String(a.groups).padStart(8)}${String(a.several).padStart(12)}` +

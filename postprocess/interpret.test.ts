@@ -80,7 +80,7 @@ function readToy() {
 let known: ReturnType<typeof readToy> | undefined;
 const toy = () => (known ??= readToy());
 
-test('the grammar as judge: near 1 where a component is its rule, near chance with shuffled labels', () => {
+test('the grammar as judge: near 1 where a component is its rule, near chance with shuffled labels', t => {
   const { subjects, pool, answers, inForce } = toy();
   const exact = range(subjects.length).filter(c => answers[c]!.f1 === 1);
   assert.ok(exact.length >= 15, `${exact.length} components with an F1 of 1`);
@@ -104,14 +104,14 @@ test('the grammar as judge: near 1 where a component is its rule, near chance wi
       });
     const right = scores(i => answers[exact[i]!]!.rule);
     const shuffled = scores(i => wrong[i]!);
-    console.log(`${kind}: ${mean(right).toFixed(3)} on ${right.length} trials, shuffled ${mean(shuffled).toFixed(3)}`);
+    t.diagnostic(`${kind}: ${mean(right).toFixed(3)} on ${right.length} trials, shuffled ${mean(shuffled).toFixed(3)}`);
     assert.ok(right.length >= 4 * exact.length, 'most components have trials');
     assert.ok(mean(right) > 0.97, `${kind}: ${mean(right)}`);
     assert.ok(Math.abs(mean(shuffled) - CHANCE[kind]) < 0.1, `${kind}, shuffled labels: ${mean(shuffled)}`);
   }
 });
 
-test('the intruder by token overlap alone is better than chance on the toy, and at chance where windows are random', () => {
+test('the intruder by token overlap alone is better than chance on the toy, and at chance where windows are random', t => {
   const { subjects } = toy();
   const score = (list: Subject[]) =>
     mean(list.flatMap(subject => intruderTrials(subject, list).map(trial => overlapBaseline(trial))));
@@ -122,7 +122,7 @@ test('the intruder by token overlap alone is better than chance on the toy, and 
     windows: subject.windows.map(() => all[Math.floor(random() * all.length)]!),
   }));
   const [own, control] = [score(subjects), score(anywhere)];
-  console.log(`token overlap: ${own.toFixed(3)}, windows of any component ${control.toFixed(3)}, chance 0.2`);
+  t.diagnostic(`token overlap: ${own.toFixed(3)}, windows of any component ${control.toFixed(3)}, chance 0.2`);
   assert.ok(own > 0.5, `${own}`);
   assert.ok(Math.abs(control - 0.2) < 0.04, `${control}`);
 });

@@ -8,7 +8,7 @@ import { fileURLToPath, pathToFileURL } from 'node:url';
 import { type Browser, chromium, type Locator, type Page } from 'playwright-core';
 import { type Example, type Harvest, type HarvestComponent, harvestDefaults } from '../nano-param-decomp.ts';
 import { type ReportData, renderReport } from './page.ts';
-import { readMeanings } from './page-meanings.ts';
+import { readMeanings, writePage } from './page-meanings.ts';
 import { componentsHash } from './run-files.ts';
 
 const template = fs.readFileSync(fileURLToPath(new URL('page.html', import.meta.url)), 'utf8');
@@ -491,6 +491,11 @@ test('the page takes groups and labels of the same components only', () => {
   assert.deepEqual(groups?.L, [[2, 5], [1, 4]]); // biome-ignore format: a line
   const scores = [{ kind: 'detection', score: 1, chance: 0.5 }];
   assert.deepEqual(labels, { 4: { label: 'x', confidence: null, reason: '', model: 'm', scores } });
+  assert.throws(() => writePage(dir), /has no harvest\.json; harvest --run/);
+  fs.writeFileSync(path.join(dir, 'harvest.json'), JSON.stringify(makeRun(1, 3, ordinary).harvest));
+  writePage(dir);
+  const page = fs.readFileSync(path.join(dir, 'report.html'), 'utf8');
+  assert.ok(page.includes('"label":"x"') && page.includes('"columns":[0,4]'));
   fs.writeFileSync(path.join(dir, 'components.safetensors'), 'b');
   assert.deepEqual(readMeanings(dir, harvested), {});
   fs.writeFileSync(path.join(dir, 'clusters.json'), '{');
