@@ -1880,12 +1880,13 @@ export async function openRun(dir: string, changes: Partial<Config> = {}) {
   return { ...run, record, otherData };
 }
 
+export type OpenRun = Awaited<ReturnType<typeof openRun>>;
 export type Flags = Readonly<Record<string, string | boolean | undefined>>;
 /** A command on a finished run, and its flags besides the config's fields. */
 export interface Job {
   help: string;
   flags?: Readonly<Record<string, 'string' | 'boolean'>>;
-  run(dir: string, changes: Partial<Config>, flags: Flags): Promise<void>;
+  run(dir: string, changes: Partial<Config>, flags: Flags): Promise<number>; // the exit code
 }
 
 const writeHarvest = async (run: Run): Promise<void> => {
@@ -1916,10 +1917,7 @@ export async function main(argv: string[], post = plainPostprocess): Promise<num
   if (!line) return 0; // --help, --version
   const { job, flags, meantFor } = line;
   const changes: Partial<Config> = line.values;
-  if (job !== 'decompose') {
-    await post.JOBS[job]!.run(`${flags.run}`, changes, flags);
-    return 0;
-  }
+  if (job !== 'decompose') return post.JOBS[job]!.run(`${flags.run}`, changes, flags);
   const to = changes.out;
   if (flags.resume && !to) refuse('--resume: takes --out DIR, the folder of the run to go on with');
   const old = flags.resume && to ? readRun(to) : undefined;
