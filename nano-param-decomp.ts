@@ -200,7 +200,7 @@ export type Problem<Net extends Target = Target> = {
   config: Config;
   ci?: CiFunction;
 };
-export const totalC = (modules: Module[]) => sum(modules.map(m => m.C));
+export const totalC = (modules: readonly Module[]) => sum(modules.map(m => m.C));
 
 /** As in components.safetensors: components.<path>.V and .U, ci_fn.*. */
 export type Params = Record<string, tf.Variable>;
@@ -275,7 +275,7 @@ export function recordedForward(target: Target, inputs: T<'B S'>, linear = ownLi
 }
 
 /** Resolves --components: "pattern=C,…", where * is any text and the first match counts. */
-export function chooseModules(linears: LinearLayer[], spec: string): Module[] {
+export function chooseModules(linears: readonly LinearLayer[], spec: string): Module[] {
   const paths = linears.map(l => l.path);
   const rules = (spec === 'auto' ? [] : spec.split(',')).map(rule => {
     const [, pattern = '', C = 0] = /^([\w.*]+)=(\d{1,7})$/.exec(rule.trim()) ?? [];
@@ -399,14 +399,13 @@ export function importanceLoss(gUpper: T<'N ΣC'>, p: T, config: Config, R: numb
   return mu.mul(log2.mul(config.impBeta).add(1)).sum();
 }
 
-/** How outputs are compared with the target's own: a scalar. */
+/** How outputs are compared with the target's own: scalars. */
 export interface Comparison {
   metric: string; // the prefix of its metrics
-  /** For training: differentiable in the second argument. */
-  loss(own: T<'N out'>, predicted: T<'N out'>): T;
-  /** The same for evaluation: exact when it is small. */
-  measure(own: T<'N out'>, predicted: T<'N out'>): T;
+  loss: Compare; // for training: differentiable in the second argument
+  measure: Compare; // the same for evaluation: exact when it is small
 }
+type Compare = (own: T<'N out'>, predicted: T<'N out'>) => T;
 /** The mean of (prediction − own)². */
 export const mse: Comparison = {
   metric: 'recon/mse',
@@ -528,7 +527,7 @@ const lossList: [string, Loss][] = Object.entries(LOSSES);
 // after; its Adam counts all of them.
 
 /** The sources s [N,ΣC+M] in [0, 1], and the moments of their Adam. */
-export type Sources<X extends T = T> = { s: X; m: X; v: X };
+type Sources<X extends T = T> = { s: X; m: X; v: X };
 
 /** One move: an ascent step, clamped to [0, 1]; c1, c2: Adam's bias corrections. */
 export function ascend(old: Sources, grad: T, config: Config, lr: T, c1: T, c2: T): Sources {
@@ -721,7 +720,7 @@ export function compileStep(engine: Engine, problem: Problem, state: State) {
 
 /** From 0 at the first step to 1 at the last. */
 const progress = (step: number, nSteps: number) => (nSteps > 1 ? step / (nSteps - 1) : 0);
-/** A cosine from 1 at the first step to `finalFrac` at the last. */
+/** From 1 at the first step to `finalFrac` at the last. */
 export const cosine = (step: number, nSteps: number, finalFrac: number): number =>
   finalFrac + (1 - finalFrac) * 0.5 * (1 + Math.cos(Math.PI * progress(step, nSteps)));
 const mainCorrections = (step: number) => ({
@@ -961,7 +960,7 @@ export function compileEvaluation(engine: Engine, problem: Problem, params: Para
     }
     return { metrics, meanCi: meanCi! };
   };
-  return (rows: Rows, step: number, slow: boolean) => tidyAsync(() => evaluate(rows, step, slow));
+  return (...args: Parameters<typeof evaluate>) => tidyAsync(() => evaluate(...args));
 }
 
 // ---- H. The run ----
@@ -1010,18 +1009,22 @@ export async function decompose(
     writeAtomic(path.join(c.out, 'config.json'), `${JSON.stringify(now, null, 1)}\n`);
   }
   const state = initialState(problem, params);
+  const { m, v, sources } = state;
+  const rest: Params = {}; // what --resume needs besides, by the names in state.safetensors
+  for (const [part, of] of Object.entries({ 'adam.m': m, 'adam.v': v, ppgd: sources }))
+    for (const [name, x] of Object.entries(of)) rest[`${part}.${name}`] = x;
   const metricsFile = path.join(c.out, 'metrics.jsonl');
   const log = (metrics: Metrics) => {
     if (c.out) fs.appendFileSync(metricsFile, `${JSON.stringify({ step: done, ...metrics })}\n`);
   };
   const save = async () => {
-    if (c.out) await io.saveCheckpoint(c.out, done, params, stateVariables(state));
+    if (c.out) await io.saveCheckpoint(c.out, done, params, rest);
   };
   const compiled = compileEvaluation(engine, problem, params);
   const heldOut = firstRows(data.heldOut, c.evalBatchSize);
   const evaluate = async (slow: boolean) => (await compiled(heldOut, done, slow)).metrics;
 
-  let done = (old && (await io.resume(c.out, params, stateVariables(state), say))) || 0;
+  let done = (old && (await io.resume(c.out, params, rest, say))) || 0;
   if (done === 0) {
     const total = c.faithfulnessWarmupSteps;
     const show = io.startProgress(total);
@@ -1070,14 +1073,6 @@ export async function decompose(
   if (!io.readMetrics(metricsFile).some(isOfNow)) log(evaluated);
   return evaluated;
 }
-
-/** What --resume needs besides the parameters, by the names in state.safetensors. */
-const stateVariables = ({ m, v, sources }: State): Params => {
-  const named: Params = {};
-  for (const [part, of] of Object.entries({ 'adam.m': m, 'adam.v': v, ppgd: sources }))
-    for (const [name, x] of Object.entries(of)) named[`${part}.${name}`] = x;
-  return named;
-};
 
 /** Writes beside and renames: nobody ever reads half a file. */
 export function writeAtomic(file: string, content: string) {
@@ -1194,7 +1189,7 @@ export interface Architecture {
 }
 /** State-dict names without `.weight`, those of a block within it; absent where there is none. */
 // biome-ignore format: few lines
-export interface Names {
+interface Names {
   embed: string; positions?: string; blocks: string; last: string; head: string;
   norm1: string; q: string; k?: string; v?: string; qNorm?: string; kNorm?: string; o: string;
   norm2: string; gate?: string; up: string; down: string;
@@ -1345,7 +1340,6 @@ export function rotate(x: T<'B H S hd'>, frequencies: Float32Array): T<'B H S hd
   return tf.concat([a.mul(cos).sub(b.mul(sin)), b.mul(cos).add(a.mul(sin)), ...others], 3);
 }
 
-/** [N, H·hd] -> [B,H,S,hd] */
 const toHeads = (x: T<'N d'>, B: number, S: number, H: number): T<'B H S hd'> =>
   x.reshape([B, S, H, x.size / (B * S * H)]).transpose([0, 2, 1, 3]);
 
@@ -1477,7 +1471,7 @@ export async function loadData(model: LanguageModel, config: Config) {
 // biome-ignore format: few lines
 export const PURPOSE = {
   mask: 1, delta: 2, route: 3, routeCount: 4, randomMask: 5, pgd: 6, shuffle: 7, sources: 8,
-  harvest: 9, init: 16, // and on from there, one for each array of initial values
+  harvest: 9, init: 16, // and on, one for each array of initial values
 };
 
 export const randomKey = (seed: number, step: number): tf.Tensor1D =>
@@ -1520,13 +1514,12 @@ export function scramble(x: number): number {
 
 // ---- L. Rooms ----
 // engine/ makes TFJS fast, io/ stands between this file and the world. Without them the plain ways
-// below do: this file alone runs op by op, reads llama and llama_simple_mlp folders and .txt files,
-// and writes components.safetensors.
+// below do: op by op, from llama and llama_simple_mlp folders and .txt files to components.safetensors.
 
 export interface Engine {
   name: string;
   gpu: boolean;
-  description: string; // a line for people: which engine, and why
+  description: string; // for people: which engine, and why
   memoryBytes?(): number; // how much a step may take
   /**
    * `fn`, faster where the engine can trace it: it runs once as it is, and from then on as one graph.
@@ -1568,17 +1561,7 @@ const needsRoom = (): never => refuse('this needs the folders io/ and engine/ be
 const alone = <X extends object>(plain: Partial<X>) =>
   new Proxy(plain, { get: (_, name) => Reflect.get(plain, name) ?? needsRoom }) as X;
 
-type Io = Omit<typeof import('./io/index.ts'), 'openModel'> & {
-  openModel(dir: string, own: typeof NAMES, talk: typeof say): Promise<ModelFiles>;
-};
-interface ModelFiles {
-  arch: Architecture;
-  config: Record<string, unknown>;
-  has(name: string): boolean;
-  read(name: string, shape: number[]): Float32Array;
-  finish(): string; // the SHA-256 of all that was read
-  close(): void;
-}
+type Io = typeof import('./io/index.ts');
 const plainIo: Partial<Io> = {
   /** Flags of the main job, as --name=value. */
   commandLine(argv) {
@@ -1606,7 +1589,7 @@ const plainIo: Partial<Io> = {
     const start = 8 + Number(bytes.readBigUInt64LE());
     const header = JSON.parse(bytes.toString('utf8', 8, start));
     return {
-      arch: plainArchitecture(config, configFile),
+      arch: plainArchitecture(config, configFile) as never,
       config,
       has: name => Object.hasOwn(header, name),
       read(name, shape) {
@@ -1620,7 +1603,7 @@ const plainIo: Partial<Io> = {
         sha256.update(name).update(data);
         return data;
       },
-      finish: () => sha256.digest('hex'),
+      finish: () => sha256.digest('hex'), // of all that was read
       close: () => {},
     };
   },
@@ -1671,16 +1654,15 @@ const plainIo: Partial<Io> = {
   runRecord: ({ problem: { config } }) => ({ formatVersion: 1, config }) as never,
   readMetrics: () => [],
 };
-interface Engines extends Pick<typeof import('./engine/index.ts'), 'checkSize' | 'accumulate'> {
-  startEngine(config: Config): Promise<Omit<Engine, 'compile'> & Partial<Engine>>;
-}
+type Engines = typeof import('./engine/index.ts');
 const plainEngines: Partial<Engines> = {
   async startEngine({ engine, precision }) {
     if (!['auto', 'wasm'].includes(engine) || !['auto', 'float32'].includes(precision))
       refuse(`--engine ${engine}, --precision ${precision}: not without the folder engine/`);
     await import('@tensorflow/tfjs-backend-wasm');
     await tf.setBackend('wasm');
-    return { name: 'wasm', gpu: false, description: 'WASM, op by op (no engine/ folder)' };
+    const description = 'WASM, op by op (no engine/ folder)';
+    return { name: 'wasm', gpu: false, description, memoryBytes: () => Infinity };
   },
   checkSize: () => {},
 };
@@ -1764,14 +1746,13 @@ async function openModelRun(config: Config, given: ReadonlySet<string>) {
 
   const rows = firstRows(data.heldOut, Math.max(c.evalBatchSize, Math.ceil(8192 / c.seqLen)));
   let loss = 0;
-  for (const indices of inBatches(rows.count, c.evalBatchSize)) {
-    const mean = await tidyAsync(() => {
+  for (const indices of inBatches(rows.count, c.evalBatchSize))
+    loss += await tidyAsync(async () => {
       const tokens = inputBatch(rows, indices);
       const logits = target.forward(tokens, ownLinear(target));
-      return numbers(crossEntropy(logits.logSoftmax(), tokens));
+      const [mean = 0] = await numbers(crossEntropy(logits.logSoftmax(), tokens));
+      return (mean * indices.length) / rows.count;
     });
-    loss += (mean[0]! * indices.length) / rows.count;
-  }
   say(`loss     ${loss.toFixed(4)} nats per token, its own on ${rows.count} held-out rows`);
   return { engine, problem, params: initialParams(problem), data };
 }
