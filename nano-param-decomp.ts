@@ -58,7 +58,10 @@ export function refuse(message: string): never {
   throw new UsageError(message);
 }
 /** Progress and warnings; standard output is for results. */
-export const say = (line: string) => void process.stderr.write(`${line}\n`);
+export function say(line: string) {
+  io.endLiveLine(); // a progress line, on a terminal
+  process.stderr.write(`${line}\n`);
+}
 
 export const range = (from: number, to: number) =>
   Array.from({ length: Math.max(0, to - from) }, (_, i) => from + i);
@@ -143,7 +146,11 @@ const GROUPS = {
     harvestRows: int(4096, 'training rows that the harvest reads; 0 = all'),
   },
   Engine: {
-    engine: text('auto', 'auto: the fastest that loads', 'auto tensorflow webgpu wasm'),
+    engine: text(
+      'auto',
+      'auto: TensorFlow on a GPU, else the fastest',
+      'auto onnx tensorflow webgpu wasm',
+    ),
     precision: text('auto', 'of matrix products; auto: tf32 on CUDA', 'auto float32 tf32 bf16'),
     graph: flag(true, 'trace functions into graphs (--no-graph: op by op)'),
     xla: text('auto', 'compile with XLA; auto: on a CPU from 10,000 steps on', 'auto on off'),
@@ -216,6 +223,10 @@ const addBias = (y: T<'N dOut'>, bias?: T<'dOut'>) => (bias ? y.add(bias) : y);
 const weightOf = ({ weights }: Pick<Target, 'weights'>, name: string) =>
   weights.get(name) ?? refuse(`no weight ${name}`);
 
+/** Columns of the given widths; tf.split's own gradient throws where there is only one. */
+const splitColumns = (x: T, widths: number[]): T[] =>
+  widths.length > 1 ? tf.split(x, widths, 1) : [x];
+
 /** x Wᵀ + b, as the target has it. */
 export const ownLinear =
   (target: Target): Linear =>
@@ -236,9 +247,10 @@ export interface Masks {
  *   y = ((x V) ⊙ a) U + k ⊙ (x Wᵀ) + b,   a = r (m − δ),   k = 1 − r (1 − δ).
  */
 export function maskedLinear({ target, modules }: Problem, params: Tensors, masks: Masks): Linear {
-  const perModule = (x: T<'N M'>) => tf.split(x, modules.length, 1);
-  const sizes = modules.map(m => m.C);
-  const mask = tf.split(masks.mask, sizes, 1);
+  const ones = modules.map(() => 1);
+  const widths = modules.map(m => m.C);
+  const perModule = (x: T<'N M'>) => splitColumns(x, ones);
+  const mask = splitColumns(masks.mask, widths);
   const delta = masks.delta && perModule(masks.delta);
   const route = masks.route && perModule(masks.route);
   // k, the kept share of x Wᵀ. Without routing (r = 1) it is δ, and without δ as well it is 0.
@@ -1240,6 +1252,7 @@ export function linearLayers(arch: Architecture): LinearLayer[] {
 
 /** Loads a Hugging Face folder. @throws UsageError that says what is wrong with which file */
 export async function loadTarget(dir: string, from: Origin = { path: dir }) {
+  await openRooms();
   const files = await io.openModel(dir, NAMES, say);
   const { arch, config } = files;
   const { names, conv1d, vocab, dModel } = arch;
@@ -1453,16 +1466,7 @@ function shuffled(count: number, seed: number, epoch: number): Uint32Array {
 /** Training and held-out rows: those of `evalData`, else of the last 5 % of the documents. */
 export async function loadData(model: LanguageModel, config: Config) {
   const tokenizer = io.loadTokenizer(model.dir);
-  const [first] = [model.config.eos_token_id].flat(); // Llama 3 lists several; the first ends a text
-  const options = {
-    ...model.arch, // vocab, context
-    seqLen: config.seqLen,
-    tokenizer,
-    endOfText: Number.isInteger(first) ? (first as number) : undefined,
-    file: path.join(config.out, 'tokens.bin'), // for a corpus larger than memory
-    rows: config.nSteps * config.batchSize,
-  };
-  return { tokenizer, ...(await io.loadRows(config.data, config.evalData, options)) };
+  return { tokenizer, ...(await io.rowsOf(config, model, tokenizer)) };
 }
 
 // Random numbers are a function of (seed, step, purpose) alone, so any step can be replayed, and a
@@ -1480,7 +1484,13 @@ export const randomKey = (seed: number, step: number): tf.Tensor1D =>
 /** Uniform numbers in [0, 1) by (key, purpose). An engine may have its own, with other bits. */
 export function uniform(shape: number[], key: tf.Tensor, purpose: number): tf.Tensor {
   if (tf.getKernel('Uniform', tf.getBackend()))
-    return tf.engine().runKernel('Uniform', { key }, { shape, purpose }) as tf.Tensor;
+    return tf
+      .engine()
+      .runKernel(
+        'Uniform',
+        { key },
+        { shape, purpose, generate: uniformArray as never },
+      ) as tf.Tensor;
   const [seed = 0, step = 0] = key.dataSync();
   return tf.tensor(uniformArray(sizeOf(shape), seed, step, purpose), shape);
 }
@@ -1535,6 +1545,7 @@ export const opByOp: Pick<Engine, 'compile'> = {
   compile: (_name, fn) => async feeds => tf.tidy(() => fn(feeds)),
 };
 export async function startEngine(config: Config): Promise<Engine> {
+  await openRooms();
   return { ...opByOp, ...(await engines.startEngine(config)) };
 }
 
@@ -1608,14 +1619,14 @@ const plainIo: Partial<Io> = {
     };
   },
   /** Rows of one text file, a document a line. */
-  async loadRows(data, evalData, { seqLen, tokenizer, endOfText }) {
+  async rowsOf({ data, evalData, seqLen }, { config }, tokenizer) {
     if (!tokenizer || !data.endsWith('.txt') || evalData || !fs.existsSync(data))
       return refuse(`${data}: without io/ takes one .txt file`);
     const lines = fs.readFileSync(data, 'utf8').split('\n');
     const documents = lines.filter(line => line.trim());
     // Documents are joined by end-of-text, unless the tokenizer starts each with begin-of-text.
     const marksItself = tokenizer.encode('').ids.length > 0;
-    const mark = endOfText === undefined || marksItself ? [] : [endOfText];
+    const mark = marksItself ? [] : ([config.eos_token_id].flat().slice(0, 1) as number[]);
     const pack = (texts: string[]) => {
       const ids = texts.flatMap(text => [...tokenizer.encode(text).ids, ...mark]);
       const row = (i: number) => Int32Array.from(ids.slice(i * seqLen, (i + 1) * seqLen));
@@ -1644,15 +1655,16 @@ const plainIo: Partial<Io> = {
   startProgress: total => (done, line) => {
     if (done === total || Number.isInteger(Math.log2(done))) say(line());
   },
-  stepLine: (done, nSteps) => `step ${done}/${nSteps}`,
-  describeRun: () => {},
-  warnOfTarget: () => {},
   watchSignals: () => ({ interrupted: async () => undefined, stop: () => {} }),
   async checkFinite(step, metrics) {
     if (!Object.values(metrics).every(Number.isFinite)) throw new Error(`diverged at step ${step}`);
   },
   runRecord: ({ problem: { config } }) => ({ formatVersion: 1, config }) as never,
   readMetrics: () => [],
+  stepLine: (done, nSteps) => `step ${done}/${nSteps}`,
+  describeRun: () => {},
+  warnOfTarget: () => {},
+  endLiveLine: () => {},
 };
 type Engines = typeof import('./engine/index.ts');
 const plainEngines: Partial<Engines> = {
@@ -1666,9 +1678,13 @@ const plainEngines: Partial<Engines> = {
   },
   checkSize: () => {},
 };
-const io: Io = (await beside('io', () => import('./io/index.ts'))) ?? alone(plainIo);
-const engines: Engines =
-  (await beside('engine', () => import('./engine/index.ts'))) ?? alone(plainEngines);
+let io: Io = alone(plainIo);
+let engines: Engines = alone(plainEngines);
+/** Takes the rooms in. Whatever starts from outside awaits it first. */
+async function openRooms() {
+  io = (await beside('io', () => import('./io/index.ts'))) ?? io;
+  engines = (await beside('engine', () => import('./engine/index.ts'))) ?? engines;
+}
 
 function readJson(file: string): Record<string, unknown> {
   try {
@@ -1762,9 +1778,12 @@ async function openModelRun(config: Config, given: ReadonlySet<string>) {
  * config. @throws UsageError if model or data are not those of the run
  */
 export async function openRun(dir: string, changes: Partial<Config> = {}) {
+  await openRooms();
   const record = io.readRecord(dir) as RunRecord;
-  const config = { ...DEFAULTS, ...record.config, ...changes, out: dir };
+  const { evalBatchSize } = record.config; // it may decide how much of a hub's data set is read
+  const config = { ...DEFAULTS, ...record.config, ...changes, evalBatchSize, out: dir };
   const run = await openModelRun(config, new Set(Object.keys(config)));
+  run.problem.config.evalBatchSize = changes.evalBatchSize ?? evalBatchSize;
   if (run.problem.target.source.sha256 !== record.model.sha256)
     refuse(`${record.model.path}: not the model of this run (its SHA-256 differs)`);
   const given = Boolean(changes.data || changes.evalData); // other data on purpose
@@ -1801,6 +1820,7 @@ const oneLine = (error: unknown) =>
 
 /** @returns the exit code */
 export async function main(argv: string[], post = plainPostprocess) {
+  await openRooms();
   const line = io.commandLine(argv, { version: VERSION, groups: GROUPS, jobs: post.JOBS });
   if (!line) return 0; // --help, --version
   const { job, flags, meantFor } = line;

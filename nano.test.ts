@@ -15,6 +15,7 @@ import { PRESETS } from './io/presets.ts';
 import { openSafetensors } from './io/safetensors.ts';
 import { loadTokenizer } from './io/tokenizer.ts';
 import * as nano from './nano-param-decomp.ts';
+import * as post from './postprocess/index.ts';
 import type { Labels } from './postprocess/scoreboard.ts';
 
 // ---- Tolerances -----------------------------------------------------------------------------------------------------
@@ -1112,7 +1113,12 @@ const onToy = `--engine=wasm --model=${toy} --data=${sentences} --seq-len=4 --ou
 test('whatever is wrong on the command line is refused in one line that names it', async t => {
   t.mock.method(process.stderr, 'write', () => true); // the engine and the target introduce themselves
   const refuses = (line: string, message: RegExp) =>
-    refused(message, () => nano.main(line.split(' ').filter(word => word)));
+    refused(message, () =>
+      nano.main(
+        line.split(' ').filter(word => word),
+        post,
+      ),
+    );
   await refuses('--no-such-flag', /--no-such-flag/);
   await refuses('train', /train/);
   await refuses('--n-steps', /--n-steps/);
@@ -1172,8 +1178,8 @@ test('a refused command line ends with exit code 2 and one line on standard erro
 
 test('--help lists every field with its flag, and --version prints the version', async t => {
   const log = t.mock.method(console, 'log', () => {});
-  assert.equal(await nano.main(['--help']), 0);
-  assert.equal(await nano.main(['eval', '--version']), 0);
+  assert.equal(await nano.main(['--help'], post), 0);
+  assert.equal(await nano.main(['eval', '--version'], post), 0);
   log.mock.restore();
   const [help = '', version = ''] = log.mock.calls.map(call => String(call.arguments[0]));
   for (const [field, value] of Object.entries(nano.DEFAULTS)) {

@@ -595,6 +595,15 @@ test('what is not in the cache of a data set is refused by name, never left out'
   fs.rmSync(path.join(corpusFolder(), '.shards'), { recursive: true }); // as another tool leaves it
   assert.deepEqual(await readShards('org/corpus', 1), contentsOf(TRAIN.slice(0, 1)));
   await refused(readShards(), second);
+  const snapshot = path.join(corpusFolder(), 'snapshots', COMMIT, 'data');
+  for (const other of ['test', 'validation']) {
+    const [first] = fs.readdirSync(snapshot); // another tool fetched no training split
+    fs.renameSync(path.join(snapshot, first!), path.join(snapshot, `${other}-00000-of-00001.parquet`));
+    await refused(readShards(), /the list of its files is not in the cache/);
+  }
+  delete process.env.HF_HUB_OFFLINE;
+  process.env.TRANSFORMERS_OFFLINE = 'yes';
+  await refused(readShards(), /TRANSFORMERS_OFFLINE is set/);
   await refused(readShards('org/corpus@other'), /org\/corpus@other: the list of its files is not in the cache/);
   await refused(readShards('org/other'), /not in the cache/);
 });

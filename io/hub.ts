@@ -26,7 +26,7 @@ interface Repo {
   id: string;
   revision: string;
   folder: string;
-  hub: { endpoint: string; token: string; offline: boolean; timeout: number };
+  hub: { endpoint: string; token: string; offlineBy: string | undefined; timeout: number }; // a variable's name
 }
 
 /** `org/name[@revision]`, and the settings in the variables that the Python library reads. */
@@ -40,6 +40,7 @@ function parseRepo(spec: string, kind: Repo['kind']): Repo {
   const home = expand(env('HF_HOME') ?? path.join(env('XDG_CACHE_HOME') ?? '~/.cache', 'huggingface'));
   const cache = expand(env('HF_HUB_CACHE') ?? env('HUGGINGFACE_HUB_CACHE') ?? path.join(home, 'hub'));
   const tokenFile = expand(env('HF_TOKEN_PATH') ?? path.join(home, 'token'));
+  const offline = env('HF_HUB_OFFLINE') ? 'HF_HUB_OFFLINE' : 'TRANSFORMERS_OFFLINE';
   const hub = {
     endpoint: (env('HF_ENDPOINT') ?? 'https://huggingface.co').replace(/\/+$/, ''),
     token: (
@@ -47,7 +48,7 @@ function parseRepo(spec: string, kind: Repo['kind']): Repo {
       env('HUGGING_FACE_HUB_TOKEN') ??
       (fs.existsSync(tokenFile) ? fs.readFileSync(tokenFile, 'utf8') : '')
     ).trim(),
-    offline: /^(1|on|yes|true)$/i.test(env('HF_HUB_OFFLINE') ?? env('TRANSFORMERS_OFFLINE') ?? ''),
+    offlineBy: /^(1|on|yes|true)$/i.test(env(offline) ?? '') ? offline : undefined,
     timeout: 1000 * (Number(env('HF_HUB_DOWNLOAD_TIMEOUT')) || 30), // without a byte
   };
   return { spec, kind, id, revision, folder: path.join(cache, `${kind}--${id.replace('/', '--')}`), hub };
@@ -121,7 +122,7 @@ async function orFromCache<X>(repo: Repo, info: Promise<X>, cached: X | undefine
   return info.catch(error => {
     if (!(error instanceof UnreachableError) || cached === undefined) throw error;
     const warning = `warning  ${error.message}; going on with what is in the cache\n`;
-    if (!repo.hub.offline && !warnings.has(warning)) process.stderr.write(warning);
+    if (!repo.hub.offlineBy && !warnings.has(warning)) process.stderr.write(warning);
     warnings.add(warning);
     return cached;
   });
@@ -140,7 +141,7 @@ function cachedCommit(repo: Repo): string | undefined {
 }
 
 /** Another tool may have fetched only a part of a model. @param sure whether it must be known to have no tokenizer.json */
-function modelIsWhole(repo: Repo, commit: string, sure = !repo.hub.offline): boolean {
+function modelIsWhole(repo: Repo, commit: string, sure = !repo.hub.offlineBy): boolean {
   const snapshot = snapshotOf(repo, commit);
   const has = (name: string) => fs.existsSync(path.join(snapshot, name));
   const noTokenizer = path.join(repo.folder, '.no_exist', commit, 'tokenizer.json');
@@ -152,7 +153,7 @@ const CONVERTED = 'refs/convert/parquet'; // the Hub's own conversion of other f
 /** Our own list of a data set's shards: what other tools leave in the cache may be a part of them. */
 const listOf = (repo: Repo, commit: string) => path.join(repo.folder, '.shards', commit);
 
-/** A data set as far as the cache knows it: all its shards' names (of which not all may be there), or those that are there. */
+/** A data set as far as the cache knows it: the names of all its shards (not all may be there), or those that are there. */
 function cachedDataset(asked: Repo): { commit: string; files: string[]; listed: boolean } | undefined {
   const unnamed = !asked.spec.includes('@');
   for (const revision of [asked.revision, ...(unnamed ? [CONVERTED] : [])]) {
@@ -163,7 +164,8 @@ function cachedDataset(asked: Repo): { commit: string; files: string[]; listed: 
     if (fs.existsSync(list))
       return { commit, files: fs.readFileSync(list, 'utf8').split('\n').filter(Boolean), listed: true };
     const all = fs.readdirSync(snapshotOf(repo, commit), { recursive: true }) as string[];
-    const there = parquetOf(all.map(name => name.split(path.sep).join('/')));
+    const names = all.map(name => name.split(path.sep).join('/'));
+    const there = parquetOf(names.filter(name => !/(^|[/._-])(test|valid(ation)?|val|dev|eval)([/._-]|$)/.test(name)));
     if (there.length > 0) return { commit, files: numbered(there), listed: false };
   }
   return undefined;
@@ -171,8 +173,8 @@ function cachedDataset(asked: Repo): { commit: string; files: string[]; listed: 
 
 /** All names of a numbered series, `x-00001-of-00003.parquet`, some of which are given. */
 function numbered(names: string[]): string[] {
-  const [, before, digits = '', count = 0, after] = /^(.*-)(\d+)-of-(\d+)(\.parquet)$/.exec(names[0]!) ?? [];
-  const nameOf = (i: number) => `${before}${String(i).padStart(digits.length, '0')}-of-${count}${after}`;
+  const [, before, , count = 0, after] = /^(.*-)(\d{5})-of-(\d{5})(\.parquet)$/.exec(names[0]!) ?? [];
+  const nameOf = (i: number) => `${before}${String(i).padStart(5, '0')}-of-${count}${after}`;
   const series = Array.from({ length: Number(count) }, (_, i) => nameOf(i));
   return names.every(name => series.includes(name)) ? series : names;
 }
@@ -243,8 +245,9 @@ async function request(repo: Repo, address: string, abroad: boolean, init: Reque
 
 /** Tries again what may pass, until it fails `tries` times without getting further (`got` bytes). */
 async function persist<R>(repo: Repo, what: string, attempt: () => Promise<R>, got = () => 0, tries = 5): Promise<R> {
-  if (repo.hub.offline)
-    throw new UnreachableError(`${repo.spec}: ${what} is not in the cache (${repo.folder}), and HF_HUB_OFFLINE is set`);
+  const { offlineBy } = repo.hub;
+  if (offlineBy)
+    throw new UnreachableError(`${repo.spec}: ${what} is not in the cache (${repo.folder}), and ${offlineBy} is set`);
   for (let failures = 0, most = 0; ; ) {
     try {
       return await attempt();

@@ -3,7 +3,7 @@
 // the few fields that it needs, and TypeScript compares the structures where the file takes the folder in.
 export * from './checkpoints.ts';
 export * from './console.ts';
-export { loadRows } from './data.ts';
+export { rowsOf } from './data.ts';
 export { describeRun, stepLine } from './describe.ts';
 export { commandLine } from './flags.ts';
 export { datasetCommit, resolveModel } from './hub.ts';

@@ -14,8 +14,8 @@ export interface ReportData {
   harvest: Harvest;
 }
 
-const TEMPLATE = new URL('page.html', import.meta.url);
-const PLACEHOLDER = '"@@report-data@@"';
+export const TEMPLATE = new URL('page.html', import.meta.url);
+export const PLACEHOLDER = '"@@report-data@@"';
 const MAX_REPORT_BYTES = 19e6; // a larger page gets shorter lists and fewer examples; harvest.json has them all
 
 /** The page of a run. Throws when the template has not exactly one placeholder. */
