@@ -7,27 +7,27 @@
  * give the same answer. What is left are small mechanisms that a person can look at one by one.
  *
  *   npm install && npm start                         the bundled toy: decompose, evaluate, page
- *   npx tsx nano-param-decomp.ts --model M --data D  a Hugging Face folder or hub id, and a text file
+ *   npx tsx nano-param-decomp.ts --model M --data D  a Hugging Face folder or hub id, a text file
  *   npx tsx nano-param-decomp.ts --help              every field of the config is a flag
  *
  * The paper: "Interpreting Language Model Parameters", Goodfire, May 2026. The original, in PyTorch:
  * github.com/goodfire-ai/param-decomp. The predecessor, SPD: arxiv.org/abs/2506.20790.
  *
- * Contents; README.md, "The method in one page", has the formulas under the same letters
+ * Contents; README.md has the formulas in one page, under the same letters
  *   A. Config            one record: type, default, flag, help
- *   B. Components        V, U and the masked forward
- *   C. CI function       the causal-importance transformer, the two leaky sigmoids
- *   D. Losses            faithfulness, importance minimality, two reconstructions
+ *   B. Components        V, U, the masked forward
+ *   C. CI function       the causal-importance transformer, leaky sigmoids
+ *   D. Losses            faithfulness, importance, two reconstructions
  *   E. The adversary     persistent PGD: its sources, its Adam, its moves
- *   F. The step          one training step in five parts; then Adam, schedules, initial values
+ *   F. The step          one training step in five parts; Adam, schedules, initial values
  *   G. Evaluation        the original's metrics, and ours
  *   H. The run           the training loop and its folder
  *   I. Harvest           what each component does, the short version
  *   ---- below: what this stands on ----
- *   J. Language models   loading, and one decoder for all of them
+ *   J. Language models   one decoder for all of them, and its loading
  *   K. Data              rows, batches, random numbers
- *   L. Rooms             what this file asks of engine/ and io/, and plain ways to do without them
- *   M. Command line      the jobs: decompose, eval, harvest; more are in postprocess/
+ *   L. Rooms             engine/ and io/, and plain ways to do without
+ *   M. Command line      decompose, eval, harvest; more in postprocess/
  *
  * Symbols, with their shapes and the original's names
  *   N = B·S positions    B rows of S tokens; activations are matrices [N, ·]
@@ -37,8 +37,7 @@
  *   m [N,ΣC], δ [N,M], r [N,M]    component mask, weight_delta_mask, routing mask
  *   s [N,ΣC+M]           the adversary's sources;  R  micro-batches (the original's world_size)
  *
- * Left out on purpose: several GPUs, embeddings and unembeddings as modules, hyperparameter search,
- * experiment trackers.
+ * Left out on purpose: several GPUs, embeddings as modules, hyperparameter search, trackers.
  */
 import * as crypto from 'node:crypto';
 import * as fs from 'node:fs';
@@ -59,7 +58,7 @@ export function refuse(message: string): never {
   throw new UsageError(message);
 }
 /** Progress and warnings; standard output is for results. */
-export function say(line: string): void {
+export function say(line: string) {
   io.endLiveLine(); // a progress line, on a terminal
   process.stderr.write(`${line}\n`);
 }
@@ -71,7 +70,7 @@ export const sum = (values: Iterable<number>): number => [...values].reduce((a, 
 export const inBatches = (count: number, size: number): number[][] =>
   range(0, Math.ceil(count / size)).map(b => range(b * size, Math.min((b + 1) * size, count)));
 
-// ---- A. Config ------------------------------------------
+// ---- A. Config ----
 // One record gives each field its type, default, bounds, flag (kebab-case) and line in --help. The
 // defaults are the paper's; where they are 0 ("auto"), its target gets the paper's sizes.
 
@@ -108,7 +107,7 @@ const GROUPS = {
     coeffFaith: real(1e7, 'coefficient of the faithfulness loss'),
     coeffImp: real(2e-4, 'of the importance-minimality loss'),
     coeffStoch: real(0.5, 'of the stochastic reconstruction loss'),
-    coeffPpgd: real(0.5, 'of the adversarial reconstruction loss; 0 = no adversary'),
+    coeffPpgd: real(0.5, 'of the adversarial one; 0 = no adversary'),
     pStart: real(2, 'exponent p of the importance loss at the start', 0.01, 10),
     pEnd: real(0.4, 'and at the end (linear)', 0.01, 10),
     impEps: real(1e-12, 'added to g before the power'),
@@ -137,7 +136,7 @@ const GROUPS = {
     evalBatchSize: int(0, 'rows in its batches; 0 = auto: the batch size'),
     ciAliveThreshold: real(0, 'a component counts in L0 where g is above', 0, 1),
     roundingThreshold: real(0, 'rounded masks are 1 where g is above', 0, 1),
-    pgdEvalStepSize: real(0.1, 'step of the fresh sign-PGD adversary'),
+    pgdEvalStepSize: real(0.1, 'step of a fresh sign-PGD adversary'),
     pgdEvalNSteps: int(20, 'its steps', 0, 10_000),
   },
   Run: {
@@ -172,18 +171,18 @@ export type Config = { [K in keyof typeof FIELDS]: (typeof FIELDS)[K]['value'] }
 const defaults = Object.entries(FIELDS).map(([name, { value }]) => [name, value]);
 export const DEFAULTS: Config = Object.fromEntries(defaults);
 
-// ---- B. Components --------------------------------------
+// ---- B. Components ----
 // Each decomposed weight W [dOut,dIn] becomes a sum of C rank-one matrices, Wᵀ ≈ V U with V [dIn,C]
 // and U [C,dOut]. What they do not (yet) explain is the delta component Δ = W − (V U)ᵀ.
 
 /** A linear layer of the target: y = x Wᵀ + b. */
 export type LinearLayer = { path: string; dIn: number; dOut: number };
-/** How linear layers are computed: by the target's own weights, or by masked components. */
+/** How linear layers are computed: by the target's weights, or by masked components. */
 export type Linear = (path: string, x: T<'N dIn'>) => T<'N dOut'>;
 
-/** The frozen network: everything that the method needs to know of it. */
+/** The frozen network, as far as the method knows it. */
 export interface Target {
-  linears: readonly LinearLayer[]; // those that may be decomposed
+  linears: LinearLayer[]; // those that may be decomposed
   /** Wᵀ [dIn,dOut] under the path of its layer, a bias [dOut] under `${path}.bias`. */
   weights: ReadonlyMap<string, tf.Variable>;
   /**
@@ -192,11 +191,11 @@ export interface Target {
    */
   forward(inputs: T<'B S'>, linear: Linear): T<'N out'>;
   compare: Comparison; // `kl` or `mse` of section D
-  nextToken?: boolean; // outputs predict the next token: evaluation adds cross-entropies
-  source?: Source; // for config.json
+  nextToken?: boolean; // its outputs predict that: evaluation adds cross-entropies
+  source?: Origin & { type: string; sha256: string }; // for config.json
 }
-/** Where a target comes from; `commit`: the hub's, of a model from there. */
-type Source = { path: string; commit?: string; type: string; sha256: string };
+/** A folder, or a model of the hub and its commit there. */
+type Origin = { path: string; commit?: string };
 
 /** A decomposed linear layer (not an nn.Module): columns offset … offset + C of [N,ΣC] tensors. */
 export type Module = LinearLayer & { C: number; offset: number };
@@ -204,13 +203,13 @@ export type Module = LinearLayer & { C: number; offset: number };
 /** What stays fixed in a run. Modules are sorted by path; `ci`: another CI function than ours. */
 export type Problem<Net extends Target = Target> = {
   target: Net;
-  modules: readonly Module[];
+  modules: Module[];
   config: Config;
   ci?: CiFunction;
 };
 export const totalC = (modules: readonly Module[]) => sum(modules.map(m => m.C));
 
-/** Parameters by name, as in components.safetensors: components.<path>.V and .U, ci_fn.*. */
+/** As in components.safetensors: components.<path>.V and .U, ci_fn.*. */
 export type Params = Record<string, tf.Variable>;
 export const V = (params: Tensors, { path }: Module): T<'dIn C'> => params[`components.${path}.V`]!;
 export const U = (params: Tensors, { path }: Module): T<'C dOut'> =>
@@ -224,11 +223,11 @@ const addBias = (y: T<'N dOut'>, bias?: T<'dOut'>) => (bias ? y.add(bias) : y);
 const weightOf = ({ weights }: Pick<Target, 'weights'>, name: string) =>
   weights.get(name) ?? refuse(`no weight ${name}`);
 
-/** tf.split, whose own gradient throws where there is only one part. */
-const splitColumns = (x: T, sizes: number[]): T[] =>
-  sizes.length > 1 ? tf.split(x, sizes, 1) : [x];
+/** Columns of the given widths; tf.split's own gradient throws where there is only one. */
+const splitColumns = (x: T, widths: number[]): T[] =>
+  widths.length > 1 ? tf.split(x, widths, 1) : [x];
 
-/** The layers as the target has them: x Wᵀ + b. */
+/** x Wᵀ + b, as the target has it. */
 export const ownLinear =
   (target: Target): Linear =>
   (path, x) =>
@@ -237,8 +236,8 @@ export const ownLinear =
 /** The masks of one forward, per position. */
 export interface Masks {
   mask: T<'N ΣC'>; // m, of the components
-  delta?: T<'N M'>; // δ, of the delta components; if absent, all 0
-  route?: T<'N M'>; // r = 1: the module runs by its components, 0: by Wᵀ; if absent, all 1
+  delta?: T<'N M'>; // δ, of the delta components; absent: 0
+  route?: T<'N M'>; // r = 1: by components, 0: by Wᵀ; absent: 1
 }
 
 /**
@@ -248,15 +247,10 @@ export interface Masks {
  *   y = ((x V) ⊙ a) U + k ⊙ (x Wᵀ) + b,   a = r (m − δ),   k = 1 − r (1 − δ).
  */
 export function maskedLinear({ target, modules }: Problem, params: Tensors, masks: Masks): Linear {
-  const perModule = (x: T<'N M'>) =>
-    splitColumns(
-      x,
-      modules.map(() => 1),
-    );
-  const mask = splitColumns(
-    masks.mask,
-    modules.map(m => m.C),
-  );
+  const ones = modules.map(() => 1);
+  const widths = modules.map(m => m.C);
+  const perModule = (x: T<'N M'>) => splitColumns(x, ones);
+  const mask = splitColumns(masks.mask, widths);
   const delta = masks.delta && perModule(masks.delta);
   const route = masks.route && perModule(masks.route);
   // k, the kept share of x Wᵀ. Without routing (r = 1) it is δ, and without δ as well it is 0.
@@ -279,17 +273,12 @@ export function maskedLinear({ target, modules }: Problem, params: Tensors, mask
 export const maskedForward = (problem: Problem, params: Tensors, inputs: T, masks: Masks): T =>
   problem.target.forward(inputs, maskedLinear(problem, params, masks));
 
-/** A forward that keeps what enters and what leaves every linear layer, by its path. */
-export interface Pass {
-  inputs: T<'B S'>;
-  acts: Record<string, T<'N dIn'>>;
-  outputs: Record<string, T<'N dOut'>>;
-  output: T<'N out'>; // the network's
-}
-export function recordedForward(target: Target, inputs: T, linear = ownLinear(target)): Pass {
-  const acts: Pass['acts'] = {};
-  const outputs: Pass['outputs'] = {};
-  const output = target.forward(inputs, (path, x) => {
+/** A forward that keeps what enters and leaves every linear layer, by path. */
+export type Pass = ReturnType<typeof recordedForward>;
+export function recordedForward(target: Target, inputs: T<'B S'>, linear = ownLinear(target)) {
+  const acts: Record<string, T<'N dIn'>> = {};
+  const outputs: Record<string, T<'N dOut'>> = {};
+  const output: T<'N out'> = target.forward(inputs, (path, x) => {
     acts[path] = x;
     outputs[path] = linear(path, x);
     return outputs[path];
@@ -317,8 +306,8 @@ export function chooseModules(linears: readonly LinearLayer[], spec: string): Mo
   return modules;
 }
 
-// ---- C. CI function -------------------------------------
-// One bidirectional transformer reads what enters all modules, and says for each position how causally
+// ---- C. CI function ----
+// A bidirectional transformer reads what enters all modules, and says for each position how causally
 // important each component is.
 
 /** A CI function; its parameters are named ci_fn.*, weights [out,in] and biases [out]. */
@@ -399,7 +388,7 @@ export function importances(problem: Problem, params: Tensors, inputs: T<'B S'>)
   return { pass, input, z, g: lowerLeaky(z, problem.config.leakyAlpha), N: B * S, S };
 }
 
-// ---- D. Losses ------------------------------------------
+// ---- D. Losses ----
 
 /** Σ ‖Δ‖² / Σ numel(Δ) over all modules: with everything on, the parts add up to the target. */
 export function faithfulnessLoss({ target, modules }: Problem, params: Tensors): T {
@@ -422,14 +411,13 @@ export function importanceLoss(gUpper: T<'N ΣC'>, p: T, config: Config, R: numb
   return mu.mul(log2.mul(config.impBeta).add(1)).sum();
 }
 
-/** How outputs are compared with the target's own: a scalar. */
+/** How outputs are compared with the target's own: scalars. */
 export interface Comparison {
   metric: string; // the prefix of its metrics
-  /** For training: differentiable in the second argument. */
-  loss(own: T<'N out'>, predicted: T<'N out'>): T;
-  /** For evaluation: the same value, exact when it is small. */
-  measure(own: T<'N out'>, predicted: T<'N out'>): T;
+  loss: Compare; // for training: differentiable in the second argument
+  measure: Compare; // the same for evaluation: exact when it is small
 }
+type Compare = (own: T<'N out'>, predicted: T<'N out'>) => T;
 /** The mean of (prediction − own)². */
 export const mse: Comparison = {
   metric: 'recon/mse',
@@ -490,7 +478,7 @@ export function stochasticDraws({ modules }: Problem, N: number, key: T): Draws 
 const reconstruction = (problem: Problem, params: Tensors, pass: Pass, masks: Masks) =>
   problem.target.compare.loss(pass.output, maskedForward(problem, params, pass.inputs, masks));
 
-/** Reconstruction with random masks, a random part of the modules routed through components. */
+/** Reconstruction with random masks, a random subset of the modules routed through components. */
 export const stochasticLoss = (
   problem: Problem,
   params: Tensors,
@@ -499,7 +487,7 @@ export const stochasticLoss = (
   draws: Draws,
 ): T => reconstruction(problem, params, pass, { ...draws, mask: interpolate(g, draws.u) });
 
-/** Reconstruction with the adversary's masks: its sources' last M columns are δ. No routing. */
+/** Reconstruction with the adversary's masks: the last M sources are δ. No routing. */
 export function adversarialLoss(
   problem: Problem,
   params: Tensors,
@@ -512,7 +500,7 @@ export function adversarialLoss(
   return reconstruction(problem, params, pass, { mask: interpolate(g, s), delta });
 }
 
-/** What the losses of a step are functions of. */
+/** What losses are functions of. */
 interface LossInputs {
   problem: Problem;
   params: Tensors;
@@ -524,7 +512,7 @@ interface LossInputs {
   feeds: StepFeeds;
 }
 type Loss = { coefficient: keyof Config; of: (inputs: LossInputs) => T };
-/** The training losses: total = Σ coefficient × loss. A further loss is one entry here and its field. */
+/** total = Σ coefficient × loss. A further loss is one entry here, and its field in A. */
 export const LOSSES = {
   faith: { coefficient: 'coeffFaith', of: x => faithfulnessLoss(x.problem, x.params) },
   imp: {
@@ -545,32 +533,23 @@ export const LOSSES = {
 } satisfies Record<string, Loss>;
 const lossList: [string, Loss][] = Object.entries(LOSSES);
 
-// ---- E. The adversary -----------------------------------
+// ---- E. The adversary ----
 // Persistent PGD: the sources s live on from step to step, so that the adversary need not begin anew
 // each time. In each training step it makes `ppgdInnerSteps` moves before the losses are taken and one
 // after; its Adam counts all of them.
 
 /** The sources s [N,ΣC+M] in [0, 1], and the moments of their Adam. */
-export type Sources<X extends T = T> = { s: X; m: X; v: X };
-const PARTS = ['s', 'm', 'v'] as const;
+type Sources<X extends T = T> = { s: X; m: X; v: X };
 
 /** One move: an ascent step, clamped to [0, 1]; c1, c2: Adam's bias corrections. */
-export function ascend(
-  { s, m, v }: Sources,
-  grad: T,
-  config: Config,
-  lr: T,
-  c1: T,
-  c2: T,
-): Sources {
+export function ascend(old: Sources, grad: T, config: Config, lr: T, c1: T, c2: T): Sources {
   const betas = { beta1: config.ppgdBeta1, beta2: config.ppgdBeta2, eps: config.ppgdEps };
-  const step = adam(grad, m, v, betas, c1, c2);
-  return { s: s.add(lr.mul(step.direction)).clipByValue(0, 1), m: step.m, v: step.v };
+  const { direction, m, v } = adam(grad, old.m, old.v, betas, c1, c2);
+  return { s: old.s.add(lr.mul(direction)).clipByValue(0, 1), m, v };
 }
 
 /** Adam's direction m̂ / (√v̂ + ε) and its new moments; the bias corrections are c = 1 − βᵗ. */
-export function adam(grad: T, m: T, v: T, betas: Betas, c1: T, c2: T) {
-  const { beta1, beta2, eps } = betas;
+export function adam(grad: T, m: T, v: T, { beta1, beta2, eps }: Betas, c1: T, c2: T) {
   const newM = m.mul(beta1).add(grad.mul(1 - beta1));
   const newV = v.mul(beta2).add(grad.square().mul(1 - beta2));
   // m̂ / (√v̂ + ε) = m (√c2 / c1) / (√v + ε √c2) corrects with scalars.
@@ -580,7 +559,7 @@ export function adam(grad: T, m: T, v: T, betas: Betas, c1: T, c2: T) {
 }
 type Betas = { beta1: number; beta2: number; eps: number };
 
-// ---- F. The step ----------------------------------------
+// ---- F. The step ----
 
 /** What changes with the step: the schedule's numbers, the inputs [B,S,…], the random key. */
 export type StepFeeds = Record<keyof ReturnType<typeof schedule> | 'inputs' | 'key', T>;
@@ -634,36 +613,33 @@ export function lossesAndGradients(
 
   // 5. The adversary's last move needs no backward pass of its own: s enters no other loss, so its
   //    gradient is the total's, divided by the coefficient.
-  const after = () => {
-    const grad = dSources.div(config.coeffPpgd);
-    return ascend(sources, grad, config, feeds.lrPpgd, c1[moves]!, c2[moves]!);
-  };
+  const grad = dSources.div(config.coeffPpgd);
+  if (adversary) sources = ascend(sources, grad, config, feeds.lrPpgd, c1[moves]!, c2[moves]!);
   return {
     losses: value, // in the order of LOSSES
     gradients: {
       components: sideBySide(grads.slice(0, components.length)),
       ci_fn: sideBySide(ciGrads),
     },
-    sources: adversary ? after() : sources,
+    sources,
     l0: indicator(g.greater(config.ciAliveThreshold)).sum().div(N),
   };
 }
 const coefficientsOf = (config: Config) =>
   lossList.map(([, { coefficient }]) => Number(config[coefficient]));
 
-/** The parameters in two groups, clipped separately: V and U, and the CI function. */
-const PARAM_GROUPS = ['components', 'ci_fn'] as const;
-type Group = (typeof PARAM_GROUPS)[number];
+/** The parameters are two groups, clipped separately: V and U, and the CI function. */
+type Group = 'components' | 'ci_fn';
 const eachGroup = <X>(make: (group: Group) => X): Record<Group, X> => ({
   components: make('components'),
   ci_fn: make('ci_fn'),
 });
 const ofGroup = <X extends T>(params: Record<string, X>, group: Group): X[] =>
   Object.entries(params).flatMap(([name, x]) => (name.startsWith(group) ? x : []));
-/** The tensors in one vector: Adam on a group is a few large ops, not many small ones. */
+/** In one vector, so that Adam is a few large ops, not many small ones. */
 const sideBySide = (tensors: T[]): T<'n'> => tf.concat(tensors.map(x => x.flatten()));
 
-/** What a step changes. m, v: Adam's moments, one vector a group; sources: [batchSize·S, ΣC+M]. */
+/** What a step changes. m, v: Adam's moments, one vector a group. Sources: [batchSize·S, ΣC+M]. */
 export interface State {
   params: Params;
   m: Record<Group, tf.Variable>;
@@ -692,30 +668,18 @@ export function applyGradients(
   feeds: AdamFeeds,
 ) {
   const norms = eachGroup(group => gradients[group].square().sum().sqrt());
-  // Gradients that are not finite move nothing, so that the run stops with its last good parameters.
+  // Gradients that are not finite move nothing: a run that stops has its last good parameters.
   const finite = tf.isFinite(norms.components.add(norms.ci_fn));
   const lrMain = tf.where(finite, feeds.lrMain, tf.scalar(0));
   const limits = { components: config.gradClipComponents, ci_fn: config.gradClipCi };
-  for (const group of PARAM_GROUPS) {
+  eachGroup(group => {
     const gradient = gradients[group];
     const scale = tf.minimum(1, tf.div(limits[group], norms[group].add(1e-6))); // as torch clips
     const clipped = limits[group] > 0 ? gradient.mul(scale) : gradient;
     const safe = tf.where(finite, clipped, tf.zerosLike(clipped));
     adamUpdate(state, group, safe, { ...feeds, lrMain });
-  }
+  });
   return norms;
-}
-
-/** Scalars by their names in metrics.jsonl. */
-function stepMetrics(config: Config, losses: T, l0: T, norms: Record<Group, T>): Tensors {
-  const each = tf.unstack(losses);
-  return {
-    ...Object.fromEntries(lossList.map(([name], i) => [`loss/${name}`, each[i]!])),
-    'train/l0': l0,
-    'loss/total': losses.mul(coefficientsOf(config)).sum(),
-    'grad_norm/components': norms.components,
-    'grad_norm/ci_fn': norms.ci_fn,
-  };
 }
 
 /** Numbers by their names in metrics.jsonl. */
@@ -732,21 +696,28 @@ export function compileStep(engine: Engine, problem: Problem, state: State) {
   const forward = (feeds: StepFeeds, old: Sources) =>
     lossesAndGradients(problem, params, old, feeds);
   type Result = Omit<ReturnType<typeof forward>, 'sources'>;
-  const update = ({ losses, l0, gradients }: Result, feeds: AdamFeeds) =>
-    stepMetrics(config, losses, l0, applyGradients(problem, state, gradients, feeds));
+  const update = ({ losses, l0, gradients }: Result, feeds: AdamFeeds): Tensors => {
+    const norms = applyGradients(problem, state, gradients, feeds);
+    const each = tf.unstack(losses);
+    return {
+      ...Object.fromEntries(lossList.map(([name], i) => [`loss/${name}`, each[i]!])),
+      'train/l0': l0,
+      'loss/total': losses.mul(coefficientsOf(config)).sum(),
+      'grad_norm/components': norms.components,
+      'grad_norm/ci_fn': norms.ci_fn,
+    };
+  };
 
   const whole = engine.compile('step', (feeds: StepFeeds) => {
     const result = forward(feeds, sources);
-    for (const part of PARTS) sources[part].assign(result.sources[part]);
+    for (const part of ['s', 'm', 'v'] as const) sources[part].assign(result.sources[part]);
     return update(result, feeds);
   });
-  const shards = () => {
-    const shapes = eachGroup(group => m[group].shape);
-    const { length } = lossList;
-    return engines.accumulate(engine.compile, R, length, sources, shapes, forward, update);
-  };
+  const shapes = eachGroup(group => m[group].shape);
+  const shards = () =>
+    engines.accumulate(engine.compile, R, lossList.length, sources, shapes, forward, update);
   const run = R > 1 ? shards() : (feedsOf: (r: number) => StepFeeds) => whole(feedsOf(0));
-  return (step: number, data: Rows): Promise<Metrics> =>
+  return (step: number, data: Rows) =>
     tidyAsync(async () => {
       const rows = batchIndices(data.count, config.batchSize, step, config.seed);
       const size = rows.length / R;
@@ -761,7 +732,7 @@ export function compileStep(engine: Engine, problem: Problem, state: State) {
 
 /** From 0 at the first step to 1 at the last. */
 const progress = (step: number, nSteps: number) => (nSteps > 1 ? step / (nSteps - 1) : 0);
-/** A cosine from 1 at the first step to `finalFrac` at the last. */
+/** From 1 at the first step to `finalFrac` at the last. */
 export const cosine = (step: number, nSteps: number, finalFrac: number): number =>
   finalFrac + (1 - finalFrac) * 0.5 * (1 + Math.cos(Math.PI * progress(step, nSteps)));
 const mainCorrections = (step: number) => ({
@@ -818,7 +789,7 @@ export function initialParams(problem: Problem): Params {
   return params;
 }
 
-/** The state of step 0: moments 0, sources U(0, 1). */
+/** Moments 0, sources U(0, 1). */
 export function initialState({ modules, config }: Problem, params: Params): State {
   const shape = [config.batchSize * config.seqLen, totalC(modules) + modules.length];
   const s = makeVariable(uniformArray(sizeOf(shape), config.seed, 0, PURPOSE.sources), shape);
@@ -832,8 +803,8 @@ export async function* warmUp(engine: Engine, problem: Problem, state: State) {
   const steps = config.faithfulnessWarmupSteps;
   const components = ofGroup(state.params, 'components');
   const step = engine.compile('warm-up', (feeds: AdamFeeds) => {
-    const losses = () => faithfulnessLoss(problem, state.params);
-    const { value, grads } = tf.valueAndGrads(losses)(components);
+    const loss = () => faithfulnessLoss(problem, state.params);
+    const { value, grads } = tf.valueAndGrads(loss)(components);
     adamUpdate(state, 'components', sideBySide(grads), feeds);
     return { loss: value };
   });
@@ -846,21 +817,18 @@ export async function* warmUp(engine: Engine, problem: Problem, state: State) {
     tf.tidy(() => moment.assign(tf.zerosLike(moment)));
 }
 
-// ---- G. Evaluation --------------------------------------
+// ---- G. Evaluation ----
 
 const DEAD_BELOW = 1e-6; // mean importance of a dead component
 
-/** Mean next-token cross-entropy in nats; the last position of a row predicts nothing. */
+/** Mean next-token cross-entropy in nats. */
 export function crossEntropy(logProbs: T<'N vocab'>, tokens: T<'B S'>): T {
   const [B = 0, S = 0] = tokens.shape;
   const vocab = logProbs.shape[1]!;
   const predicted = tf.slice(logProbs.reshape([B, S, vocab]), [0, 0, 0], [B, S - 1, vocab]);
   const next = tf.oneHot(tf.slice(tokens, [0, 1], [B, S - 1]) as tf.Tensor2D, vocab);
-  return predicted
-    .mul(next)
-    .sum()
-    .div(B * (S - 1))
-    .neg();
+  const total = predicted.mul(next).sum();
+  return total.div(B * (S - 1)).neg();
 }
 
 /** Random numbers of an evaluation; `subset`: for the stochastic loss and the hidden activations. */
@@ -899,8 +867,7 @@ export function evaluateMasks(
   for (const [name, masks] of Object.entries(strategies)) {
     const output = maskedForward(problem, params, inputs, masks);
     results[`${target.compare.metric}_${name}`] = target.compare.measure(pass.output, output);
-    // Cross-entropy is linear in log-probabilities: that of their difference is exact, where a
-    // difference of two cross-entropies would be rounding.
+    // Cross-entropy is linear in log-probabilities: this is exact, a difference of two is rounding.
     const difference = own && crossEntropy(output.logSoftmax().sub(own), inputs);
     if (difference) results[`ce_kl/ce_difference_${name}`] = difference;
   }
@@ -908,7 +875,7 @@ export function evaluateMasks(
   return { ...results, active, meanCi: g.mean(0) };
 }
 
-/** Reconstruction when the components whose mask is 0 are deleted and all others are on. */
+/** Reconstruction by the components whose mask is 1, all others deleted. */
 export function aliveAlone(problem: Problem, params: Tensors, inputs: T, mask: T<'1 ΣC'>): T {
   const { target } = problem;
   const own = target.forward(inputs, ownLinear(target));
@@ -930,15 +897,14 @@ export function hiddenActsErrors(problem: Problem, params: Tensors, inputs: T, d
   const { pass, g } = importances(problem, params, inputs);
   const errors = (masks: Masks) => {
     const { outputs } = recordedForward(target, inputs, maskedLinear(problem, params, masks));
-    const error = ({ path }: Module) =>
-      tf.squaredDifference(outputs[path]!, pass.outputs[path]!).mean();
-    return tf.stack(modules.map(error));
+    const error = (name: string) => outputs[name]!.squaredDifference(pass.outputs[name]!).mean();
+    return tf.stack(modules.map(m => error(m.path)));
   };
   const stochastic = { mask: interpolate(g, draws.u), delta: draws.delta };
   return { CI: errors({ mask: g }), Stochastic: errors(stochastic) };
 }
 
-/** Compiles the evaluation, of the parameters as they are when it is called. */
+/** Compiles the evaluation. */
 export function compileEvaluation(engine: Engine, problem: Problem, params: Params) {
   const { modules, config, target } = problem;
   const [sumC, sumOut] = [totalC(modules), sum(modules.map(m => m.dOut))];
@@ -1006,12 +972,12 @@ export function compileEvaluation(engine: Engine, problem: Problem, params: Para
     }
     return { metrics, meanCi: meanCi! };
   };
-  return (rows: Rows, step: number, slow: boolean) => tidyAsync(() => evaluate(rows, step, slow));
+  return (...args: Parameters<typeof evaluate>) => tidyAsync(() => evaluate(...args));
 }
 
-// ---- H. The run -----------------------------------------
-// The run folder holds config.json, metrics.jsonl, and a checkpoint: components.safetensors, and
-// state.safetensors, which only --resume needs.
+// ---- H. The run ----
+// The run folder holds config.json, metrics.jsonl, components.safetensors, and state.safetensors, which
+// only --resume needs.
 
 export interface Run<Net extends Target = Target> {
   engine: Engine;
@@ -1045,7 +1011,7 @@ export async function newRun(
 export async function decompose(
   run: Run,
   { old, stopped }: { old?: RunRecord | undefined; stopped?: () => Promise<unknown> } = {},
-): Promise<Metrics | undefined> {
+) {
   const { engine, problem, params, data } = run;
   const { config: c } = problem;
   const now = recordOf(run);
@@ -1055,19 +1021,22 @@ export async function decompose(
     writeAtomic(path.join(c.out, 'config.json'), `${JSON.stringify(now, null, 1)}\n`);
   }
   const state = initialState(problem, params);
+  const { m, v, sources } = state;
+  const rest: Params = {}; // what --resume needs besides, by the names in state.safetensors
+  for (const [part, of] of Object.entries({ 'adam.m': m, 'adam.v': v, ppgd: sources }))
+    for (const [name, x] of Object.entries(of)) rest[`${part}.${name}`] = x;
   const metricsFile = path.join(c.out, 'metrics.jsonl');
-  const log = (step: number, metrics: Metrics) => {
-    if (c.out) fs.appendFileSync(metricsFile, `${JSON.stringify({ step, ...metrics })}\n`);
+  const log = (metrics: Metrics) => {
+    if (c.out) fs.appendFileSync(metricsFile, `${JSON.stringify({ step: done, ...metrics })}\n`);
   };
-  const save = async (step: number) => {
-    if (c.out) await io.saveCheckpoint(c.out, step, params, stateVariables(state));
+  const save = async () => {
+    if (c.out) await io.saveCheckpoint(c.out, done, params, rest);
   };
   const compiled = compileEvaluation(engine, problem, params);
   const heldOut = firstRows(data.heldOut, c.evalBatchSize);
-  const evaluate = async (step: number, slow: boolean) =>
-    (await compiled(heldOut, step, slow)).metrics;
+  const evaluate = async (slow: boolean) => (await compiled(heldOut, done, slow)).metrics;
 
-  let done = (old && (await io.resume(c.out, params, stateVariables(state), say))) || 0;
+  let done = (old && (await io.resume(c.out, params, rest, say))) || 0;
   if (done === 0) {
     const total = c.faithfulnessWarmupSteps;
     const show = io.startProgress(total);
@@ -1096,70 +1065,49 @@ export async function decompose(
       const rates = { 'lr/main': lrMain, 'lr/ppgd': lrPpgd, p };
       const memory = { 'memory/tensors': numTensors, 'memory/bytes': numBytes };
       const time = { 'time/ms_per_step': performance.now() - started };
-      log(done, { ...metrics, ...rates, ...time, ...memory });
+      log({ ...metrics, ...rates, ...time, ...memory });
     }
     // The last step is saved before its evaluation, which may fail; other steps after it, so that a
     // resumed run finds all of its lines in metrics.jsonl.
-    if (last) await save(done);
+    if (last) await save();
     if (due(c.evalFreq)) {
-      evaluated = await evaluate(done, due(c.slowEvalFreq));
-      log(done, evaluated);
+      evaluated = await evaluate(due(c.slowEvalFreq));
+      log(evaluated);
     }
     const stop = await stopped?.();
-    if (!last && (stop || due(c.saveEvery))) await save(done);
+    if (!last && (stop || due(c.saveEvery))) await save();
     if (stop) return undefined;
   }
   if (evaluated) return evaluated;
-  // A run that is resumed after its last step is evaluated here, and has a line of that or not.
-  evaluated = await evaluate(done, true);
-  const isLast = (line: Metrics) => line.step === done && 'eval/n_alive' in line;
-  if (!io.readMetrics(metricsFile).some(isLast)) log(done, evaluated);
+  // A run resumed after its last step: it may have a line of its evaluation already.
+  evaluated = await evaluate(true);
+  const isOfNow = (line: Metrics) => line.step === done && 'eval/n_alive' in line;
+  if (!io.readMetrics(metricsFile).some(isOfNow)) log(evaluated);
   return evaluated;
 }
 
-/** What --resume needs besides the parameters, by the names in state.safetensors. */
-const stateVariables = ({ m, v, sources }: State): Params => {
-  const named: Params = {};
-  for (const [part, of] of Object.entries({ 'adam.m': m, 'adam.v': v, ppgd: sources }))
-    for (const [name, x] of Object.entries(of)) named[`${part}.${name}`] = x;
-  return named;
-};
-
 /** Writes beside and renames: nobody ever reads half a file. */
-export function writeAtomic(file: string, content: string): void {
+export function writeAtomic(file: string, content: string) {
   fs.writeFileSync(`${file}.tmp-${process.pid}`, content);
   fs.renameSync(`${file}.tmp-${process.pid}`, file);
 }
 
-/** What config.json holds. */
 export type RunRecord = ReturnType<typeof recordOf>;
 const recordOf = (run: Run) => io.runRecord(run, VERSION);
 const VERSION = '0.1.0';
 
-// ---- I. Harvest -----------------------------------------
+// ---- I. Harvest ----
 // What does each component do? The short version, by dense counts: how often it fires (g > 0), on
 // which tokens, ahead of which predictions, and where most strongly, as text. postprocess/harvest.ts
 // counts more, in bounded memory, and fills the page.
 
-/** Token, count, and PMI = ln(n_ct N / (n_c n_t)) in nats. */
+/** Token, count, PMI = ln(n_ct N / (n_c n_t)) in nats. */
 type TokenPmi = [token: string, count: number, pmi: number];
-export interface ShortHarvest {
-  positions: number; // N
-  components: {
-    module: string;
-    index: number;
-    density: number; // share of the positions where it fires
-    meanCi: number;
-    firesOn: TokenPmi[]; // tokens that it meets more often than by chance
-    predicts: TokenPmi[]; // the same of the next token; counts are softmax mass
-    examples: string[]; // the strongest firings, one a batch, the token in »«
-  }[]; // those that fire
-}
+export type ShortHarvest = Awaited<ReturnType<typeof shortHarvest>>;
 const MAX_CELLS = 3e7; // components x vocabulary: 120 MB a table
 const [LIST, EXAMPLES, WINDOW, MIN_COUNT] = [10, 5, 8, 3];
 
-/** @throws UsageError if the tables would be too large, or the network reads no tokens */
-export async function shortHarvest({ engine, problem, params, data }: Run): Promise<ShortHarvest> {
+export async function shortHarvest({ engine, problem, params, data }: Run) {
   const { target, modules, config } = problem;
   const rows = firstRows(data.train, config.harvestRows || data.train.count);
   const sumC = totalC(modules);
@@ -1204,7 +1152,7 @@ export async function shortHarvest({ engine, problem, params, data }: Run): Prom
     const pairs = range(0, vocab).map((t): TokenPmi => {
       const [n, ofToken] = [counts[c * vocab + t]!, counts[sumC * vocab + t]!];
       const expected = (nC![c]! * ofToken) / N;
-      return [text([t]), n, Math.max(n, expected) < MIN_COUNT ? 0 : Math.log(n / expected)];
+      return [token(t), n, Math.max(n, expected) < MIN_COUNT ? 0 : Math.log(n / expected)];
     });
     const above = pairs.filter(([, , pmi]) => pmi > 1e-4); // below that it is rounding
     return above.sort((a, b) => b[2] - a[2]).slice(0, LIST);
@@ -1212,24 +1160,27 @@ export async function shortHarvest({ engine, problem, params, data }: Run): Prom
   const marked = ({ row, at }: Firing) => {
     const ids = rows.row(row);
     const [from, to] = [Math.max(0, at - WINDOW), at + WINDOW];
-    return `${text(ids.slice(from, at))}»${text([ids[at]!])}«${text(ids.slice(at + 1, to))}`;
+    return `${text(ids.slice(from, at))}»${token(ids[at]!)}«${text(ids.slice(at + 1, to))}`;
   };
-  const describe = (module: string, index: number, c: number) => ({
-    module,
-    index,
-    density: nC![c]! / N,
-    meanCi: ciSum![c]! / N,
-    firesOn: byPmi(c, nIn!),
-    predicts: byPmi(c, nOut!),
-    examples: strongest[c]!.filter(firing => firing.value > 0).map(marked),
-  });
-  const all = modules.flatMap(m => range(0, m.C).map(i => describe(m.path, i, m.offset + i)));
+  const describe = (m: Module, index: number) => {
+    const c = m.offset + index;
+    return {
+      module: m.path,
+      index,
+      density: nC![c]! / N, // share of the positions where it fires
+      meanCi: ciSum![c]! / N,
+      firesOn: byPmi(c, nIn!),
+      predicts: byPmi(c, nOut!), // of the next token; counts are softmax mass
+      examples: strongest[c]!.filter(firing => firing.value > 0).map(marked), // one a batch
+    };
+  };
+  const all = modules.flatMap(m => range(0, m.C).map(i => describe(m, i)));
   return { positions: N, components: all.filter(c => c.density > 0) };
 }
 
-// ---- below: what this stands on -------------------------
+// ---- below: what this stands on ----
 
-// ---- J. Language models ---------------------------------
+// ---- J. Language models ----
 // In a Hugging Face folder config.json names the architecture, and safetensors files hold the weights.
 // Every family is the same decoder with other options.
 
@@ -1246,12 +1197,11 @@ export interface Architecture {
   conv1d: boolean; // linear layers are stored as [dIn,dOut], not as nn.Linear's [dOut,dIn]
   activation: keyof typeof ACTIVATIONS;
   parallelResidual: boolean; // the MLP reads the attention's input, not its output
-  biased: RegExp | undefined; // paths of the linear layers that have a bias
   tied: boolean; // the head is the embedding, unless the file has one
 }
 /** State-dict names without `.weight`, those of a block within it; absent where there is none. */
 // biome-ignore format: few lines
-export interface Names {
+interface Names {
   embed: string; positions?: string; blocks: string; last: string; head: string;
   norm1: string; q: string; k?: string; v?: string; qNorm?: string; kNorm?: string; o: string;
   norm2: string; gate?: string; up: string; down: string;
@@ -1273,15 +1223,15 @@ export const NAMES: Record<'llama' | 'llama_simple_mlp', Names> = {
 const nameOf = ({ names }: Architecture, part: keyof Names, i: number) =>
   `${names.blocks}.${i}.${names[part]}`;
 
-/** A language model as a target; its outputs are logits [N,vocab]. */
+/** A target with logits [N,vocab]. */
 export interface LanguageModel extends Target {
   arch: Architecture;
   dir: string;
-  config: Readonly<Record<string, unknown>>; // config.json as it is
+  config: Record<string, unknown>; // config.json as it is
   source: NonNullable<Target['source']>;
 }
 
-/** The linear layers of an architecture's blocks, in network order. */
+/** The linear layers of the blocks, in network order. */
 export function linearLayers(arch: Architecture): LinearLayer[] {
   const { dModel, dMlp, nLayers, nHeads, nKvHeads, headDim, qkv } = arch;
   const [dQ, dKv] = [nHeads * headDim, nKvHeads * headDim];
@@ -1295,34 +1245,34 @@ export function linearLayers(arch: Architecture): LinearLayer[] {
     ['down', dMlp, dModel],
   ];
   const present = sizes.filter(([part]) => arch.names[part]);
-  return range(0, nLayers).flatMap(i =>
-    present.map(([part, dIn, dOut]) => ({ path: nameOf(arch, part, i), dIn, dOut })),
-  );
+  const ofBlock = (i: number) =>
+    present.map(([part, dIn, dOut]) => ({ path: nameOf(arch, part, i), dIn, dOut }));
+  return range(0, nLayers).flatMap(ofBlock);
 }
 
-/** Loads a Hugging Face folder. @throws UsageError naming the file and what is wrong with it */
-export async function loadTarget(
-  dir: string,
-  from: Pick<Source, 'path' | 'commit'> = { path: dir },
-) {
+/** Loads a Hugging Face folder. @throws UsageError that says what is wrong with which file */
+export async function loadTarget(dir: string, from: Origin = { path: dir }) {
   await openRooms();
   const files = await io.openModel(dir, NAMES, say);
   const { arch, config } = files;
   const { names, conv1d, vocab, dModel } = arch;
   const linears = linearLayers(arch);
   const weights = new Map<string, tf.Variable>();
-  const load = (name: string, shape: number[], key = `${name}.weight`, transposed = false) => {
-    weights.set(key, makeVariable(files.read(`${name}.weight`, shape), shape, transposed));
-    const bias = `${name}.bias`;
-    const length = key === name && !transposed ? shape.slice(1) : shape.slice(0, 1);
-    if (files.has(bias)) weights.set(bias, makeVariable(files.read(bias, length), length));
+  const keep = (name: string, shape: number[], key = name, transposed = false) =>
+    weights.set(key, makeVariable(files.read(name, shape), shape, transposed));
+  const keepBias = (name: string, d: number) => files.has(name) && keep(name, [d]);
+  const load = (name: string, shape: number[]) => {
+    keep(`${name}.weight`, shape);
+    keepBias(`${name}.bias`, dModel); // a norm's
   };
   try {
     load(names.embed, [vocab, dModel]);
     if (names.positions) load(names.positions, [arch.context, dModel]);
     // Linear layers are kept as Wᵀ, so that no product has to transpose them.
-    for (const { path: name, dIn, dOut } of linears)
-      load(name, conv1d ? [dIn, dOut] : [dOut, dIn], name, !conv1d);
+    for (const { path: name, dIn, dOut } of linears) {
+      keep(`${name}.weight`, conv1d ? [dIn, dOut] : [dOut, dIn], name, !conv1d);
+      keepBias(`${name}.bias`, dOut);
+    }
     for (const i of range(0, arch.nLayers)) {
       for (const part of ['norm1', 'norm2'] as const) load(nameOf(arch, part, i), [dModel]);
       for (const part of ['qNorm', 'kNorm'] as const)
@@ -1339,7 +1289,6 @@ export async function loadTarget(
 }
 
 type Network = Pick<LanguageModel, 'arch' | 'linears' | 'weights'>;
-/** The decoder as a target, from its architecture and weights. */
 export const languageModel = <X extends Network>(network: X) => ({
   ...network,
   compare: kl,
@@ -1352,7 +1301,7 @@ export const makeVariable = (data: Float32Array, shape: number[], transposed = f
     const stored = tf.tensor(data, shape);
     return tf.variable(transposed ? stored.transpose() : stored, /* trainable */ false);
   });
-const sizeOf = (shape: readonly number[]) => shape.reduce((n, d) => n * d, 1);
+const sizeOf = (shape: number[]) => shape.reduce((n, d) => n * d, 1);
 
 /** The exact GELU, x Φ(x). */
 const gelu = (x: T): T => tf.mul(0.5, x).mul(x.mul(Math.SQRT1_2).erf().add(1));
@@ -1404,7 +1353,6 @@ export function rotate(x: T<'B H S hd'>, frequencies: Float32Array): T<'B H S hd
   return tf.concat([a.mul(cos).sub(b.mul(sin)), b.mul(cos).add(a.mul(sin)), ...others], 3);
 }
 
-/** [N, H·hd] -> [B,H,S,hd] */
 const toHeads = (x: T<'N d'>, B: number, S: number, H: number): T<'B H S hd'> =>
   x.reshape([B, S, H, x.size / (B * S * H)]).transpose([0, 2, 1, 3]);
 
@@ -1446,7 +1394,6 @@ function attention(net: Network, at: At, h: T<'N d'>, S: number, linear: Linear)
   return linear(at('o'), attend(queries, keys, heads(v!, nKvHeads), true));
 }
 
-/** The logits for tokens (int32), every linear layer of the blocks computed by `linear`. */
 function decoder(net: Network, tokens: T<'B S'>, linear: Linear): T<'N vocab'> {
   const { names, dModel, activation, parallelResidual, nLayers } = net.arch;
   const [B = 0, S = 0] = tokens.shape;
@@ -1469,11 +1416,11 @@ function decoder(net: Network, tokens: T<'B S'>, linear: Linear): T<'N vocab'> {
   return matmul(normalise(net, names.last, x), head, true);
 }
 
-// ---- K. Data --------------------------------------------
+// ---- K. Data ----
 
 /**
- * Rows of one length: tokens (Int32Array) or features, position after position (Float32Array). Where
- * count is Infinity, every row is new: they are read in order, never shuffled.
+ * Rows of one length: tokens (Int32Array), or features position after position (Float32Array). Count
+ * Infinity: every row is new, they are read in order.
  */
 export interface Rows {
   count: number;
@@ -1487,7 +1434,7 @@ export const firstRows = (rows: Rows, n: number): Rows => {
 export type Data = { train: Rows; heldOut: Rows; tokenizer?: Tokenizer | undefined };
 
 /** Rows as a batch of inputs: tokens [B,S] (int32), or features [B,S,·]. */
-export function inputBatch({ seqLen, row }: Rows, indices: readonly number[]): tf.Tensor {
+export function inputBatch({ seqLen, row }: Rows, indices: number[]): tf.Tensor {
   const rows = indices.map(row);
   const [B, width, tokens] = [rows.length, rows[0]!.length, rows[0] instanceof Int32Array];
   const all = new (tokens ? Int32Array : Float32Array)(B * width);
@@ -1517,7 +1464,7 @@ function shuffled(count: number, seed: number, epoch: number): Uint32Array {
 }
 
 /** Training and held-out rows: those of `evalData`, else of the last 5 % of the documents. */
-export async function loadData(model: LanguageModel, config: Config): Promise<Data> {
+export async function loadData(model: LanguageModel, config: Config) {
   const tokenizer = io.loadTokenizer(model.dir);
   return { tokenizer, ...(await io.rowsOf(config, model, tokenizer)) };
 }
@@ -1528,10 +1475,9 @@ export async function loadData(model: LanguageModel, config: Config): Promise<Da
 // biome-ignore format: few lines
 export const PURPOSE = {
   mask: 1, delta: 2, route: 3, routeCount: 4, randomMask: 5, pgd: 6, shuffle: 7, sources: 8,
-  harvest: 9, init: 16, // and on from there, one for each array of initial values
+  harvest: 9, init: 16, // and on, one for each array of initial values
 };
 
-/** (seed, step) as a tensor: a feed of a traced graph. */
 export const randomKey = (seed: number, step: number): tf.Tensor1D =>
   tf.tensor1d([scramble(seed), step], 'int32');
 
@@ -1576,38 +1522,35 @@ export function scramble(x: number): number {
   return h ^ (h >>> 16);
 }
 
-// ---- L. Rooms -------------------------------------------
+// ---- L. Rooms ----
 // engine/ makes TFJS fast, io/ stands between this file and the world. Without them the plain ways
-// below do: this file alone runs op by op, reads llama and llama_simple_mlp folders and .txt files,
-// and writes components.safetensors.
+// below do: op by op, from llama and llama_simple_mlp folders and .txt files to components.safetensors.
 
 export interface Engine {
   name: string;
   gpu: boolean;
-  description: string; // a line for people: which engine, and why
+  description: string; // for people: which engine, and why
   memoryBytes?(): number; // how much a step may take
   /**
-   * `fn`, faster where the engine can trace it: then it runs once as it is, and from then on as one
-   * graph. So what changes from call to call must enter through `feeds`, no branch of JavaScript may
-   * depend on a tensor's value, and what lives on is a tf.Variable, which `fn` may assign.
+   * `fn`, faster where the engine can trace it: it runs once as it is, and from then on as one graph.
+   * So what changes from call to call must enter through `feeds`, no branch of JavaScript may depend
+   * on a tensor's value, and what lives on is a tf.Variable, which `fn` may assign.
    */
   compile<F extends Tensors, O extends Tensors>(
     name: string,
     fn: (feeds: F) => O,
   ): (feeds: F) => Promise<O>;
 }
-/** Runs every op by itself. */
 export const opByOp: Pick<Engine, 'compile'> = {
   compile: (_name, fn) => async feeds => tf.tidy(() => fn(feeds)),
 };
-/** @throws UsageError if the engine that the config asks for is not there */
 export async function startEngine(config: Config): Promise<Engine> {
   await openRooms();
   return { ...opByOp, ...(await engines.startEngine(config)) };
 }
 
 /** tf.tidy for an async function. It is not re-entrant. */
-export async function tidyAsync<X>(job: () => Promise<X>): Promise<X> {
+export async function tidyAsync<X>(job: () => Promise<X>) {
   tf.engine().startScope();
   try {
     return await job();
@@ -1615,13 +1558,13 @@ export async function tidyAsync<X>(job: () => Promise<X>): Promise<X> {
     tf.engine().endScope();
   }
 }
-export const numbers = async (t: T): Promise<Float32Array> => (await t.data()) as Float32Array;
+export const numbers = async (x: T) => (await x.data()) as Float32Array;
 export async function scalars(tensors: Tensors): Promise<Metrics> {
   const values = await Promise.all(Object.values(tensors).map(numbers));
   return Object.fromEntries(Object.keys(tensors).map((name, i) => [name, values[i]![0]!]));
 }
 
-/** The module of a folder, if that is beside this file. */
+/** The module of a folder beside this file. */
 const beside = async <X>(folder: string, load: () => Promise<X>): Promise<X | undefined> =>
   fs.existsSync(new URL(`${folder}/index.ts`, import.meta.url)) ? load() : undefined;
 const needsRoom = (): never => refuse('this needs the folders io/ and engine/ beside the file');
@@ -1629,24 +1572,86 @@ const needsRoom = (): never => refuse('this needs the folders io/ and engine/ be
 const alone = <X extends object>(plain: Partial<X>) =>
   new Proxy(plain, { get: (_, name) => Reflect.get(plain, name) ?? needsRoom }) as X;
 
-type Io = Omit<typeof import('./io/index.ts'), 'openModel'> & {
-  openModel(dir: string, own: typeof NAMES, talk: typeof say): Promise<ModelFiles>;
-};
-/** A model folder, with its tensors by the names that `arch` implies. */
-interface ModelFiles {
-  arch: Architecture;
-  config: Record<string, unknown>;
-  has(name: string): boolean;
-  read(name: string, shape: readonly number[]): Float32Array;
-  finish(): string; // the SHA-256 of all that was read
-  close(): void;
-}
+type Io = typeof import('./io/index.ts');
 const plainIo: Partial<Io> = {
-  commandLine: plainFlags,
+  /** Flags of the main job, as --name=value. */
+  commandLine(argv) {
+    const values: Record<string, string | number | boolean> = {};
+    for (const arg of argv) {
+      const [, no, flag = '', raw] = /^--(no-)?([\w-]+)(?:=(.+))?$/s.exec(arg) ?? [];
+      const name = flag.replace(/-(.)/g, (_, letter) => letter.toUpperCase());
+      const { value: usual, min, max } = FIELDS[name as 'seed'] ?? {};
+      const value = typeof usual === 'number' ? Number(raw ?? Number.NaN) : no ? false : raw;
+      const inside = typeof value !== 'number' || (value >= min && value <= max);
+      if (!Object.hasOwn(FIELDS, name) || typeof value !== typeof usual || !inside)
+        refuse(`${arg}: without io/ takes --name=value, one of ${Object.keys(FIELDS).join(' ')}`);
+      values[name] = value!;
+    }
+    values.out ||= `runs/${path.basename(`${values.model}`)}-${Date.now()}`;
+    return { job: 'decompose', values, flags: {}, meantFor: {}, old: undefined };
+  },
+  /** A plain Llama or the paper's own model: one safetensors file, which is trusted. */
+  async openModel(dir) {
+    const [configFile, file] = [path.join(dir, 'config.json'), path.join(dir, 'model.safetensors')];
+    const config = readJson(configFile);
+    const bytes = fs.existsSync(file) ? fs.readFileSync(file) : refuse(`${file}: no such file`);
+    const sha256 = crypto.createHash('sha256').update(fs.readFileSync(configFile));
+    // A safetensors file is the header's length in 8 bytes, the header (JSON), the tensors' bytes.
+    const start = 8 + Number(bytes.readBigUInt64LE());
+    const header = JSON.parse(bytes.toString('utf8', 8, start));
+    return {
+      arch: plainArchitecture(config, configFile) as never,
+      config,
+      has: name => Object.hasOwn(header, name),
+      read(name, shape) {
+        const { dtype, shape: got, data_offsets } = header[name] ?? refuse(`${file}: no ${name}`);
+        if (`${got}` !== `${shape}`) refuse(`${file}: ${name} is [${got}], not [${shape}]`);
+        if (dtype !== 'F32' && dtype !== 'BF16') refuse(`${file}: ${dtype} needs the folder io/`);
+        const [begin, end] = data_offsets.map((offset: number) => start + offset);
+        const raw = new Uint8Array(bytes.subarray(begin, end)).buffer; // a copy: aligned
+        const bits = () => new Uint32Array(new Uint16Array(raw)).map(upperHalf => upperHalf << 16);
+        const data = new Float32Array(dtype === 'F32' ? raw : bits().buffer);
+        sha256.update(name).update(data);
+        return data;
+      },
+      finish: () => sha256.digest('hex'), // of all that was read
+      close: () => {},
+    };
+  },
+  /** Rows of one text file, a document a line. */
+  async rowsOf({ data, evalData, seqLen }, { config }, tokenizer) {
+    if (!tokenizer || !data.endsWith('.txt') || evalData || !fs.existsSync(data))
+      return refuse(`${data}: without io/ takes one .txt file`);
+    const lines = fs.readFileSync(data, 'utf8').split('\n');
+    const documents = lines.filter(line => line.trim());
+    // Documents are joined by end-of-text, unless the tokenizer starts each with begin-of-text.
+    const marksItself = tokenizer.encode('').ids.length > 0;
+    const mark = marksItself ? [] : ([config.eos_token_id].flat().slice(0, 1) as number[]);
+    const pack = (texts: string[]) => {
+      const ids = texts.flatMap(text => [...tokenizer.encode(text).ids, ...mark]);
+      const row = (i: number) => Int32Array.from(ids.slice(i * seqLen, (i + 1) * seqLen));
+      return { count: Math.floor(ids.length / seqLen), seqLen, row };
+    };
+    const border = Math.floor(0.95 * documents.length);
+    const [train, heldOut] = [pack(documents.slice(0, border)), pack(documents.slice(border))];
+    if (train.count && heldOut.count) return { train, heldOut };
+    return refuse(`${data}: too short for rows of ${seqLen} tokens`);
+  },
+  async saveCheckpoint(dir, _step, components) {
+    const header: Record<string, object> = {};
+    let end = 0;
+    for (const [name, { shape, size }] of Object.entries(components)) {
+      header[name] = { dtype: 'F32', shape, data_offsets: [end, end + 4 * size] };
+      end += 4 * size;
+    }
+    const start = Buffer.from(`${' '.repeat(8)}${JSON.stringify(header)}`);
+    start.writeBigUInt64LE(BigInt(start.length - 8));
+    const data = await Promise.all(Object.values(components).map(numbers));
+    const bytes = data.map(x => Buffer.from(x.buffer, x.byteOffset, x.byteLength));
+    fs.writeFileSync(path.join(dir, 'components.safetensors'), Buffer.concat([start, ...bytes]));
+  },
   resolveModel: async dir => ({ dir }),
-  openModel: plainModel,
   loadTokenizer: dir => new Tokenizer(readJson(path.join(dir, 'tokenizer.json')), {}),
-  rowsOf: (config, model, tokenizer) => plainRows(config as Config, model, tokenizer),
   startProgress: total => (done, line) => {
     if (done === total || Number.isInteger(Math.log2(done))) say(line());
   },
@@ -1654,31 +1659,29 @@ const plainIo: Partial<Io> = {
   async checkFinite(step, metrics) {
     if (!Object.values(metrics).every(Number.isFinite)) throw new Error(`diverged at step ${step}`);
   },
-  saveCheckpoint: plainSave,
   runRecord: ({ problem: { config } }) => ({ formatVersion: 1, config }) as never,
   readMetrics: () => [],
-  describeRun: () => {},
   stepLine: (done, nSteps) => `step ${done}/${nSteps}`,
+  describeRun: () => {},
   warnOfTarget: () => {},
   endLiveLine: () => {},
 };
-interface Engines extends Pick<typeof import('./engine/index.ts'), 'checkSize' | 'accumulate'> {
-  startEngine(config: Config): Promise<Omit<Engine, 'compile'> & Partial<Engine>>;
-}
+type Engines = typeof import('./engine/index.ts');
 const plainEngines: Partial<Engines> = {
   async startEngine({ engine, precision }) {
     if (!['auto', 'wasm'].includes(engine) || !['auto', 'float32'].includes(precision))
       refuse(`--engine ${engine}, --precision ${precision}: not without the folder engine/`);
     await import('@tensorflow/tfjs-backend-wasm');
     await tf.setBackend('wasm');
-    return { name: 'wasm', gpu: false, description: 'WASM, op by op (no engine/ folder)' };
+    const description = 'WASM, op by op (no engine/ folder)';
+    return { name: 'wasm', gpu: false, description, memoryBytes: () => Infinity };
   },
   checkSize: () => {},
 };
 let io: Io = alone(plainIo);
 let engines: Engines = alone(plainEngines);
 /** Takes the rooms in. Whatever starts from outside awaits it first. */
-async function openRooms(): Promise<void> {
+async function openRooms() {
   io = (await beside('io', () => import('./io/index.ts'))) ?? io;
   engines = (await beside('engine', () => import('./engine/index.ts'))) ?? engines;
 }
@@ -1689,52 +1692,6 @@ function readJson(file: string): Record<string, unknown> {
   } catch (error) {
     return refuse(`${file}: ${(error as Error).message}`);
   }
-}
-
-/** Flags of the main job, as --name=value. */
-function plainFlags(argv: string[]): ReturnType<Io['commandLine']> {
-  const values: Record<string, string | number | boolean> = {};
-  for (const arg of argv) {
-    const [, no, flag = '', raw] = /^--(no-)?([\w-]+)(?:=(.+))?$/s.exec(arg) ?? [];
-    const name = flag.replace(/-(.)/g, (_, letter) => letter.toUpperCase());
-    const { value: usual, min, max } = FIELDS[name as 'seed'] ?? {};
-    const value = typeof usual === 'number' ? Number(raw ?? Number.NaN) : no ? false : raw;
-    const inside = typeof value !== 'number' || (value >= min && value <= max);
-    if (!Object.hasOwn(FIELDS, name) || typeof value !== typeof usual || !inside)
-      refuse(`${arg}: without io/ takes --name=value, one of ${Object.keys(FIELDS).join(' ')}`);
-    values[name] = value!;
-  }
-  return { job: 'decompose', values, flags: {}, meantFor: {} };
-}
-
-/** A plain Llama or the paper's own model: one safetensors file, which is trusted. */
-async function plainModel(dir: string): Promise<ModelFiles> {
-  const [configFile, file] = [path.join(dir, 'config.json'), path.join(dir, 'model.safetensors')];
-  const config = readJson(configFile);
-  const bytes = fs.existsSync(file) ? fs.readFileSync(file) : refuse(`${file}: no such file`);
-  const sha256 = crypto.createHash('sha256').update(fs.readFileSync(configFile));
-  // A safetensors file is the header's length in 8 bytes, the header (JSON), the tensors' bytes.
-  const start = 8 + Number(bytes.readBigUInt64LE());
-  const header = JSON.parse(bytes.toString('utf8', 8, start));
-  const read = (name: string, shape: readonly number[]): Float32Array => {
-    const { dtype, shape: got, data_offsets } = header[name] ?? refuse(`${file}: no ${name}`);
-    if (`${got}` !== `${shape}`) refuse(`${file}: ${name} is [${got}], not [${shape}]`);
-    if (dtype !== 'F32' && dtype !== 'BF16') refuse(`${file}: ${dtype} needs the folder io/`);
-    const [begin, end] = data_offsets.map((offset: number) => start + offset);
-    const raw = new Uint8Array(bytes.subarray(begin, end)).buffer; // a copy: aligned
-    const bits = () => new Uint32Array(new Uint16Array(raw)).map(upperHalf => upperHalf << 16);
-    const data = new Float32Array(dtype === 'F32' ? raw : bits().buffer);
-    sha256.update(name).update(data);
-    return data;
-  };
-  return {
-    arch: plainArchitecture(config, configFile),
-    config,
-    has: name => Object.hasOwn(header, name),
-    read,
-    finish: () => sha256.digest('hex'),
-    close: () => {},
-  };
 }
 
 // biome-ignore lint/suspicious/noExplicitAny: fields of a config.json
@@ -1755,50 +1712,11 @@ export function plainArchitecture(config: Record<string, any>, file: string): Ar
     context: config.max_position_embeddings ?? 2048, contextField: 'max_position_embeddings',
     norm: 'rms', eps: config.rms_norm_eps ?? 1e-6, qkv: 'separate', conv1d: false,
     rotary: inverseWavelengths(headDim, config.rope_theta ?? 10_000),
-    parallelResidual: false, biased: undefined,
-    tied: config.tie_word_embeddings ?? type === 'llama_simple_mlp',
+    parallelResidual: false, tied: config.tie_word_embeddings ?? type === 'llama_simple_mlp',
   };
 }
 
-/** Rows of one text file, a document a line. */
-async function plainRows(
-  { data, evalData, seqLen }: Config,
-  { config }: Pick<LanguageModel, 'config'>,
-  tokenizer?: Tokenizer,
-): ReturnType<Io['rowsOf']> {
-  if (!tokenizer || !data.endsWith('.txt') || evalData || !fs.existsSync(data))
-    return refuse(`${data}: without io/ takes one .txt file`);
-  const lines = fs.readFileSync(data, 'utf8').split('\n');
-  const documents = lines.filter(line => line.trim());
-  // Documents are joined by end-of-text, unless the tokenizer starts each with begin-of-text.
-  const marksItself = tokenizer.encode('').ids.length > 0;
-  const mark = marksItself ? [] : [config.eos_token_id].flat().slice(0, 1);
-  const pack = (texts: string[]) => {
-    const ids = texts.flatMap(text => [...tokenizer.encode(text).ids, ...(mark as number[])]);
-    const row = (i: number) => Int32Array.from(ids.slice(i * seqLen, (i + 1) * seqLen));
-    return { count: Math.floor(ids.length / seqLen), seqLen, row };
-  };
-  const border = Math.floor(0.95 * documents.length);
-  const [train, heldOut] = [pack(documents.slice(0, border)), pack(documents.slice(border))];
-  if (train.count && heldOut.count) return { train, heldOut };
-  return refuse(`${data}: too short for rows of ${seqLen} tokens`);
-}
-
-async function plainSave(dir: string, _step: number, components: Params): Promise<void> {
-  const header: Record<string, object> = {};
-  let end = 0;
-  for (const [name, { shape, size }] of Object.entries(components)) {
-    header[name] = { dtype: 'F32', shape, data_offsets: [end, end + 4 * size] };
-    end += 4 * size;
-  }
-  const start = Buffer.from(`${' '.repeat(8)}${JSON.stringify(header)}`);
-  start.writeBigUInt64LE(BigInt(start.length - 8));
-  const data = await Promise.all(Object.values(components).map(numbers));
-  const bytes = data.map(x => Buffer.from(x.buffer, x.byteOffset, x.byteLength));
-  fs.writeFileSync(path.join(dir, 'components.safetensors'), Buffer.concat([start, ...bytes]));
-}
-
-// ---- M. Command line ------------------------------------
+// ---- M. Command line ----
 // Exit codes: 0, 1 failed, 2 bad input, 130 or 143 interrupted.
 
 /** Fills in what is "auto", and checks fields against each other. `given`: those set on purpose. */
@@ -1811,7 +1729,6 @@ export function resolveConfig(
   const c = { ...config };
   if (!given.has('batchSize') && !gpu) c.batchSize = 2;
   if (!given.has('seqLen')) c.seqLen = Math.min(c.seqLen, sizes.context);
-  // The paper's CI function is 8/3 as wide as its target and twice as deep.
   const width = (sizes.dModel * 8) / 3;
   c.ciNHeads ||= Math.min(16, Math.max(4, Math.round(width / 64)));
   c.ciDModel ||= Math.max(1, Math.round(width / (8 * c.ciNHeads))) * 8 * c.ciNHeads;
@@ -1828,11 +1745,10 @@ export function resolveConfig(
   return c;
 }
 
-/** Opens what a config names; says the target's own loss, which reveals a wrongly loaded model. */
+/** Opens what a config names. The target's own loss reveals a wrongly loaded model. */
 async function openModelRun(config: Config, given: ReadonlySet<string>) {
-  if (!config.model)
-    refuse('--model: missing; takes a Hugging Face folder or a hub id (or give a --preset)');
-  if (!config.data) refuse('--data: missing; takes a .txt, .jsonl, .json or .parquet file');
+  if (!config.model) refuse('--model: missing; takes a folder or a hub id (or a --preset)');
+  if (!config.data) refuse('--data: missing; takes .txt, .jsonl, .json, .parquet or a hub id');
   const engine = await startEngine(config);
   say(`engine   ${engine.description}`);
   const { dir, commit } = await io.resolveModel(config.model);
@@ -1846,28 +1762,24 @@ async function openModelRun(config: Config, given: ReadonlySet<string>) {
 
   const rows = firstRows(data.heldOut, Math.max(c.evalBatchSize, Math.ceil(8192 / c.seqLen)));
   let loss = 0;
-  for (const indices of inBatches(rows.count, c.evalBatchSize)) {
-    const mean = await tidyAsync(() => {
+  for (const indices of inBatches(rows.count, c.evalBatchSize))
+    loss += await tidyAsync(async () => {
       const tokens = inputBatch(rows, indices);
       const logits = target.forward(tokens, ownLinear(target));
-      return numbers(crossEntropy(logits.logSoftmax(), tokens));
+      const [mean = 0] = await numbers(crossEntropy(logits.logSoftmax(), tokens));
+      return (mean * indices.length) / rows.count;
     });
-    loss += (mean[0]! * indices.length) / rows.count;
-  }
-  say(
-    `loss     ${loss.toFixed(4)} nats per token, the target's own on ${rows.count} held-out rows`,
-  );
+  say(`loss     ${loss.toFixed(4)} nats per token, its own on ${rows.count} held-out rows`);
   return { engine, problem, params: initialParams(problem), data };
 }
 
-const readRun = (dir: string) => io.readRecord(dir) as RunRecord;
 /**
  * A finished run on a language model: target, parameters, data, tokenizer, engine. `changes`: to its
  * config. @throws UsageError if model or data are not those of the run
  */
 export async function openRun(dir: string, changes: Partial<Config> = {}) {
   await openRooms();
-  const record = readRun(dir);
+  const record = io.readRecord(dir) as RunRecord;
   const { evalBatchSize } = record.config; // it may decide how much of a hub's data set is read
   const config = { ...DEFAULTS, ...record.config, ...changes, evalBatchSize, out: dir };
   const run = await openModelRun(config, new Set(Object.keys(config)));
@@ -1889,11 +1801,7 @@ export interface Job {
   run(dir: string, changes: Partial<Config>, flags: Flags): Promise<number>; // the exit code
 }
 
-const writeHarvest = async (run: Run): Promise<void> => {
-  const file = path.join(run.problem.config.out, 'harvest.json');
-  writeAtomic(file, JSON.stringify(await shortHarvest(run)));
-};
-/** What postprocess/ does: jobs on finished runs, and what follows when a training ends. */
+/** postprocess/: jobs on finished runs, and what follows on a training. */
 interface Postprocess {
   JOBS: Record<string, Job>;
   finish(run: Run, metrics: Metrics): Promise<void>;
@@ -1902,29 +1810,26 @@ const plainPostprocess: Postprocess = {
   JOBS: {},
   async finish(run, metrics) {
     console.log(metrics);
-    if (run.problem.config.harvest) await writeHarvest(run);
+    const { harvest, out } = run.problem.config;
+    const file = path.join(out, 'harvest.json');
+    if (harvest) writeAtomic(file, JSON.stringify(await shortHarvest(run)));
   },
 };
 
-/** One line of a message, which may quote a stranger's file: without control or direction marks. */
+/** A message may quote a stranger's file: one line, without control or direction marks. */
 const oneLine = (error: unknown) =>
   (error as Error).message.slice(0, 500).replace(/[\p{C}\p{Zl}\p{Zp}]/gu, '?');
 
-/** Runs a command line. @returns the exit code */
-export async function main(argv: string[], post = plainPostprocess): Promise<number> {
+/** @returns the exit code */
+export async function main(argv: string[], post = plainPostprocess) {
   await openRooms();
   const line = io.commandLine(argv, { version: VERSION, groups: GROUPS, jobs: post.JOBS });
   if (!line) return 0; // --help, --version
   const { job, flags, meantFor } = line;
-  const changes: Partial<Config> = line.values;
-  if (job !== 'decompose') return post.JOBS[job]!.run(`${flags.run}`, changes, flags);
-  const to = changes.out;
-  if (flags.resume && !to) refuse('--resume: takes --out DIR, the folder of the run to go on with');
-  const old = flags.resume && to ? readRun(to) : undefined;
-  const given = { ...old?.config, ...changes };
+  const given: Partial<Config> = line.values;
+  if (job !== 'decompose') return post.JOBS[job]!.run(`${flags.run}`, given, flags);
+  const old = line.old as RunRecord | undefined;
   const config = { ...DEFAULTS, ...given };
-  const stamp = new Date().toISOString().slice(0, 19).replace(/\D/g, '-');
-  config.out ||= path.join('runs', `${path.basename(config.model) || 'run'}-${stamp}`);
   const { out } = config;
   if (!old && fs.existsSync(path.join(out, 'config.json')))
     refuse(`${out}: holds a run; --resume goes on with it, or take another --out`);
@@ -1957,13 +1862,13 @@ export async function main(argv: string[], post = plainPostprocess): Promise<num
 }
 
 if (process.argv[1] && fs.realpathSync(process.argv[1]) === fileURLToPath(import.meta.url)) {
-  const failed = (error: NodeJS.ErrnoException): number => {
+  const failed = (error: NodeJS.ErrnoException) => {
     // What the system says (a full disk …) is no bug of ours: its stack tells nothing.
     const known = /^E[A-Z]+$|^(Usage|Divergence)Error$/.test(error.code ?? error.name);
     say(known ? `nano-param-decomp: ${oneLine(error)}` : String(error.stack));
     return error.name === 'UsageError' ? 2 : 1;
   };
-  // Not awaited: postprocess/ imports this file, which then has to be loaded.
+  // Not awaited: postprocess/ imports this file, which has to be loaded by then.
   beside('postprocess', () => import('./postprocess/index.ts'))
     .then(post => main(process.argv.slice(2), post))
     .catch(failed)

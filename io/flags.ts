@@ -2,6 +2,7 @@ import * as fs from 'node:fs';
 import * as path from 'node:path';
 import { parseArgs } from 'node:util';
 import { PRESETS, type Preset } from './presets.ts';
+import { readRecord } from './record.ts';
 import { refuse } from './usage-error.ts';
 
 // A record of fields as flags of a command line: parsed, checked, and listed by --help.
@@ -72,6 +73,9 @@ export function helpLines(groups: Readonly<Record<string, Fields>>): string {
   return lines.join('\n');
 }
 
+/** Date and time for a folder's name. */
+const stamp = () => new Date().toISOString().slice(0, 19).replace(/\D/g, '-');
+
 type FlagTypes = Readonly<Record<string, 'string' | 'boolean'>>;
 interface Program {
   version: string;
@@ -99,7 +103,8 @@ ${lines(ofPresets)}`;
 
 /**
  * Reads a command line; --help and --version are answered here.
- * @returns the job's name (decompose if none is named), the fields that were given, its own flags, the preset
+ * @returns the job's name (decompose if none is named), the fields that were given, its own flags; for decompose the
+ * record of the run that --resume goes on with, whose fields are given, and a folder for a new one
  * @throws UsageError naming the flag that is wrong
  */
 export function commandLine(argv: string[], program: Program) {
@@ -120,10 +125,11 @@ export function commandLine(argv: string[], program: Program) {
     if (!names.includes(`${flags.preset}`)) refuse(`--preset: got ${flags.preset}, takes one of ${names.join(', ')}`);
     preset = PRESETS[`${flags.preset}`];
   }
-  return {
-    job: job ? name : 'decompose',
-    values: { ...preset?.config, ...values },
-    flags,
-    meantFor: preset?.target ?? {},
-  };
+  const changes: Record<string, Value> = { ...preset?.config, ...values };
+  if (job) return { job: name, values: changes, flags, meantFor: {}, old: undefined };
+  if (flags.resume && !changes.out) refuse('--resume: takes --out DIR, the folder of the run to go on with');
+  const old = flags.resume ? readRecord(`${changes.out}`) : undefined;
+  const given = { ...(old?.config as typeof changes | undefined), ...changes };
+  given.out ||= path.join('runs', `${path.basename(`${given.model ?? ''}`) || 'run'}-${stamp()}`);
+  return { job: 'decompose', values: given, flags, meantFor: preset?.target ?? {}, old };
 }

@@ -47,7 +47,7 @@ test("without io/ a plain Llama and the paper's own model are read the same, and
     const config = JSON.parse(fs.readFileSync(file, 'utf8'));
     if (/^llama/.test(config.model_type) && !config.rope_scaling && !config.rope_parameters) {
       const { biased: _, activation, ...expected } = readArchitecture(config, file, NAMES);
-      const { biased: __, activation: plain, ...found } = plainArchitecture(config, file);
+      const { activation: plain, ...found } = plainArchitecture(config, file);
       assert.deepEqual(found, expected);
       assert.equal(plain.replace('pytorch_tanh', 'new'), activation);
       same++;
