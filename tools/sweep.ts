@@ -89,8 +89,9 @@ export async function stateOf({ dir, name, fields, seed }: Run): Promise<State> 
   const { config } = orRefuse(file, () => JSON.parse(fs.readFileSync(file, 'utf8'))) as { config: Fields };
   const { preset, ...own } = fields;
   const wanted: Fields = { ...(preset ? PRESETS[`${preset}`]!.config : {}), ...own, seed };
+  const isAuto = (field: string) => wanted[field] === 0 && (DEFAULTS as Fields)[field] === 0; // the run has its own
   const same = (was: unknown, now: unknown) => was === now || (typeof now === 'string' && was === path.resolve(now));
-  const changed = Object.keys(wanted).filter(field => !same(config[field], wanted[field]));
+  const changed = Object.keys(wanted).filter(field => !same(config[field], wanted[field]) && !isAuto(field));
   if (changed.length)
     refuse(
       `${dir}: was made with another ${changed.join(', ')}; remove it, or give the setting another name than ${name}`,
