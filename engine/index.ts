@@ -1,3 +1,6 @@
+export { checkSize } from './estimate.ts';
+export { accumulate } from './shards.ts';
+
 import { spawnSync } from 'node:child_process';
 import * as os from 'node:os';
 import * as tf from '@tensorflow/tfjs';

@@ -20,6 +20,7 @@ interface Backend {
   binding: {
     TF_Version: string;
     TF_FLOAT: number;
+    TF_INT32: number;
     TF_ATTR_BOOL: number;
     TF_ATTR_TYPE: number;
     executeOp(name: string, attrs: object[], inputIds: number[], outputs: number): { id: number }[];
@@ -27,6 +28,7 @@ interface Backend {
   };
   getInputTensorIds(tensors: tf.TensorInfo[]): number[];
   createOutputTensor(output: { id: number }): tf.Tensor;
+  executeSingleOutput(name: string, attrs: object[], inputs: tf.Tensor[]): tf.Tensor;
 }
 
 /** Loads TensorFlow, makes it TFJS's backend, and tells its version and whether it computes on a GPU. */
@@ -55,8 +57,28 @@ export async function loadTensorFlow(options: TensorFlowOptions = {}): Promise<{
     process.argv = argv;
   }
   if (!(await tf.setBackend('tensorflow'))) throw new Error('TensorFlow loaded, but TFJS refused it as its backend');
+  registerUniform();
   const { binding, isUsingGpuDevice } = tf.backend() as unknown as Backend;
   return { version: binding.TF_Version, gpu: isUsingGpuDevice };
+}
+
+/** Uniform numbers in [0, 1) on the device, from a key [seed, step] and a purpose: the kernel that the file asks for. */
+function registerUniform(): void {
+  if (tf.getKernel('Uniform', 'tensorflow')) return;
+  tf.registerKernel({
+    kernelName: 'Uniform',
+    backendName: 'tensorflow',
+    kernelFunc: ({ inputs, attrs }) => {
+      const { shape, purpose } = attrs as unknown as { shape: number[]; purpose: number };
+      const backend = tf.backend() as unknown as Backend;
+      const { binding } = backend;
+      const types = { dtype: binding.TF_FLOAT, T: binding.TF_INT32, Tseed: binding.TF_INT32 };
+      const type = ([name, value]: [string, number]) => ({ name, type: binding.TF_ATTR_TYPE, value });
+      const seed = tf.add(inputs.key as tf.Tensor, tf.tensor1d([purpose, 0], 'int32'));
+      const operands = [tf.tensor1d(shape, 'int32'), seed];
+      return backend.executeSingleOutput('StatelessRandomUniform', Object.entries(types).map(type), operands);
+    },
+  });
 }
 
 /**

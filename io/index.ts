@@ -4,8 +4,9 @@
 export * from './checkpoints.ts';
 export * from './console.ts';
 export { loadRows } from './data.ts';
-export { helpLines, parseFlags } from './flags.ts';
-export { resolveModel } from './hub.ts';
-export { readArchitecture, readYaml, weightFiles } from './models.ts';
-export { openShards } from './safetensors.ts';
+export { commandLine } from './flags.ts';
+export { datasetCommit, resolveModel } from './hub.ts';
+export { openModel } from './models.ts';
+export { PRESETS } from './presets.ts';
+export { readRecord, runRecord } from './record.ts';
 export { loadTokenizer } from './tokenizer.ts';
