@@ -9,7 +9,7 @@ import { after, before, test } from 'node:test';
 import * as tf from '@tensorflow/tfjs';
 import { openSafetensors } from '../io/safetensors.ts';
 import { loadTokenizer } from '../io/tokenizer.ts';
-import { loadTarget, targetForward } from '../nano-param-decomp.ts';
+import { loadTarget, ownLinear } from '../nano-param-decomp.ts';
 import { convert, halvesFromPairs, main } from './llama2c.ts';
 
 const fixtures = path.join(import.meta.dirname, 'fixtures/llama2c');
@@ -27,7 +27,8 @@ async function worstDifference(dir: string, name: string): Promise<number> {
   const ids = new Int32Array(Uint8Array.from(fs.readFileSync(file).subarray(begin, end)).buffer);
   expected.close();
   const target = await loadTarget(dir);
-  const logits = await tf.tidy(() => targetForward(target, tf.tensor2d(ids, [2, 24], 'int32'))).data();
+  const tokens = tf.tensor2d(ids, [2, 24], 'int32');
+  const logits = await tf.tidy(() => target.forward(tokens, ownLinear(target))).data();
   for (const variable of target.weights.values()) variable.dispose();
   assert.equal(logits.length, want.length);
   return want.reduce((worst, value, i) => Math.max(worst, Math.abs(value - logits[i]!)), 0);

@@ -15,9 +15,8 @@ import * as fs from 'node:fs';
 import * as path from 'node:path';
 import { fileURLToPath } from 'node:url';
 import { parseArgs } from 'node:util';
-import { writeSafetensors } from '../io/safetensors.ts';
+import { DECODERS, writeSafetensors } from '../io/safetensors.ts';
 import { orRefuse, refuse } from '../io/usage-error.ts';
-import { DECODERS } from '../nano-param-decomp.ts';
 
 const USAGE = 'npx tsx tools/llama2c.ts --checkpoint FILE.pt|FILE.bin --tokenizer FILE.bin|FILE.model --out DIR';
 

@@ -20,8 +20,9 @@ import * as path from 'node:path';
 import { fileURLToPath } from 'node:url';
 import { parseArgs } from 'node:util';
 import { loadPair, readMetrics } from '../io/checkpoints.ts';
+import { PRESETS } from '../io/presets.ts';
 import { orRefuse, refuse } from '../io/usage-error.ts';
-import { DEFAULTS, PRESETS } from '../nano-param-decomp.ts';
+import { DEFAULTS } from '../nano-param-decomp.ts';
 
 const NANO = fileURLToPath(new URL('../nano-param-decomp.ts', import.meta.url));
 const USAGE = 'npx tsx tools/sweep.ts --file sweep.json --out DIR [--jobs N]';
