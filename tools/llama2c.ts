@@ -449,7 +449,7 @@ export function tokenizerJson(pieces: readonly Piece[]): object {
     post_processor: {
       type: 'TemplateProcessing',
       single: [first, sequence('A')],
-      pair: [first, sequence('A'), sequence('B')],
+      pair: [sequence('A'), sequence('B')],
       special_tokens: { [begin!]: { id: begin, ids: [ids.get(begin!)], tokens: [begin] } },
     },
     decoder: {
