@@ -411,11 +411,11 @@ test('documents are joined by the end-of-text of the model when the tokenizer ad
   const json = (file: string) => JSON.parse(read(toy, file));
   const dir = toyFolder('eos', {
     'tokenizer.json': JSON.stringify({ ...json('tokenizer.json'), post_processor: null }),
-    'config.json': JSON.stringify({ ...json('config.json'), eos_token_id: [2, 1] }),
+    'config.json': JSON.stringify({ ...json('config.json'), eos_token_id: [80, 1] }), // no document ends in it
     'data.txt': documents.join('\n\n'), // separated by blank lines
     'data.jsonl': documents.map(text => JSON.stringify({ text })).join('\n'),
   });
-  const marked = documents.map(text => [...plainIds(text), 2]);
+  const marked = documents.map(text => [...plainIds(text), 80]);
   for (const file of ['data.txt', 'data.jsonl']) {
     const { train, heldOut } = await load(dir, file);
     assert.deepEqual(rowsOf(train), cut(marked.slice(0, 38).flat(), 4));
@@ -452,7 +452,7 @@ test('data that cannot be used is refused by the name of the file', async () => 
   const cases: Record<string, RegExp> = {
     'vocab.json': /vocab\.json: 89 is no token id of the model \(0 to 88\)/,
     'ragged.json': /ragged\.json: a row has 1 tokens, the first 2/,
-    'broken.jsonl': /broken\.jsonl:2: takes/,
+    'broken.jsonl': /broken\.jsonl:2: text is a number; takes a string/,
     'short.txt': /short\.txt.*: too short for one row of 4 tokens/,
     'data.csv': /data\.csv: takes \.txt, \.jsonl/,
     'long.json': /long\.json: rows of 33 tokens.* 32 .*max_position_embeddings/,
