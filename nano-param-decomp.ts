@@ -84,18 +84,18 @@ const GROUPS = {
   'Target and data': {
     model: place('Hugging Face folder, or hub id org/name[@revision]'),
     data: place('.txt, .jsonl, .json rows of ids, .parquet, or a hub data set'),
-    evalData: place('held-out data; without it the last 5 % of the documents'),
-    labels: place('JSON: the known rules that hold in each row of --eval-data; adds a scoreboard'),
+    evalData: place('held-out data; else the last 5 % of the documents'),
+    labels: place('JSON: the rules that hold in rows of --eval-data; adds a scoreboard'),
     seqLen: int(512, 'tokens in a row', 1, 1 << 20),
     components: text('auto', 'pattern=C,…: "*.q_proj=64", first match; auto: C = max(dIn, dOut)'),
-    out: place('run folder; without it runs/<model>-<time>'),
+    out: place('run folder; else runs/<model>-<time>'),
   },
   Training: {
     nSteps: int(400_000, 'training steps', 1),
     batchSize: int(64, 'rows in a batch; on a CPU engine 2 if not given', 1),
     microBatches: int(1, 'shards of a batch (R), one after another', 1),
     seed: int(0, 'of all random numbers', 0, 2 ** 31 - 1),
-    mainLr: real(5e-5, 'AdamW learning rate of V, U and the CI function'),
+    mainLr: real(5e-5, 'AdamW learning rate'),
     mainLrFinalFrac: real(0.1, 'where its cosine ends', 0, 1),
     gradClipComponents: real(0.01, 'clips the gradient norm of all V and U; 0 = off'),
     gradClipCi: real(0, 'and of the CI function; 0 = off'),
@@ -105,7 +105,7 @@ const GROUPS = {
   },
   Losses: {
     coeffFaith: real(1e7, 'coefficient of the faithfulness loss'),
-    coeffImp: real(2e-4, 'of the importance-minimality loss'),
+    coeffImp: real(2e-4, 'of the importance loss'),
     coeffStoch: real(0.5, 'of the stochastic reconstruction loss'),
     coeffPpgd: real(0.5, 'of the adversarial one; 0 = no adversary'),
     pStart: real(2, 'exponent p of the importance loss at the start', 0.01, 10),
@@ -142,8 +142,8 @@ const GROUPS = {
   Run: {
     logEvery: int(100, 'steps between lines of metrics.jsonl', 1),
     saveEvery: int(5000, 'steps between checkpoints; 0 = only at the end'),
-    harvest: flag(true, 'harvest and page at the end (--no-harvest: without)'),
-    harvestRows: int(4096, 'training rows that the harvest reads; 0 = all'),
+    harvest: flag(true, 'harvest and page at the end (--no-harvest)'),
+    harvestRows: int(4096, 'training rows that it reads; 0 = all'),
   },
   Engine: {
     engine: text(
@@ -194,7 +194,7 @@ export interface Target {
   nextToken?: boolean; // its outputs predict that: evaluation adds cross-entropies
   source?: Origin & { type: string; sha256: string }; // for config.json
 }
-/** A folder, or a model of the hub and its commit there. */
+/** A model's folder, or hub id and commit. */
 type Origin = { path: string; commit?: string };
 
 /** A decomposed linear layer (not an nn.Module): columns offset … offset + C of [N,ΣC] tensors. */
@@ -500,7 +500,6 @@ export function adversarialLoss(
   return reconstruction(problem, params, pass, { mask: interpolate(g, s), delta });
 }
 
-/** What losses are functions of. */
 interface LossInputs {
   problem: Problem;
   params: Tensors;
@@ -664,16 +663,16 @@ type Vectors = Record<Group, T<'n'>>;
 export function applyGradients(
   { config }: Problem,
   state: State,
-  gradients: Vectors,
+  grads: Vectors,
   feeds: AdamFeeds,
 ) {
-  const norms = eachGroup(group => gradients[group].square().sum().sqrt());
+  const norms = eachGroup(group => grads[group].square().sum().sqrt());
   // Gradients that are not finite move nothing: a run that stops has its last good parameters.
   const finite = tf.isFinite(norms.components.add(norms.ci_fn));
   const lrMain = tf.where(finite, feeds.lrMain, tf.scalar(0));
   const limits = { components: config.gradClipComponents, ci_fn: config.gradClipCi };
   eachGroup(group => {
-    const gradient = gradients[group];
+    const gradient = grads[group];
     const scale = tf.minimum(1, tf.div(limits[group], norms[group].add(1e-6))); // as torch clips
     const clipped = limits[group] > 0 ? gradient.mul(scale) : gradient;
     const safe = tf.where(finite, clipped, tf.zerosLike(clipped));
@@ -819,8 +818,6 @@ export async function* warmUp(engine: Engine, problem: Problem, state: State) {
 
 // ---- G. Evaluation ----
 
-const DEAD_BELOW = 1e-6; // mean importance of a dead component
-
 /** Mean next-token cross-entropy in nats. */
 export function crossEntropy(logProbs: T<'N vocab'>, tokens: T<'B S'>): T {
   const [B = 0, S = 0] = tokens.shape;
@@ -904,7 +901,6 @@ export function hiddenActsErrors(problem: Problem, params: Tensors, inputs: T, d
   return { CI: errors({ mask: g }), Stochastic: errors(stochastic) };
 }
 
-/** Compiles the evaluation. */
 export function compileEvaluation(engine: Engine, problem: Problem, params: Params) {
   const { modules, config, target } = problem;
   const [sumC, sumOut] = [totalC(modules), sum(modules.map(m => m.dOut))];
@@ -947,7 +943,7 @@ export function compileEvaluation(engine: Engine, problem: Problem, params: Para
       await add(share, { 'loss/PGDReconLoss': (await pgd({ inputs, source })).loss });
       if (slow) await add(share, await hidden({ inputs, key }));
     }
-    const isAlive = Float32Array.from(means.meanCi!, ci => Number(ci >= DEAD_BELOW));
+    const isAlive = Float32Array.from(means.meanCi!, ci => Number(ci >= 1e-6));
     const mask = tf.tensor2d(isAlive, [1, sumC]);
     for (const { inputs, share } of batches) await add(share, await alive({ inputs, mask }));
 
@@ -1092,14 +1088,13 @@ export function writeAtomic(file: string, content: string) {
   fs.renameSync(`${file}.tmp-${process.pid}`, file);
 }
 
-export type RunRecord = ReturnType<typeof recordOf>;
+type RunRecord = ReturnType<typeof recordOf>;
 const recordOf = (run: Run) => io.runRecord(run, VERSION);
 const VERSION = '0.1.0';
 
 // ---- I. Harvest ----
-// What does each component do? The short version, by dense counts: how often it fires (g > 0), on
-// which tokens, ahead of which predictions, and where most strongly, as text. postprocess/harvest.ts
-// counts more, in bounded memory, and fills the page.
+// What each component does, by dense counts: how often it fires (g > 0), on which tokens, ahead of which
+// predictions, and where most strongly. postprocess/harvest.ts counts more, in bounded memory.
 
 /** Token, count, PMI = ln(n_ct N / (n_c n_t)) in nats. */
 type TokenPmi = [token: string, count: number, pmi: number];
@@ -1231,7 +1226,6 @@ export interface LanguageModel extends Target {
   source: NonNullable<Target['source']>;
 }
 
-/** The linear layers of the blocks, in network order. */
 export function linearLayers(arch: Architecture): LinearLayer[] {
   const { dModel, dMlp, nLayers, nHeads, nKvHeads, headDim, qkv } = arch;
   const [dQ, dKv] = [nHeads * headDim, nKvHeads * headDim];
@@ -1463,14 +1457,13 @@ function shuffled(count: number, seed: number, epoch: number): Uint32Array {
   return order;
 }
 
-/** Training and held-out rows: those of `evalData`, else of the last 5 % of the documents. */
 export async function loadData(model: LanguageModel, config: Config) {
   const tokenizer = io.loadTokenizer(model.dir);
   return { tokenizer, ...(await io.rowsOf(config, model, tokenizer)) };
 }
 
-// Random numbers are a function of (seed, step, purpose) alone, so any step can be replayed, and a
-// resumed run needs no state of a generator.
+// Random numbers are a function of (seed, step, purpose) alone: any step can be replayed, and a run is
+// resumed without the state of a generator.
 
 // biome-ignore format: few lines
 export const PURPOSE = {
@@ -1482,15 +1475,11 @@ export const randomKey = (seed: number, step: number): tf.Tensor1D =>
   tf.tensor1d([scramble(seed), step], 'int32');
 
 /** Uniform numbers in [0, 1) by (key, purpose). An engine may have its own, with other bits. */
-export function uniform(shape: number[], key: tf.Tensor, purpose: number): tf.Tensor {
-  if (tf.getKernel('Uniform', tf.getBackend()))
-    return tf
-      .engine()
-      .runKernel(
-        'Uniform',
-        { key },
-        { shape, purpose, generate: uniformArray as never },
-      ) as tf.Tensor;
+export function uniform(shape: number[], key: T, purpose: number): T {
+  if (tf.getKernel('Uniform', tf.getBackend())) {
+    const attrs = { shape, purpose, generate: uniformArray as never };
+    return tf.engine().runKernel('Uniform', { key }, attrs) as T;
+  }
   const [seed = 0, step = 0] = key.dataSync();
   return tf.tensor(uniformArray(sizeOf(shape), seed, step, purpose), shape);
 }
@@ -1680,7 +1669,7 @@ const plainEngines: Partial<Engines> = {
 };
 let io: Io = alone(plainIo);
 let engines: Engines = alone(plainEngines);
-/** Takes the rooms in. Whatever starts from outside awaits it first. */
+/** Takes the rooms in; whatever starts here awaits it. */
 async function openRooms() {
   io = (await beside('io', () => import('./io/index.ts'))) ?? io;
   engines = (await beside('engine', () => import('./engine/index.ts'))) ?? engines;
@@ -1719,11 +1708,11 @@ export function plainArchitecture(config: Record<string, any>, file: string): Ar
 // ---- M. Command line ----
 // Exit codes: 0, 1 failed, 2 bad input, 130 or 143 interrupted.
 
-/** Fills in what is "auto", and checks fields against each other. `given`: those set on purpose. */
+/** Fills in what is "auto", checks fields against each other. `given`: those set on purpose. */
 export function resolveConfig(
   config: Config,
   sizes: Pick<Architecture, 'dModel' | 'nLayers' | 'context' | 'contextField'>,
-  given: ReadonlySet<string>,
+  given: Set<string>,
   gpu: boolean,
 ): Config {
   const c = { ...config };
@@ -1746,7 +1735,7 @@ export function resolveConfig(
 }
 
 /** Opens what a config names. The target's own loss reveals a wrongly loaded model. */
-async function openModelRun(config: Config, given: ReadonlySet<string>) {
+async function openModelRun(config: Config, given: Set<string>) {
   if (!config.model) refuse('--model: missing; takes a folder or a hub id (or a --preset)');
   if (!config.data) refuse('--data: missing; takes .txt, .jsonl, .json, .parquet or a hub id');
   const engine = await startEngine(config);
@@ -1786,17 +1775,19 @@ export async function openRun(dir: string, changes: Partial<Config> = {}) {
   run.problem.config.evalBatchSize = changes.evalBatchSize ?? evalBatchSize;
   if (run.problem.target.source.sha256 !== record.model.sha256)
     refuse(`${record.model.path}: not the model of this run (its SHA-256 differs)`);
-  const given = Boolean(changes.data || changes.evalData); // other data on purpose
-  const otherData = io.compareData(record.data, recordOf(run).data, given, say);
+  const onPurpose = Boolean(changes.data || changes.evalData);
+  const otherData = io.compareData(record.data, recordOf(run).data, onPurpose, say);
   await io.restore(path.join(dir, 'components.safetensors'), run.params);
   return { ...run, record, otherData };
 }
 
+export type OpenRun = Awaited<ReturnType<typeof openRun>>;
+export type Flags = Record<string, string | boolean | undefined>;
 /** A command on a finished run; its flags are those besides the config's. */
 export interface Job {
   help: string;
-  flags?: Readonly<Record<string, 'string' | 'boolean'>>;
-  run(dir: string, changes: Partial<Config>, flags: Record<string, unknown>): Promise<void>;
+  flags?: Record<string, 'string' | 'boolean'>;
+  run(dir: string, changes: Partial<Config>, flags: Flags): Promise<number>; // the exit code
 }
 
 /** postprocess/: jobs on finished runs, and what follows on a training. */
@@ -1825,10 +1816,7 @@ export async function main(argv: string[], post = plainPostprocess) {
   if (!line) return 0; // --help, --version
   const { job, flags, meantFor } = line;
   const given: Partial<Config> = line.values;
-  if (job !== 'decompose') {
-    await post.JOBS[job]!.run(`${flags.run}`, given, flags);
-    return 0;
-  }
+  if (job !== 'decompose') return post.JOBS[job]!.run(`${flags.run}`, given, flags);
   const old = line.old as RunRecord | undefined;
   const config = { ...DEFAULTS, ...given };
   const { out } = config;

@@ -8,7 +8,7 @@
  * step function or a division by nearly nothing may have moved a lot (results behind a step, state) only to its size.
  */
 import * as tf from '@tensorflow/tfjs';
-import { bytesOf, type Node, type Numbers, type Recording, runNode, sizeOf, type Value } from './record.ts';
+import { bytesOf, type Node, type Numbers, type Recording, runNode, type Value } from './record.ts';
 
 /** The compiled form of some nodes: what they give for `given`, the values made before them. The caller disposes. */
 export type Evaluate = (nodes: Node[], given: Map<Value, tf.Tensor>, wanted: Value[]) => Promise<tf.Tensor[]>;
@@ -157,7 +157,7 @@ export async function checkNodes(
 }
 
 /** Euclidean distance of two tensors, or the norm of one; equal infinities and NaNs are no distance. */
-export function distance(a: Numbers, b?: Numbers): number {
+function distance(a: Numbers, b?: Numbers): number {
   let sum = 0;
   for (let i = 0; i < a.length; i++) {
     const [x, y] = [a[i]!, b ? b[i]! : 0];
@@ -167,23 +167,25 @@ export function distance(a: Numbers, b?: Numbers): number {
 }
 
 /**
- * The relative error of a result of the whole function, in the Euclidean norm, if it is more than allowed. State is judged
- * by its change, since a lost assignment must show. An output may be the small difference of large numbers: below 0.01
- * it is held to an absolute error. `mild`: rounding may have moved much of it: Adam's first step is hardly more than the
- * gradient's sign, and a step function turns rounding into 0 or 1.
+ * The relative error of a result of the whole function, in the Euclidean norm, if it is more than allowed. An output may be
+ * the small difference of large numbers: below 0.01 it is held to an absolute error. What `mayMove` (state, and what hangs on
+ * a step function) is held to the size of its change alone, within a factor of 4: Adam's first step is hardly more than
+ * the gradient's sign, which rounding flips where the gradient is nearly 0; a lost assignment is a change of 0.
  */
 export function resultError(
   got: Numbers,
   wanted: Numbers,
   before: Numbers | undefined,
-  mild: boolean,
+  mayMove: boolean,
   tolerance: number,
 ) {
-  if (!Number.isFinite(distance(wanted))) return undefined; // the caller sees that it diverged
-  const scale = before
-    ? distance(wanted, before) + 1e-5 * distance(wanted)
-    : distance(wanted) + 0.01 * Math.sqrt(wanted.length);
-  const error = distance(got, wanted) / (scale + 1e-9);
-  return error <= (mild ? Math.min(0.75, 750 * tolerance) : tolerance) ? undefined : error;
+  const size = distance(wanted);
+  if (!Number.isFinite(size)) return undefined; // the caller sees that it diverged
+  const floor = before ? 1e-5 * size + 1e-9 : 0.01 * Math.sqrt(wanted.length) + 1e-9;
+  const [change, error] = [distance(wanted, before), distance(got, wanted) / (distance(wanted, before) + floor)];
+  if (tolerance >= 0 && mayMove) {
+    const mine = distance(got, before);
+    return mine + floor >= change / 4 && mine <= 4 * (change + floor) ? undefined : error;
+  }
+  return error <= tolerance ? undefined : error;
 }
-void sizeOf;

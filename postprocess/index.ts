@@ -1,10 +1,12 @@
 import * as path from 'node:path';
-import { readMetrics, readRecord, startProgress } from '../io/index.ts';
+import { startProgress } from '../io/index.ts';
 import {
+  type Flags,
   firstRows,
   type Job,
   type LanguageModel,
   type Metrics,
+  type OpenRun,
   openRun,
   type Problem,
   type Run,
@@ -13,13 +15,34 @@ import {
   totalC,
   writeAtomic,
 } from '../nano-param-decomp.ts';
+import { FLAGS as ASK, ask } from './ask.ts';
+import { FLAGS as ATTRIBUTIONS, attributions } from './attributions.ts';
+import { FLAGS as CIRCUIT, circuit } from './circuit.ts';
+import { FLAGS as CLUSTER, cluster } from './cluster.ts';
+import { FLAGS as EDIT, edit } from './edit.ts';
 import { evaluate } from './eval.ts';
+import { FLAGS as GRAPH, graph } from './graph.ts';
 import { harvest, harvestPass, tokenText } from './harvest.ts';
-import { renderReport } from './page.ts';
+import { FLAGS as INTERPRET, interpret } from './interpret.ts';
+import { writePage } from './page-meanings.ts';
+import { FLAGS as PIPELINE, postprocess } from './pipeline.ts';
 import { readLabels, type Scoreboard, scoreRules } from './scoreboard.ts';
+import { FLAGS as SERVE, serve } from './serve.ts';
 import { boardLines, summary } from './summary.ts';
 
 // What is done with a finished run. Each stage is one module of this folder and one line of JOBS.
+
+/** A stage that works on the opened run; the folder that it writes to, if it has one, is --out. */
+const onRun = <F extends Job['flags']>(
+  help: string,
+  flags: F,
+  stage: (run: OpenRun, flags: Flags) => Promise<number>,
+): Job => ({
+  help,
+  ...(flags && { flags }),
+  run: async (dir, { out, ...changes }, given) => stage(await openRun(dir, changes), { ...given, out }),
+});
+const harvestAgain = async (run: OpenRun) => harvestRun(run, await score(run), run.otherData);
 
 export const JOBS: Record<string, Job> = {
   eval: { help: 'evaluates the run: one JSON object on standard output', run: evaluate },
@@ -28,8 +51,20 @@ export const JOBS: Record<string, Job> = {
     async run(dir, changes) {
       const run = await openRun(dir, changes);
       await harvestRun(run, changes.evalData ? undefined : await score(run), run.otherData);
+      return 0;
     },
   },
+  graph: onRun('what feeds what: graphs of a --text, or of the passages of the page', GRAPH, graph),
+  attributions: onRun('what feeds what over the data, for --minutes', ATTRIBUTIONS, attributions),
+  circuit: onRun('which components one prediction of a --text needs', CIRCUIT, circuit),
+  ask: onRun('continues a --prompt, with components removed or scaled', ASK, ask),
+  edit: onRun('writes an edited Hugging Face folder to --out', EDIT, edit),
+  cluster: onRun('groups of components by minimum description length', CLUSTER, cluster),
+  interpret: onRun('labels and their scores, through a chat-completions endpoint or files', INTERPRET, interpret),
+  postprocess: onRun('harvest, attributions, clusters, labels, page: what is missing of them', PIPELINE, (run, flags) =>
+    postprocess(run, flags, { harvest: harvestAgain, attributions }),
+  ),
+  serve: onRun('the page with a live text box, on 127.0.0.1', SERVE, serve),
 };
 
 /** What follows on the training of a run: summary, scoreboard, harvest and page. */
@@ -74,9 +109,5 @@ export async function harvestRun(
   // What was harvested is said where it is not the run's own data.
   const noted = otherData.length > 0 ? { ...result, otherData } : result;
   writeAtomic(path.join(config.out, 'harvest.json'), JSON.stringify(noted));
-  const history = readMetrics(path.join(config.out, 'metrics.jsonl'));
-  const metrics = history.findLast(line => 'eval/n_alive' in line) ?? {};
-  const record = readRecord(config.out);
-  const shown = { config: record, metrics, history, harvest: result, ...(scoreboard && { scoreboard }) };
-  writeAtomic(path.join(config.out, 'report.html'), renderReport(shown));
+  writePage(config.out, scoreboard);
 }

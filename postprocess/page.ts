@@ -4,9 +4,10 @@
  */
 import * as fs from 'node:fs';
 import type { Example, Harvest } from './harvest.ts';
+import type { PageMeanings } from './page-meanings.ts';
 import type { Scoreboard } from './scoreboard.ts';
 
-export interface ReportData {
+export interface ReportData extends PageMeanings {
   config: unknown; // of config.json
   metrics: Record<string, number>; // the final evaluation
   history: Record<string, number>[]; // the lines of metrics.jsonl
