@@ -1347,7 +1347,7 @@ export function rotate(x: T<'B H S hd'>, frequencies: Float32Array): T<'B H S hd
   return tf.concat([a.mul(cos).sub(b.mul(sin)), b.mul(cos).add(a.mul(sin)), ...others], 3);
 }
 
-const toHeads = (x: T<'N d'>, B: number, S: number, H: number): T<'B H S hd'> =>
+export const toHeads = (x: T<'N d'>, B: number, S: number, H: number): T<'B H S hd'> =>
   x.reshape([B, S, H, x.size / (B * S * H)]).transpose([0, 2, 1, 3]);
 
 /** softmax(q kᵀ / √hd) v for q [B,H,S,hd] and k, v [B,H',S,hd], H' a divisor of H. */

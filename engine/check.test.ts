@@ -7,6 +7,8 @@ import path from 'node:path';
 import { after, test } from 'node:test';
 import * as tf from '@tensorflow/tfjs';
 import * as nano from '../nano-param-decomp.ts';
+import { harvest, harvestPass } from '../postprocess/harvest.ts';
+import { scoreRules } from '../postprocess/scoreboard.ts';
 import { type CompileOptions, compiler, type Runtime } from './compile.ts';
 import { type Node, type Recording, runNode, type Value } from './record.ts';
 
@@ -125,17 +127,17 @@ async function everything(engine: nano.Engine, seed: number): Promise<void> {
     await step(1, rows);
   }
   const { problem, params, state } = start(1);
-  await nano.warmUp(engine, problem, state, async () => true);
+  for await (const loss of nano.warmUp(engine, problem, state)) assert.ok(loss > 0);
   await nano.compileEvaluation(engine, problem, params)(rows, 1, true);
   const data = { train: rows, heldOut: rows } as nano.Data;
   const labels = {
     rules: [{ name: 'a' }],
     labels: [...Array(3)].map((_, i) => [...Array(7)].map((_, k) => ((i + k) % 2 ? [0] : []))),
   };
-  await nano.scoreRules({ engine, problem, params, data }, labels);
+  await scoreRules({ engine, problem, params, data }, labels);
   const { vocab } = target.arch;
   const texts = { vocabSize: vocab, tokenText: String, passages: [] };
-  await nano.harvest({ ...texts, engine, pass: nano.harvestPass(problem, params), modules: problem.modules, rows });
+  await harvest({ ...texts, engine, pass: harvestPass(problem, params), modules: problem.modules, rows });
 }
 const STATES = process.env.NANO_LONG_TESTS ? 50 : 1;
 

@@ -115,6 +115,7 @@ export interface Passage {
 /** The content of harvest.json. */
 export interface Harvest {
   formatVersion: 1;
+  inputs?: 'features'; // of features.ts: names of inputs and outputs stand where tokens do
   positions: number; // N
   pairPositions: number; // positions at which pairs were counted: N in partners
   outputTokens: number; // tokens that the output statistics cover
@@ -535,15 +536,19 @@ function round(x: number, digits = 4): number {
   return Math.round(x * scale) / scale;
 }
 
-/** What the harvest reads of a run on a language model. */
+/** What the harvest reads of a run on tokens. Where one answer stands for a whole row, it is that of each position. */
 export function harvestPass(problem: Problem, params: Params): HarvestPass {
   return tokens => {
-    const { pass, g } = importances(problem, params, tokens);
+    const { pass, g, N } = importances(problem, params, tokens);
     const activation = problem.modules.map(m => {
       const norms = tf.sqrt(tf.sum(tf.square(U(params, m)), 1)); // ‖U_c‖ [C]
       return tf.mul(matmul(pass.acts[m.path]!, V(params, m)), norms);
     });
-    return { ci: g, activation: tf.concat(activation, 1), probs: pass.output.logSoftmax().exp() };
+    const answers = pass.output.logSoftmax().exp();
+    const perAnswer = N / answers.shape[0]!;
+    const probs =
+      perAnswer === 1 ? answers : answers.reshape([-1, 1, answers.shape[1]!]).tile([1, perAnswer, 1]).reshape([N, -1]);
+    return { ci: g, activation: tf.concat(activation, 1), probs };
   };
 }
 

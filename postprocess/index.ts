@@ -1,14 +1,17 @@
 import * as path from 'node:path';
+import * as tf from '@tensorflow/tfjs';
 import { startProgress } from '../io/index.ts';
 import {
   type Flags,
   firstRows,
+  inputBatch,
   type Job,
   type LanguageModel,
   type Metrics,
   type OpenRun,
   openRun,
-  type Problem,
+  ownLinear,
+  type Rows,
   type Run,
   range,
   tidyAsync,
@@ -21,8 +24,9 @@ import { FLAGS as CIRCUIT, circuit } from './circuit.ts';
 import { FLAGS as CLUSTER, cluster } from './cluster.ts';
 import { FLAGS as EDIT, edit } from './edit.ts';
 import { evaluate } from './eval.ts';
+import { harvestFeatures } from './features.ts';
 import { FLAGS as GRAPH, graph } from './graph.ts';
-import { harvest, harvestPass, tokenText } from './harvest.ts';
+import { type Harvest, harvest, harvestPass, tokenText } from './harvest.ts';
 import { FLAGS as INTERPRET, interpret } from './interpret.ts';
 import { writePage } from './page-meanings.ts';
 import { FLAGS as PIPELINE, postprocess } from './pipeline.ts';
@@ -74,7 +78,7 @@ export async function finish(run: Run, metrics: Metrics): Promise<void> {
   console.log(summary(metrics, sizes));
   const board = await score(run);
   if (board) console.log(boardLines(board));
-  if (config.harvest) await harvestRun(run as Run<LanguageModel>, board);
+  if (config.harvest && config.out) await harvestRun(run, board);
 }
 
 /** The scoreboard, where the run has labels. */
@@ -85,29 +89,34 @@ async function score(run: Run): Promise<Scoreboard | undefined> {
 
 /** Harvests a run and writes harvest.json and report.html into its folder. */
 export async function harvestRun(
-  run: Run<LanguageModel>,
+  run: Run,
   scoreboard: Scoreboard | undefined,
   otherData: string[] = [],
 ): Promise<void> {
-  const { engine, params, data } = run;
-  const problem: Problem<LanguageModel> = run.problem;
-  const { config, modules, target } = problem;
+  const { data } = run;
+  const { config } = run.problem;
   const rows = firstRows(data.train, config.harvestRows || data.train.count);
+  const result = rows.row(0) instanceof Int32Array ? await harvestTokens(run, rows) : await harvestFeatures(run, rows);
+  // What was harvested is said where it is not the run's own data.
+  const noted = otherData.length > 0 ? { ...result, otherData } : result;
+  writeAtomic(path.join(config.out, 'harvest.json'), JSON.stringify(noted));
+  writePage(config.out, scoreboard);
+}
+
+async function harvestTokens({ engine, problem, params, data }: Run, rows: Rows): Promise<Harvest> {
+  const { config, modules, target } = problem;
   const passages = Math.min(8, Math.ceil(1024 / rows.seqLen), data.heldOut.count);
   const show = startProgress(rows.count * rows.seqLen, 0, 'token');
-  const result = await harvest({
+  const answerWidth = tf.tidy(() => target.forward(inputBatch(rows, [0]), ownLinear(target)).shape.at(-1)!);
+  return harvest({
     pass: harvestPass(problem, params),
     engine,
     modules: [...modules],
-    vocabSize: target.arch.vocab,
+    vocabSize: (target as Partial<LanguageModel>).arch?.vocab ?? answerWidth,
     rows,
     tokenText: id => tokenText(data.tokenizer, id),
     passages: range(0, passages).map(i => data.heldOut.row(i) as Int32Array),
     settings: { seed: config.seed },
     progress: positions => show(positions, () => `harvest ${positions} tokens`),
   });
-  // What was harvested is said where it is not the run's own data.
-  const noted = otherData.length > 0 ? { ...result, otherData } : result;
-  writeAtomic(path.join(config.out, 'harvest.json'), JSON.stringify(noted));
-  writePage(config.out, scoreboard);
 }

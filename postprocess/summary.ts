@@ -17,16 +17,21 @@ export function summary(
     random_masked: 'random masks',
     zero_masked: 'nothing on',
   };
+  // A network that predicts no next token has no cross-entropy, and one of numbers is compared by squared errors.
+  const hasCe = 'eval/ce_kl/ce_target' in metrics;
+  const compared = 'eval/recon/mse_ci_masked' in metrics ? 'recon/mse' : 'ce_kl/kl';
   const line = (name: string, label: string) => {
-    const ce = value('ce_kl/ce_target') + value(`ce_kl/ce_difference_${name}`);
-    return `  ${label.padEnd(18)}${number(ce)}${number(value(`ce_kl/kl_${name}`))}`;
+    const ce = hasCe ? number(value('ce_kl/ce_target') + value(`ce_kl/ce_difference_${name}`)) : ''.padEnd(10);
+    return `  ${label.padEnd(18)}${ce}${number(value(`${compared}_${name}`))}`;
   };
   const l0 = Object.keys(metrics).find(name => /^eval\/l0\/[\d.]+_total$/.test(name))!;
+  const nats = `        KL   (nats per ${hasCe ? 'token' : 'answer'}, held-out rows)`;
+  const units = compared === 'ce_kl/kl' ? nats : '       MSE   (mean squared error, held-out rows)';
   const lines = [
-    `\n${''.padEnd(20)}        CE        KL   (nats per token, held-out rows)`,
-    `  ${'the target'.padEnd(18)}${number(value('ce_kl/ce_target'))}`,
+    `\n${''.padEnd(20)}${hasCe ? '        CE' : ''.padEnd(10)}${units}`,
+    ...(hasCe ? [`  ${'the target'.padEnd(18)}${number(value('ce_kl/ce_target'))}`] : []),
     ...Object.entries(strategies).map(([name, label]) => line(name, label)),
-    `  ${'dead ones deleted'.padEnd(28)}${number(value('ce_kl/kl_alive'))}`,
+    `  ${'dead ones deleted'.padEnd(28)}${number(value(`${compared}_alive`))}`,
     `  ${`fresh PGD, ${sizes.pgdSteps} steps`.padEnd(28)}${number(value('loss/PGDReconLoss'))}`,
     `  faithfulness ${value('loss/FaithfulnessLoss').toExponential(2)}`,
     `  L0 ${metrics[l0]!.toFixed(2)} of ${value('n_alive')} alive of ${sizes.components} components`,
