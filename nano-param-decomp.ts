@@ -1,17 +1,18 @@
 /**
  * nano-param-decomp: VPD (adVersarial Parameter Decomposition) of a trained network, in one file.
  *
- * VPD writes every weight matrix of a trained network as a sum of rank-one subcomponents, and a small
- * transformer, the causal-importance (CI) function, learns which few of them each token really needs.
- * What it calls unimportant may be removed, at random or by an adversary, and the network must still
- * give the same answer. What is left are small mechanisms that a person can look at one by one.
+ * VPD writes every weight matrix of a trained network as a sum of rank-one subcomponents, and a
+ * small transformer, the causal-importance (CI) function, learns which few of them each token
+ * really needs. What it calls unimportant may be removed, at random or by an adversary, and the
+ * network must still give the same answer. What is left are small mechanisms that a person can look
+ * at one by one.
  *
  *   npm install && npm start                         the bundled toy: decompose, evaluate, page
  *   npx tsx nano-param-decomp.ts --model M --data D  a Hugging Face folder or hub id, a text file
  *   npx tsx nano-param-decomp.ts --help              every field of the config is a flag
  *
- * The paper: "Interpreting Language Model Parameters", Goodfire, May 2026. The original, in PyTorch:
- * github.com/goodfire-ai/param-decomp. The predecessor, SPD: arxiv.org/abs/2506.20790.
+ * The paper: "Interpreting Language Model Parameters", Goodfire, May 2026. The original, in
+ * PyTorch: github.com/goodfire-ai/param-decomp. The predecessor, SPD: arxiv.org/abs/2506.20790.
  *
  * Contents; README.md has the formulas in one page, under the same letters
  *   A. Config            one record: type, default, flag, help
@@ -65,9 +66,9 @@ export function say(line: string) {
 
 export const range = (from: number, to: number) =>
   Array.from({ length: Math.max(0, to - from) }, (_, i) => from + i);
-export const sum = (values: Iterable<number>): number => [...values].reduce((a, b) => a + b, 0);
+export const sum = (values: Iterable<number>) => [...values].reduce((a, b) => a + b, 0);
 /** 0 … count − 1 in batches of at most `size`. */
-export const inBatches = (count: number, size: number): number[][] =>
+export const inBatches = (count: number, size: number) =>
   range(0, Math.ceil(count / size)).map(b => range(b * size, Math.min((b + 1) * size, count)));
 
 // ---- A. Config ----
@@ -76,7 +77,7 @@ export const inBatches = (count: number, size: number): number[][] =>
 
 const real = (value: number, help: string, min = 0, max = 1e12) => ({ value, help, min, max });
 const int = (...field: Parameters<typeof real>) => ({ ...real(...field), integer: true });
-const text = (value: string, help: string, choices = '') => ({ value, help, choices }); // one of them
+const text = (value: string, help: string, choices = '') => ({ value, help, choices });
 const place = (help: string) => ({ value: '', help, place: true }); // a file, folder or hub name
 const flag = (value: boolean, help: string) => ({ value, help });
 
@@ -99,7 +100,7 @@ const GROUPS = {
     mainLrFinalFrac: real(0.1, 'where its cosine ends', 0, 1),
     gradClipComponents: real(0.01, 'clips the gradient norm of all V and U; 0 = off'),
     gradClipCi: real(0, 'and of the CI function; 0 = off'),
-    faithfulnessWarmupSteps: int(400, 'first steps, on this loss alone'),
+    faithfulnessWarmupSteps: int(400, 'first steps, on faithfulness alone'),
     faithfulnessWarmupLr: real(1e-3, 'their learning rate'),
     faithfulnessWarmupLrFinalFrac: real(1, 'where its cosine ends; 1 = constant', 0, 1),
   },
@@ -125,9 +126,9 @@ const GROUPS = {
     ppgdLr: real(0.01, 'learning rate of the sources'),
     ppgdLrFinalFrac: real(1, 'where its cosine ends; 1 = constant', 0, 1),
     ppgdWarmupPct: real(0.025, 'share of the steps in which it rises from 0', 0, 1),
-    ppgdBeta1: real(0.5, 'Adam of the sources', 0, 0.999999),
-    ppgdBeta2: real(0.99, 'Adam of the sources', 0, 0.999999),
-    ppgdEps: real(1e-8, 'Adam of the sources'),
+    ppgdBeta1: real(0.5, 'of their Adam', 0, 0.999999),
+    ppgdBeta2: real(0.99, 'of their Adam', 0, 0.999999),
+    ppgdEps: real(1e-8, 'of their Adam'),
     ppgdInnerSteps: int(2, 'moves before the losses of a step', 0, 1000),
   },
   Evaluation: {
@@ -146,14 +147,10 @@ const GROUPS = {
     harvestRows: int(4096, 'training rows that it reads; 0 = all'),
   },
   Engine: {
-    engine: text(
-      'auto',
-      'auto: TensorFlow on a GPU, else the fastest',
-      'auto onnx tensorflow webgpu wasm',
-    ),
+    engine: text('auto', 'TensorFlow on GPU, else the fastest', 'auto onnx tensorflow webgpu wasm'),
     precision: text('auto', 'of matrix products; auto: tf32 on CUDA', 'auto float32 tf32 bf16'),
     graph: flag(true, 'trace functions into graphs (--no-graph: op by op)'),
-    xla: text('auto', 'compile with XLA; auto: on a CPU from 10,000 steps on', 'auto on off'),
+    xla: text('auto', 'compile with XLA; auto: on CPUs from 10,000 steps', 'auto on off'),
     threads: int(0, 'CPU threads of the native engines; 0 = all cores', 0, 1024),
   },
 };
@@ -186,8 +183,8 @@ export interface Target {
   /** Wᵀ [dIn,dOut] under the path of its layer, a bias [dOut] under `${path}.bias`. */
   weights: ReadonlyMap<string, tf.Variable>;
   /**
-   * The outputs for inputs [B,S] (tokens, int32) or [B,S,·] (features): one row a position, or fewer.
-   * Every layer of `linears` is computed by `linear`.
+   * The outputs for inputs [B,S] (tokens, int32) or [B,S,·] (features): one row a position, or
+   * fewer. Every layer of `linears` is computed by `linear`.
    */
   forward(inputs: T<'B S'>, linear: Linear): T<'N out'>;
   compare: Comparison; // `kl` or `mse` of section D
@@ -307,8 +304,8 @@ export function chooseModules(linears: readonly LinearLayer[], spec: string): Mo
 }
 
 // ---- C. CI function ----
-// A bidirectional transformer reads what enters all modules, and says for each position how causally
-// important each component is.
+// A bidirectional transformer reads what enters all modules, and says for each position how
+// causally important each component is.
 
 /** A CI function; its parameters are named ci_fn.*, weights [out,in] and biases [out]. */
 export interface CiFunction {
@@ -359,9 +356,9 @@ const ciLogits = (problem: Problem, params: Tensors, input: T, S: number) =>
   (problem.ci ?? ciTransformer).logits(problem, params, input, S);
 
 /**
- * The lower-leaky hard sigmoid g = clamp(z, 0, 1), which builds masks. Its gradient is made by hand:
- * the upstream gradient where 0 < z ≤ 1; α times it where z ≤ 0 and it would push z up, so that a
- * dead component can be revived and is never pushed deeper; 0 elsewhere.
+ * The lower-leaky hard sigmoid g = clamp(z, 0, 1), which builds masks. Its gradient is made by
+ * hand: the upstream gradient where 0 < z ≤ 1; α times it where z ≤ 0 and it would push z up, so
+ * that a dead component can be revived and is never pushed deeper; 0 elsewhere.
  */
 export const lowerLeaky = (z: T<'N ΣC'>, alpha: number): T<'N ΣC'> =>
   tf.customGrad((x, save) => {
@@ -398,9 +395,10 @@ export function faithfulnessLoss({ target, modules }: Problem, params: Tensors):
 }
 
 /**
- * Importance minimality: Σ_c [ μ_c + β μ_c log2(1 + R σ_c) ] with σ_c = Σ over positions of (g⁺ + ε)^p
- * and μ_c = σ_c / N. The first term wants few components at each position (p < 1 prefers exact zeros),
- * the second rarely used ones. R: a shard's σ is about 1/R of the batch's, so R σ stands for that.
+ * Importance minimality: Σ_c [ μ_c + β μ_c log2(1 + R σ_c) ] with μ_c = σ_c / N and
+ *   σ_c = Σ over positions of (g⁺ + ε)^p.
+ * The first term wants few components at each position (p < 1 prefers exact zeros), the second
+ * rarely used ones. R: a shard's σ is about 1/R of the batch's, so R σ stands for that.
  */
 export function importanceLoss(gUpper: T<'N ΣC'>, p: T, config: Config, R: number): T {
   // With p < 1 the slope of g^p at 0 is infinite; ε makes it finite.
@@ -533,9 +531,9 @@ export const LOSSES = {
 const lossList: [string, Loss][] = Object.entries(LOSSES);
 
 // ---- E. The adversary ----
-// Persistent PGD: the sources s live on from step to step, so that the adversary need not begin anew
-// each time. In each training step it makes `ppgdInnerSteps` moves before the losses are taken and one
-// after; its Adam counts all of them.
+// Persistent PGD: the sources s live on from step to step, so that the adversary need not begin
+// anew each time. In each training step it makes `ppgdInnerSteps` moves before the losses are taken
+// and one after; its Adam counts all of them.
 
 /** The sources s [N,ΣC+M] in [0, 1], and the moments of their Adam. */
 type Sources<X extends T = T> = { s: X; m: X; v: X };
@@ -592,18 +590,18 @@ export function lossesAndGradients(
     sources = ascend(sources, grad!, config, feeds.lrPpgd, c1[k]!, c2[k]!);
   }
 
-  // 3. The losses. TFJS differentiates with respect to the tensors that 4 names, wherever the function
-  //    takes them from: so this function of V, U, z and s needs no arguments.
+  // 3. The losses. TFJS differentiates with respect to the tensors that 4 names, wherever the
+  //    function takes them from: so this function of V, U, z and s needs no arguments.
   const losses = () => {
     const g = lowerLeaky(z, config.leakyAlpha);
     const inputs = { problem, params, pass, z, g, draws, sources: sources.s, feeds };
     return tf.stack(lossList.map(([, loss]) => loss.of(inputs)));
   };
 
-  // 4. The gradients of total = Σ coefficient × loss: the coefficients are the upstream gradient of the
-  //    vector of losses. They end at z; from there dz goes on through the CI function. Its forward in 1
-  //    ran outside of the tape, since the moves in 2 need no gradient of it, so it runs again here (a
-  //    traced graph merges the two).
+  // 4. The gradients of total = Σ coefficient × loss: the coefficients are the upstream gradient of
+  //    the vector of losses. They end at z; from there dz goes on through the CI function. Its
+  //    forward in 1 ran outside of the tape, since the moves in 2 need no gradient of it, so it
+  //    runs again here (a traced graph merges the two).
   const components = ofGroup(params, 'components');
   const upstream = tf.tensor1d(coefficientsOf(config));
   const { value, grads } = tf.valueAndGrads(losses)([...components, z, sources.s], upstream);
@@ -685,8 +683,8 @@ export function applyGradients(
 export type Metrics = Record<string, number>;
 
 /**
- * Compiles the training step, which moves the state on. With microBatches = R > 1 the batch comes in R
- * shards: each has its own rows of the sources; losses and gradients are averaged over them.
+ * Compiles the training step, which moves the state on. With microBatches = R > 1 the batch comes
+ * in R shards: each has its own rows of the sources; losses and gradients are averaged over them.
  */
 export function compileStep(engine: Engine, problem: Problem, state: State) {
   const { config } = problem;
@@ -732,7 +730,7 @@ export function compileStep(engine: Engine, problem: Problem, state: State) {
 /** From 0 at the first step to 1 at the last. */
 const progress = (step: number, nSteps: number) => (nSteps > 1 ? step / (nSteps - 1) : 0);
 /** From 1 at the first step to `finalFrac` at the last. */
-export const cosine = (step: number, nSteps: number, finalFrac: number): number =>
+export const cosine = (step: number, nSteps: number, finalFrac: number) =>
   finalFrac + (1 - finalFrac) * 0.5 * (1 + Math.cos(Math.PI * progress(step, nSteps)));
 const mainCorrections = (step: number) => ({
   c1: 1 - MAIN_BETAS.beta1 ** (step + 1),
@@ -796,7 +794,7 @@ export function initialState({ modules, config }: Problem, params: Params): Stat
   return { params, m: moments(), v: moments(), sources: { s, m: zeros(shape), v: zeros(shape) } };
 }
 
-/** The faithfulness warm-up: AdamW on V and U alone; its moments end at 0. Yields each step's loss. */
+/** The faithfulness warm-up: AdamW on V and U; its moments end at 0. Yields each step's loss. */
 export async function* warmUp(engine: Engine, problem: Problem, state: State) {
   const { config } = problem;
   const steps = config.faithfulnessWarmupSteps;
@@ -828,14 +826,14 @@ export function crossEntropy(logProbs: T<'N vocab'>, tokens: T<'B S'>): T {
   return total.div(B * (S - 1)).neg();
 }
 
-/** Random numbers of an evaluation; `subset`: for the stochastic loss and the hidden activations. */
+/** Random numbers of an evaluation; `subset`: for stochastic loss and hidden activations. */
 function evaluationDraws(problem: Problem, N: number, key: T) {
   const draws = (i: number) => stochasticDraws(problem, N, key.add(tf.tensor1d([0, i], 'int32')));
   const random: T<'N ΣC'> = uniform([N, totalC(problem.modules)], key, PURPOSE.randomMask);
   return { stoch: draws(0), subset: draws(1), random };
 }
 
-/** Reconstruction under every masking strategy (δ only in stoch), and losses but the adversary's. */
+/** Reconstruction under all masking strategies (δ only in stoch), losses but the adversary's. */
 export function evaluateMasks(
   problem: Problem,
   params: Tensors,
@@ -972,8 +970,8 @@ export function compileEvaluation(engine: Engine, problem: Problem, params: Para
 }
 
 // ---- H. The run ----
-// The run folder holds config.json, metrics.jsonl, components.safetensors, and state.safetensors, which
-// only --resume needs.
+// The run folder holds config.json, metrics.jsonl, components.safetensors, and state.safetensors,
+// which only --resume needs.
 
 export interface Run<Net extends Target = Target> {
   engine: Engine;
@@ -1001,8 +999,9 @@ export async function newRun(
 }
 
 /**
- * The training loop: warm up; step, log, evaluate, save. `old`: the record of the run to go on with;
- * `stopped` is asked after each step. @returns the last evaluation; undefined if it was stopped
+ * The training loop: warm up; step, log, evaluate, save. `old`: the record of the run to go on
+ * with; `stopped` is asked after each step. @returns the last evaluation; undefined if it was
+ * stopped
  */
 export async function decompose(
   run: Run,
@@ -1093,8 +1092,9 @@ const recordOf = (run: Run) => io.runRecord(run, VERSION);
 const VERSION = '0.1.0';
 
 // ---- I. Harvest ----
-// What each component does, by dense counts: how often it fires (g > 0), on which tokens, ahead of which
-// predictions, and where most strongly. postprocess/harvest.ts counts more, in bounded memory.
+// What each component does, by dense counts: how often it fires (g > 0), on which tokens, ahead of
+// which predictions, and where most strongly. postprocess/harvest.ts counts more, in bounded
+// memory.
 
 /** Token, count, PMI = ln(n_ct N / (n_c n_t)) in nats. */
 type TokenPmi = [token: string, count: number, pmi: number];
@@ -1113,7 +1113,7 @@ export async function shortHarvest({ engine, problem, params, data }: Run) {
   const count = engine.compile('short harvest', (f: Record<'inputs', T>) => {
     const { pass, g, N } = importances(problem, params, f.inputs);
     const fires: T<'N ΣC'> = indicator(g.greater(0));
-    const rows: T<'N ΣC+1'> = tf.concat([fires, tf.ones([N, 1])], 1); // the last counts every position
+    const rows: T<'N ΣC+1'> = tf.concat([fires, tf.ones([N, 1])], 1); // and a count of all
     const token: T<'N vocab'> = tf.oneHot(f.inputs.flatten() as tf.Tensor1D, vocab);
     const probs: T<'N vocab'> = pass.output.logSoftmax().exp();
     const products = [token, probs].map(columns => tf.matMul(rows, columns, true));
@@ -1176,8 +1176,8 @@ export async function shortHarvest({ engine, problem, params, data }: Run) {
 // ---- below: what this stands on ----
 
 // ---- J. Language models ----
-// In a Hugging Face folder config.json names the architecture, and safetensors files hold the weights.
-// Every family is the same decoder with other options.
+// In a Hugging Face folder config.json names the architecture, and safetensors files hold the
+// weights. Every family is the same decoder with other options.
 
 /** What a config.json says, in one vocabulary for all families. */
 // biome-ignore format: few lines
@@ -1312,8 +1312,8 @@ const ACTIVATIONS = {
 };
 
 /**
- * y = x r with r = 1 / √(mean x² + ε), over the last axis. The gradient is made by hand, since TFJS's
- * own has three times the ops: dx = r (dy − y mean(y dy)).
+ * y = x r with r = 1 / √(mean x² + ε), over the last axis. The gradient is made by hand, since
+ * TFJS's own has three times the ops: dx = r (dy − y mean(y dy)).
  */
 export const rmsNormalize = (x: T, eps: number): T =>
   tf.customGrad((a, save) => {
@@ -1413,8 +1413,8 @@ function decoder(net: Network, tokens: T<'B S'>, linear: Linear): T<'N vocab'> {
 // ---- K. Data ----
 
 /**
- * Rows of one length: tokens (Int32Array), or features position after position (Float32Array). Count
- * Infinity: every row is new, they are read in order.
+ * Rows of one length: tokens (Int32Array), or features position after position (Float32Array).
+ * Count Infinity: every row is new, they are read in order.
  */
 export interface Rows {
   count: number;
@@ -1438,13 +1438,13 @@ export function inputBatch({ seqLen, row }: Rows, indices: number[]): tf.Tensor 
 }
 
 /** The rows of one training step: each epoch is a new shuffle, by (seed, epoch) alone. */
-export function batchIndices(count: number, size: number, step: number, seed: number): number[] {
+export function batchIndices(count: number, size: number, step: number, seed: number) {
   const places = range(step * size, (step + 1) * size);
   if (count === Infinity) return places;
   return places.map(at => shuffled(count, seed, Math.floor(at / count))[at % count]!);
 }
 let cache = { key: '', order: new Uint32Array() }; // of the last epoch
-function shuffled(count: number, seed: number, epoch: number): Uint32Array {
+function shuffled(count: number, seed: number, epoch: number) {
   const key = `${count},${seed},${epoch}`;
   if (cache.key === key) return cache.order;
   const order = new Uint32Array(count).map((_, i) => i);
@@ -1462,8 +1462,8 @@ export async function loadData(model: LanguageModel, config: Config) {
   return { tokenizer, ...(await io.rowsOf(config, model, tokenizer)) };
 }
 
-// Random numbers are a function of (seed, step, purpose) alone: any step can be replayed, and a run is
-// resumed without the state of a generator.
+// Random numbers are a function of (seed, step, purpose) alone: any step can be replayed, and a run
+// is resumed without the state of a generator.
 
 // biome-ignore format: few lines
 export const PURPOSE = {
@@ -1471,7 +1471,7 @@ export const PURPOSE = {
   harvest: 9, init: 16, // and on, one for each array of initial values
 };
 
-export const randomKey = (seed: number, step: number): tf.Tensor1D =>
+export const randomKey = (seed: number, step: number) =>
   tf.tensor1d([scramble(seed), step], 'int32');
 
 /** Uniform numbers in [0, 1) by (key, purpose). An engine may have its own, with other bits. */
@@ -1504,7 +1504,7 @@ export function uniformArray(n: number, seed: number, step: number, purpose: num
   return out;
 }
 /** MurmurHash3's finaliser: a permutation of the 32-bit numbers that mixes their bits. */
-export function scramble(x: number): number {
+export function scramble(x: number) {
   let h = (x + 0x9e3779b9) | 0;
   h = Math.imul(h ^ (h >>> 16), 0x85ebca6b);
   h = Math.imul(h ^ (h >>> 13), 0xc2b2ae35);
@@ -1513,7 +1513,8 @@ export function scramble(x: number): number {
 
 // ---- L. Rooms ----
 // engine/ makes TFJS fast, io/ stands between this file and the world. Without them the plain ways
-// below do: op by op, from llama and llama_simple_mlp folders and .txt files to components.safetensors.
+// below do: op by op, from llama and llama_simple_mlp folders and .txt files to
+// components.safetensors.
 
 export interface Engine {
   name: string;
@@ -1521,9 +1522,9 @@ export interface Engine {
   description: string; // for people: which engine, and why
   memoryBytes?(): number; // how much a step may take
   /**
-   * `fn`, faster where the engine can trace it: it runs once as it is, and from then on as one graph.
-   * So what changes from call to call must enter through `feeds`, no branch of JavaScript may depend
-   * on a tensor's value, and what lives on is a tf.Variable, which `fn` may assign.
+   * `fn`, faster where the engine can trace it: it runs once as it is, and from then on as one
+   * graph. So what changes from call to call must enter through `feeds`, no branch of JavaScript
+   * may depend on a tensor's value, and what lives on is a tf.Variable, which `fn` may assign.
    */
   compile<F extends Tensors, O extends Tensors>(
     name: string,
@@ -1763,8 +1764,8 @@ async function openModelRun(config: Config, given: Set<string>) {
 }
 
 /**
- * A finished run on a language model: target, parameters, data, tokenizer, engine. `changes`: to its
- * config. @throws UsageError if model or data are not those of the run
+ * A finished run on a language model: target, parameters, data, tokenizer, engine. `changes`: to
+ * its config. @throws UsageError if model or data are not those of the run
  */
 export async function openRun(dir: string, changes: Partial<Config> = {}) {
   await openRooms();
