@@ -1271,6 +1271,7 @@ async function shortRun(engine: string): Promise<void> {
 }
 
 test('wasm: a short run leaves a whole run folder, and eval finds its metrics again', () => shortRun('wasm'));
+test('onnx: and so does one on ONNX Runtime', () => shortRun('onnx'));
 test('tensorflow: and so does one as a traced graph', { skip: noTensorFlow }, () => shortRun('tensorflow'));
 
 test('the one file alone, in an empty folder with the packages, still runs', async () => {

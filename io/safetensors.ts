@@ -17,7 +17,7 @@ const HALF_FLOATS = Float32Array.from({ length: 65536 }, (_, bits) => {
   return sign * (exponent ? (1024 + mantissa) * 2 ** (exponent - 25) : mantissa * 2 ** -24);
 });
 /** By dtype: the numbers in a tensor's bytes. */
-const DECODERS: Readonly<Record<string, (bytes: ArrayBuffer) => ArrayLike<number>>> = {
+export const DECODERS: Readonly<Record<string, (bytes: ArrayBuffer) => ArrayLike<number>>> = {
   F32: bytes => new Float32Array(bytes),
   F16: bytes => new Float32Array(new Uint16Array(bytes)).map(bits => HALF_FLOATS[bits]!),
   BF16: bytes => new Float32Array(new Uint32Array(new Uint16Array(bytes)).map(upperHalf => upperHalf << 16).buffer),
