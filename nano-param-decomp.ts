@@ -1,17 +1,18 @@
 /**
  * nano-param-decomp: VPD (adVersarial Parameter Decomposition) of a trained network, in one file.
  *
- * VPD writes every weight matrix of a trained network as a sum of rank-one subcomponents, and a small
- * transformer, the causal-importance (CI) function, learns which few of them each token really needs.
- * What it calls unimportant may be removed, at random or by an adversary, and the network must still
- * give the same answer. What is left are small mechanisms that a person can look at one by one.
+ * VPD writes every weight matrix of a trained network as a sum of rank-one subcomponents, and a
+ * small transformer, the causal-importance (CI) function, learns which few of them each token
+ * really needs. What it calls unimportant may be removed, at random or by an adversary, and the
+ * network must still give the same answer. What is left are small mechanisms that a person can look
+ * at one by one.
  *
  *   npm install && npm start                         the bundled toy: decompose, evaluate, page
  *   npx tsx nano-param-decomp.ts --model M --data D  a Hugging Face folder or hub id, a text file
  *   npx tsx nano-param-decomp.ts --help              every field of the config is a flag
  *
- * The paper: "Interpreting Language Model Parameters", Goodfire, May 2026. The original, in PyTorch:
- * github.com/goodfire-ai/param-decomp. The predecessor, SPD: arxiv.org/abs/2506.20790.
+ * The paper: "Interpreting Language Model Parameters", Goodfire, May 2026. The original, in
+ * PyTorch: github.com/goodfire-ai/param-decomp. The predecessor, SPD: arxiv.org/abs/2506.20790.
  *
  * Contents; README.md has the formulas in one page, under the same letters
  *   A. Config            one record: type, default, flag, help
@@ -65,9 +66,9 @@ export function say(line: string) {
 
 export const range = (from: number, to: number) =>
   Array.from({ length: Math.max(0, to - from) }, (_, i) => from + i);
-export const sum = (values: Iterable<number>): number => [...values].reduce((a, b) => a + b, 0);
+export const sum = (values: Iterable<number>) => [...values].reduce((a, b) => a + b, 0);
 /** 0 … count − 1 in batches of at most `size`. */
-export const inBatches = (count: number, size: number): number[][] =>
+export const inBatches = (count: number, size: number) =>
   range(0, Math.ceil(count / size)).map(b => range(b * size, Math.min((b + 1) * size, count)));
 
 // ---- A. Config ----
@@ -76,7 +77,7 @@ export const inBatches = (count: number, size: number): number[][] =>
 
 const real = (value: number, help: string, min = 0, max = 1e12) => ({ value, help, min, max });
 const int = (...field: Parameters<typeof real>) => ({ ...real(...field), integer: true });
-const text = (value: string, help: string, choices = '') => ({ value, help, choices }); // one of them
+const text = (value: string, help: string, choices = '') => ({ value, help, choices });
 const place = (help: string) => ({ value: '', help, place: true }); // a file, folder or hub name
 const flag = (value: boolean, help: string) => ({ value, help });
 
@@ -84,28 +85,28 @@ const GROUPS = {
   'Target and data': {
     model: place('Hugging Face folder, or hub id org/name[@revision]'),
     data: place('.txt, .jsonl, .json rows of ids, .parquet, or a hub data set'),
-    evalData: place('held-out data; without it the last 5 % of the documents'),
-    labels: place('JSON: the known rules that hold in each row of --eval-data; adds a scoreboard'),
+    evalData: place('held-out data; else the last 5 % of the documents'),
+    labels: place('JSON: the rules that hold in rows of --eval-data; adds a scoreboard'),
     seqLen: int(512, 'tokens in a row', 1, 1 << 20),
     components: text('auto', 'pattern=C,…: "*.q_proj=64", first match; auto: C = max(dIn, dOut)'),
-    out: place('run folder; without it runs/<model>-<time>'),
+    out: place('run folder; else runs/<model>-<time>'),
   },
   Training: {
     nSteps: int(400_000, 'training steps', 1),
     batchSize: int(64, 'rows in a batch; on a CPU engine 2 if not given', 1),
     microBatches: int(1, 'shards of a batch (R), one after another', 1),
     seed: int(0, 'of all random numbers', 0, 2 ** 31 - 1),
-    mainLr: real(5e-5, 'AdamW learning rate of V, U and the CI function'),
+    mainLr: real(5e-5, 'AdamW learning rate'),
     mainLrFinalFrac: real(0.1, 'where its cosine ends', 0, 1),
     gradClipComponents: real(0.01, 'clips the gradient norm of all V and U; 0 = off'),
     gradClipCi: real(0, 'and of the CI function; 0 = off'),
-    faithfulnessWarmupSteps: int(400, 'first steps, on this loss alone'),
+    faithfulnessWarmupSteps: int(400, 'first steps, on faithfulness alone'),
     faithfulnessWarmupLr: real(1e-3, 'their learning rate'),
     faithfulnessWarmupLrFinalFrac: real(1, 'where its cosine ends; 1 = constant', 0, 1),
   },
   Losses: {
     coeffFaith: real(1e7, 'coefficient of the faithfulness loss'),
-    coeffImp: real(2e-4, 'of the importance-minimality loss'),
+    coeffImp: real(2e-4, 'of the importance loss'),
     coeffStoch: real(0.5, 'of the stochastic reconstruction loss'),
     coeffPpgd: real(0.5, 'of the adversarial one; 0 = no adversary'),
     pStart: real(2, 'exponent p of the importance loss at the start', 0.01, 10),
@@ -125,9 +126,9 @@ const GROUPS = {
     ppgdLr: real(0.01, 'learning rate of the sources'),
     ppgdLrFinalFrac: real(1, 'where its cosine ends; 1 = constant', 0, 1),
     ppgdWarmupPct: real(0.025, 'share of the steps in which it rises from 0', 0, 1),
-    ppgdBeta1: real(0.5, 'Adam of the sources', 0, 0.999999),
-    ppgdBeta2: real(0.99, 'Adam of the sources', 0, 0.999999),
-    ppgdEps: real(1e-8, 'Adam of the sources'),
+    ppgdBeta1: real(0.5, 'of their Adam', 0, 0.999999),
+    ppgdBeta2: real(0.99, 'of their Adam', 0, 0.999999),
+    ppgdEps: real(1e-8, 'of their Adam'),
     ppgdInnerSteps: int(2, 'moves before the losses of a step', 0, 1000),
   },
   Evaluation: {
@@ -142,18 +143,14 @@ const GROUPS = {
   Run: {
     logEvery: int(100, 'steps between lines of metrics.jsonl', 1),
     saveEvery: int(5000, 'steps between checkpoints; 0 = only at the end'),
-    harvest: flag(true, 'harvest and page at the end (--no-harvest: without)'),
-    harvestRows: int(4096, 'training rows that the harvest reads; 0 = all'),
+    harvest: flag(true, 'harvest and page at the end (--no-harvest)'),
+    harvestRows: int(4096, 'training rows that it reads; 0 = all'),
   },
   Engine: {
-    engine: text(
-      'auto',
-      'auto: TensorFlow on a GPU, else the fastest',
-      'auto onnx tensorflow webgpu wasm',
-    ),
+    engine: text('auto', 'TensorFlow on GPU, else the fastest', 'auto onnx tensorflow webgpu wasm'),
     precision: text('auto', 'of matrix products; auto: tf32 on CUDA', 'auto float32 tf32 bf16'),
     graph: flag(true, 'trace functions into graphs (--no-graph: op by op)'),
-    xla: text('auto', 'compile with XLA; auto: on a CPU from 10,000 steps on', 'auto on off'),
+    xla: text('auto', 'compile with XLA; auto: on CPUs from 10,000 steps', 'auto on off'),
     threads: int(0, 'CPU threads of the native engines; 0 = all cores', 0, 1024),
   },
 };
@@ -186,15 +183,15 @@ export interface Target {
   /** Wᵀ [dIn,dOut] under the path of its layer, a bias [dOut] under `${path}.bias`. */
   weights: ReadonlyMap<string, tf.Variable>;
   /**
-   * The outputs for inputs [B,S] (tokens, int32) or [B,S,·] (features): one row a position, or fewer.
-   * Every layer of `linears` is computed by `linear`.
+   * The outputs for inputs [B,S] (tokens, int32) or [B,S,·] (features): one row a position, or
+   * fewer. Every layer of `linears` is computed by `linear`.
    */
   forward(inputs: T<'B S'>, linear: Linear): T<'N out'>;
   compare: Comparison; // `kl` or `mse` of section D
   nextToken?: boolean; // its outputs predict that: evaluation adds cross-entropies
   source?: Origin & { type: string; sha256: string }; // for config.json
 }
-/** A folder, or a model of the hub and its commit there. */
+/** A model's folder, or hub id and commit. */
 type Origin = { path: string; commit?: string };
 
 /** A decomposed linear layer (not an nn.Module): columns offset … offset + C of [N,ΣC] tensors. */
@@ -307,8 +304,8 @@ export function chooseModules(linears: readonly LinearLayer[], spec: string): Mo
 }
 
 // ---- C. CI function ----
-// A bidirectional transformer reads what enters all modules, and says for each position how causally
-// important each component is.
+// A bidirectional transformer reads what enters all modules, and says for each position how
+// causally important each component is.
 
 /** A CI function; its parameters are named ci_fn.*, weights [out,in] and biases [out]. */
 export interface CiFunction {
@@ -359,9 +356,9 @@ const ciLogits = (problem: Problem, params: Tensors, input: T, S: number) =>
   (problem.ci ?? ciTransformer).logits(problem, params, input, S);
 
 /**
- * The lower-leaky hard sigmoid g = clamp(z, 0, 1), which builds masks. Its gradient is made by hand:
- * the upstream gradient where 0 < z ≤ 1; α times it where z ≤ 0 and it would push z up, so that a
- * dead component can be revived and is never pushed deeper; 0 elsewhere.
+ * The lower-leaky hard sigmoid g = clamp(z, 0, 1), which builds masks. Its gradient is made by
+ * hand: the upstream gradient where 0 < z ≤ 1; α times it where z ≤ 0 and it would push z up, so
+ * that a dead component can be revived and is never pushed deeper; 0 elsewhere.
  */
 export const lowerLeaky = (z: T<'N ΣC'>, alpha: number): T<'N ΣC'> =>
   tf.customGrad((x, save) => {
@@ -398,9 +395,10 @@ export function faithfulnessLoss({ target, modules }: Problem, params: Tensors):
 }
 
 /**
- * Importance minimality: Σ_c [ μ_c + β μ_c log2(1 + R σ_c) ] with σ_c = Σ over positions of (g⁺ + ε)^p
- * and μ_c = σ_c / N. The first term wants few components at each position (p < 1 prefers exact zeros),
- * the second rarely used ones. R: a shard's σ is about 1/R of the batch's, so R σ stands for that.
+ * Importance minimality: Σ_c [ μ_c + β μ_c log2(1 + R σ_c) ] with μ_c = σ_c / N and
+ *   σ_c = Σ over positions of (g⁺ + ε)^p.
+ * The first term wants few components at each position (p < 1 prefers exact zeros), the second
+ * rarely used ones. R: a shard's σ is about 1/R of the batch's, so R σ stands for that.
  */
 export function importanceLoss(gUpper: T<'N ΣC'>, p: T, config: Config, R: number): T {
   // With p < 1 the slope of g^p at 0 is infinite; ε makes it finite.
@@ -500,7 +498,6 @@ export function adversarialLoss(
   return reconstruction(problem, params, pass, { mask: interpolate(g, s), delta });
 }
 
-/** What losses are functions of. */
 interface LossInputs {
   problem: Problem;
   params: Tensors;
@@ -534,9 +531,9 @@ export const LOSSES = {
 const lossList: [string, Loss][] = Object.entries(LOSSES);
 
 // ---- E. The adversary ----
-// Persistent PGD: the sources s live on from step to step, so that the adversary need not begin anew
-// each time. In each training step it makes `ppgdInnerSteps` moves before the losses are taken and one
-// after; its Adam counts all of them.
+// Persistent PGD: the sources s live on from step to step, so that the adversary need not begin
+// anew each time. In each training step it makes `ppgdInnerSteps` moves before the losses are taken
+// and one after; its Adam counts all of them.
 
 /** The sources s [N,ΣC+M] in [0, 1], and the moments of their Adam. */
 type Sources<X extends T = T> = { s: X; m: X; v: X };
@@ -593,18 +590,18 @@ export function lossesAndGradients(
     sources = ascend(sources, grad!, config, feeds.lrPpgd, c1[k]!, c2[k]!);
   }
 
-  // 3. The losses. TFJS differentiates with respect to the tensors that 4 names, wherever the function
-  //    takes them from: so this function of V, U, z and s needs no arguments.
+  // 3. The losses. TFJS differentiates with respect to the tensors that 4 names, wherever the
+  //    function takes them from: so this function of V, U, z and s needs no arguments.
   const losses = () => {
     const g = lowerLeaky(z, config.leakyAlpha);
     const inputs = { problem, params, pass, z, g, draws, sources: sources.s, feeds };
     return tf.stack(lossList.map(([, loss]) => loss.of(inputs)));
   };
 
-  // 4. The gradients of total = Σ coefficient × loss: the coefficients are the upstream gradient of the
-  //    vector of losses. They end at z; from there dz goes on through the CI function. Its forward in 1
-  //    ran outside of the tape, since the moves in 2 need no gradient of it, so it runs again here (a
-  //    traced graph merges the two).
+  // 4. The gradients of total = Σ coefficient × loss: the coefficients are the upstream gradient of
+  //    the vector of losses. They end at z; from there dz goes on through the CI function. Its
+  //    forward in 1 ran outside of the tape, since the moves in 2 need no gradient of it, so it
+  //    runs again here (a traced graph merges the two).
   const components = ofGroup(params, 'components');
   const upstream = tf.tensor1d(coefficientsOf(config));
   const { value, grads } = tf.valueAndGrads(losses)([...components, z, sources.s], upstream);
@@ -664,16 +661,16 @@ type Vectors = Record<Group, T<'n'>>;
 export function applyGradients(
   { config }: Problem,
   state: State,
-  gradients: Vectors,
+  grads: Vectors,
   feeds: AdamFeeds,
 ) {
-  const norms = eachGroup(group => gradients[group].square().sum().sqrt());
+  const norms = eachGroup(group => grads[group].square().sum().sqrt());
   // Gradients that are not finite move nothing: a run that stops has its last good parameters.
   const finite = tf.isFinite(norms.components.add(norms.ci_fn));
   const lrMain = tf.where(finite, feeds.lrMain, tf.scalar(0));
   const limits = { components: config.gradClipComponents, ci_fn: config.gradClipCi };
   eachGroup(group => {
-    const gradient = gradients[group];
+    const gradient = grads[group];
     const scale = tf.minimum(1, tf.div(limits[group], norms[group].add(1e-6))); // as torch clips
     const clipped = limits[group] > 0 ? gradient.mul(scale) : gradient;
     const safe = tf.where(finite, clipped, tf.zerosLike(clipped));
@@ -686,8 +683,8 @@ export function applyGradients(
 export type Metrics = Record<string, number>;
 
 /**
- * Compiles the training step, which moves the state on. With microBatches = R > 1 the batch comes in R
- * shards: each has its own rows of the sources; losses and gradients are averaged over them.
+ * Compiles the training step, which moves the state on. With microBatches = R > 1 the batch comes
+ * in R shards: each has its own rows of the sources; losses and gradients are averaged over them.
  */
 export function compileStep(engine: Engine, problem: Problem, state: State) {
   const { config } = problem;
@@ -733,7 +730,7 @@ export function compileStep(engine: Engine, problem: Problem, state: State) {
 /** From 0 at the first step to 1 at the last. */
 const progress = (step: number, nSteps: number) => (nSteps > 1 ? step / (nSteps - 1) : 0);
 /** From 1 at the first step to `finalFrac` at the last. */
-export const cosine = (step: number, nSteps: number, finalFrac: number): number =>
+export const cosine = (step: number, nSteps: number, finalFrac: number) =>
   finalFrac + (1 - finalFrac) * 0.5 * (1 + Math.cos(Math.PI * progress(step, nSteps)));
 const mainCorrections = (step: number) => ({
   c1: 1 - MAIN_BETAS.beta1 ** (step + 1),
@@ -797,7 +794,7 @@ export function initialState({ modules, config }: Problem, params: Params): Stat
   return { params, m: moments(), v: moments(), sources: { s, m: zeros(shape), v: zeros(shape) } };
 }
 
-/** The faithfulness warm-up: AdamW on V and U alone; its moments end at 0. Yields each step's loss. */
+/** The faithfulness warm-up: AdamW on V and U; its moments end at 0. Yields each step's loss. */
 export async function* warmUp(engine: Engine, problem: Problem, state: State) {
   const { config } = problem;
   const steps = config.faithfulnessWarmupSteps;
@@ -819,8 +816,6 @@ export async function* warmUp(engine: Engine, problem: Problem, state: State) {
 
 // ---- G. Evaluation ----
 
-const DEAD_BELOW = 1e-6; // mean importance of a dead component
-
 /** Mean next-token cross-entropy in nats. */
 export function crossEntropy(logProbs: T<'N vocab'>, tokens: T<'B S'>): T {
   const [B = 0, S = 0] = tokens.shape;
@@ -831,14 +826,14 @@ export function crossEntropy(logProbs: T<'N vocab'>, tokens: T<'B S'>): T {
   return total.div(B * (S - 1)).neg();
 }
 
-/** Random numbers of an evaluation; `subset`: for the stochastic loss and the hidden activations. */
+/** Random numbers of an evaluation; `subset`: for stochastic loss and hidden activations. */
 function evaluationDraws(problem: Problem, N: number, key: T) {
   const draws = (i: number) => stochasticDraws(problem, N, key.add(tf.tensor1d([0, i], 'int32')));
   const random: T<'N ΣC'> = uniform([N, totalC(problem.modules)], key, PURPOSE.randomMask);
   return { stoch: draws(0), subset: draws(1), random };
 }
 
-/** Reconstruction under every masking strategy (δ only in stoch), and losses but the adversary's. */
+/** Reconstruction under all masking strategies (δ only in stoch), losses but the adversary's. */
 export function evaluateMasks(
   problem: Problem,
   params: Tensors,
@@ -904,7 +899,6 @@ export function hiddenActsErrors(problem: Problem, params: Tensors, inputs: T, d
   return { CI: errors({ mask: g }), Stochastic: errors(stochastic) };
 }
 
-/** Compiles the evaluation. */
 export function compileEvaluation(engine: Engine, problem: Problem, params: Params) {
   const { modules, config, target } = problem;
   const [sumC, sumOut] = [totalC(modules), sum(modules.map(m => m.dOut))];
@@ -947,7 +941,7 @@ export function compileEvaluation(engine: Engine, problem: Problem, params: Para
       await add(share, { 'loss/PGDReconLoss': (await pgd({ inputs, source })).loss });
       if (slow) await add(share, await hidden({ inputs, key }));
     }
-    const isAlive = Float32Array.from(means.meanCi!, ci => Number(ci >= DEAD_BELOW));
+    const isAlive = Float32Array.from(means.meanCi!, ci => Number(ci >= 1e-6));
     const mask = tf.tensor2d(isAlive, [1, sumC]);
     for (const { inputs, share } of batches) await add(share, await alive({ inputs, mask }));
 
@@ -976,8 +970,8 @@ export function compileEvaluation(engine: Engine, problem: Problem, params: Para
 }
 
 // ---- H. The run ----
-// The run folder holds config.json, metrics.jsonl, components.safetensors, and state.safetensors, which
-// only --resume needs.
+// The run folder holds config.json, metrics.jsonl, components.safetensors, and state.safetensors,
+// which only --resume needs.
 
 export interface Run<Net extends Target = Target> {
   engine: Engine;
@@ -1005,8 +999,9 @@ export async function newRun(
 }
 
 /**
- * The training loop: warm up; step, log, evaluate, save. `old`: the record of the run to go on with;
- * `stopped` is asked after each step. @returns the last evaluation; undefined if it was stopped
+ * The training loop: warm up; step, log, evaluate, save. `old`: the record of the run to go on
+ * with; `stopped` is asked after each step. @returns the last evaluation; undefined if it was
+ * stopped
  */
 export async function decompose(
   run: Run,
@@ -1092,14 +1087,14 @@ export function writeAtomic(file: string, content: string) {
   fs.renameSync(`${file}.tmp-${process.pid}`, file);
 }
 
-export type RunRecord = ReturnType<typeof recordOf>;
+type RunRecord = ReturnType<typeof recordOf>;
 const recordOf = (run: Run) => io.runRecord(run, VERSION);
 const VERSION = '0.1.0';
 
 // ---- I. Harvest ----
-// What does each component do? The short version, by dense counts: how often it fires (g > 0), on
-// which tokens, ahead of which predictions, and where most strongly, as text. postprocess/harvest.ts
-// counts more, in bounded memory, and fills the page.
+// What each component does, by dense counts: how often it fires (g > 0), on which tokens, ahead of
+// which predictions, and where most strongly. postprocess/harvest.ts counts more, in bounded
+// memory.
 
 /** Token, count, PMI = ln(n_ct N / (n_c n_t)) in nats. */
 type TokenPmi = [token: string, count: number, pmi: number];
@@ -1118,7 +1113,7 @@ export async function shortHarvest({ engine, problem, params, data }: Run) {
   const count = engine.compile('short harvest', (f: Record<'inputs', T>) => {
     const { pass, g, N } = importances(problem, params, f.inputs);
     const fires: T<'N ΣC'> = indicator(g.greater(0));
-    const rows: T<'N ΣC+1'> = tf.concat([fires, tf.ones([N, 1])], 1); // the last counts every position
+    const rows: T<'N ΣC+1'> = tf.concat([fires, tf.ones([N, 1])], 1); // and a count of all
     const token: T<'N vocab'> = tf.oneHot(f.inputs.flatten() as tf.Tensor1D, vocab);
     const probs: T<'N vocab'> = pass.output.logSoftmax().exp();
     const products = [token, probs].map(columns => tf.matMul(rows, columns, true));
@@ -1181,8 +1176,8 @@ export async function shortHarvest({ engine, problem, params, data }: Run) {
 // ---- below: what this stands on ----
 
 // ---- J. Language models ----
-// In a Hugging Face folder config.json names the architecture, and safetensors files hold the weights.
-// Every family is the same decoder with other options.
+// In a Hugging Face folder config.json names the architecture, and safetensors files hold the
+// weights. Every family is the same decoder with other options.
 
 /** What a config.json says, in one vocabulary for all families. */
 // biome-ignore format: few lines
@@ -1231,7 +1226,6 @@ export interface LanguageModel extends Target {
   source: NonNullable<Target['source']>;
 }
 
-/** The linear layers of the blocks, in network order. */
 export function linearLayers(arch: Architecture): LinearLayer[] {
   const { dModel, dMlp, nLayers, nHeads, nKvHeads, headDim, qkv } = arch;
   const [dQ, dKv] = [nHeads * headDim, nKvHeads * headDim];
@@ -1318,8 +1312,8 @@ const ACTIVATIONS = {
 };
 
 /**
- * y = x r with r = 1 / √(mean x² + ε), over the last axis. The gradient is made by hand, since TFJS's
- * own has three times the ops: dx = r (dy − y mean(y dy)).
+ * y = x r with r = 1 / √(mean x² + ε), over the last axis. The gradient is made by hand, since
+ * TFJS's own has three times the ops: dx = r (dy − y mean(y dy)).
  */
 export const rmsNormalize = (x: T, eps: number): T =>
   tf.customGrad((a, save) => {
@@ -1419,8 +1413,8 @@ function decoder(net: Network, tokens: T<'B S'>, linear: Linear): T<'N vocab'> {
 // ---- K. Data ----
 
 /**
- * Rows of one length: tokens (Int32Array), or features position after position (Float32Array). Count
- * Infinity: every row is new, they are read in order.
+ * Rows of one length: tokens (Int32Array), or features position after position (Float32Array).
+ * Count Infinity: every row is new, they are read in order.
  */
 export interface Rows {
   count: number;
@@ -1444,13 +1438,13 @@ export function inputBatch({ seqLen, row }: Rows, indices: number[]): tf.Tensor 
 }
 
 /** The rows of one training step: each epoch is a new shuffle, by (seed, epoch) alone. */
-export function batchIndices(count: number, size: number, step: number, seed: number): number[] {
+export function batchIndices(count: number, size: number, step: number, seed: number) {
   const places = range(step * size, (step + 1) * size);
   if (count === Infinity) return places;
   return places.map(at => shuffled(count, seed, Math.floor(at / count))[at % count]!);
 }
 let cache = { key: '', order: new Uint32Array() }; // of the last epoch
-function shuffled(count: number, seed: number, epoch: number): Uint32Array {
+function shuffled(count: number, seed: number, epoch: number) {
   const key = `${count},${seed},${epoch}`;
   if (cache.key === key) return cache.order;
   const order = new Uint32Array(count).map((_, i) => i);
@@ -1463,14 +1457,13 @@ function shuffled(count: number, seed: number, epoch: number): Uint32Array {
   return order;
 }
 
-/** Training and held-out rows: those of `evalData`, else of the last 5 % of the documents. */
 export async function loadData(model: LanguageModel, config: Config) {
   const tokenizer = io.loadTokenizer(model.dir);
   return { tokenizer, ...(await io.rowsOf(config, model, tokenizer)) };
 }
 
-// Random numbers are a function of (seed, step, purpose) alone, so any step can be replayed, and a
-// resumed run needs no state of a generator.
+// Random numbers are a function of (seed, step, purpose) alone: any step can be replayed, and a run
+// is resumed without the state of a generator.
 
 // biome-ignore format: few lines
 export const PURPOSE = {
@@ -1478,19 +1471,15 @@ export const PURPOSE = {
   harvest: 9, init: 16, // and on, one for each array of initial values
 };
 
-export const randomKey = (seed: number, step: number): tf.Tensor1D =>
+export const randomKey = (seed: number, step: number) =>
   tf.tensor1d([scramble(seed), step], 'int32');
 
 /** Uniform numbers in [0, 1) by (key, purpose). An engine may have its own, with other bits. */
-export function uniform(shape: number[], key: tf.Tensor, purpose: number): tf.Tensor {
-  if (tf.getKernel('Uniform', tf.getBackend()))
-    return tf
-      .engine()
-      .runKernel(
-        'Uniform',
-        { key },
-        { shape, purpose, generate: uniformArray as never },
-      ) as tf.Tensor;
+export function uniform(shape: number[], key: T, purpose: number): T {
+  if (tf.getKernel('Uniform', tf.getBackend())) {
+    const attrs = { shape, purpose, generate: uniformArray as never };
+    return tf.engine().runKernel('Uniform', { key }, attrs) as T;
+  }
   const [seed = 0, step = 0] = key.dataSync();
   return tf.tensor(uniformArray(sizeOf(shape), seed, step, purpose), shape);
 }
@@ -1515,7 +1504,7 @@ export function uniformArray(n: number, seed: number, step: number, purpose: num
   return out;
 }
 /** MurmurHash3's finaliser: a permutation of the 32-bit numbers that mixes their bits. */
-export function scramble(x: number): number {
+export function scramble(x: number) {
   let h = (x + 0x9e3779b9) | 0;
   h = Math.imul(h ^ (h >>> 16), 0x85ebca6b);
   h = Math.imul(h ^ (h >>> 13), 0xc2b2ae35);
@@ -1524,7 +1513,8 @@ export function scramble(x: number): number {
 
 // ---- L. Rooms ----
 // engine/ makes TFJS fast, io/ stands between this file and the world. Without them the plain ways
-// below do: op by op, from llama and llama_simple_mlp folders and .txt files to components.safetensors.
+// below do: op by op, from llama and llama_simple_mlp folders and .txt files to
+// components.safetensors.
 
 export interface Engine {
   name: string;
@@ -1532,9 +1522,9 @@ export interface Engine {
   description: string; // for people: which engine, and why
   memoryBytes?(): number; // how much a step may take
   /**
-   * `fn`, faster where the engine can trace it: it runs once as it is, and from then on as one graph.
-   * So what changes from call to call must enter through `feeds`, no branch of JavaScript may depend
-   * on a tensor's value, and what lives on is a tf.Variable, which `fn` may assign.
+   * `fn`, faster where the engine can trace it: it runs once as it is, and from then on as one
+   * graph. So what changes from call to call must enter through `feeds`, no branch of JavaScript
+   * may depend on a tensor's value, and what lives on is a tf.Variable, which `fn` may assign.
    */
   compile<F extends Tensors, O extends Tensors>(
     name: string,
@@ -1680,7 +1670,7 @@ const plainEngines: Partial<Engines> = {
 };
 let io: Io = alone(plainIo);
 let engines: Engines = alone(plainEngines);
-/** Takes the rooms in. Whatever starts from outside awaits it first. */
+/** Takes the rooms in; whatever starts here awaits it. */
 async function openRooms() {
   io = (await beside('io', () => import('./io/index.ts'))) ?? io;
   engines = (await beside('engine', () => import('./engine/index.ts'))) ?? engines;
@@ -1719,11 +1709,11 @@ export function plainArchitecture(config: Record<string, any>, file: string): Ar
 // ---- M. Command line ----
 // Exit codes: 0, 1 failed, 2 bad input, 130 or 143 interrupted.
 
-/** Fills in what is "auto", and checks fields against each other. `given`: those set on purpose. */
+/** Fills in what is "auto", checks fields against each other. `given`: those set on purpose. */
 export function resolveConfig(
   config: Config,
   sizes: Pick<Architecture, 'dModel' | 'nLayers' | 'context' | 'contextField'>,
-  given: ReadonlySet<string>,
+  given: Set<string>,
   gpu: boolean,
 ): Config {
   const c = { ...config };
@@ -1746,7 +1736,7 @@ export function resolveConfig(
 }
 
 /** Opens what a config names. The target's own loss reveals a wrongly loaded model. */
-async function openModelRun(config: Config, given: ReadonlySet<string>) {
+async function openModelRun(config: Config, given: Set<string>) {
   if (!config.model) refuse('--model: missing; takes a folder or a hub id (or a --preset)');
   if (!config.data) refuse('--data: missing; takes .txt, .jsonl, .json, .parquet or a hub id');
   const engine = await startEngine(config);
@@ -1774,8 +1764,8 @@ async function openModelRun(config: Config, given: ReadonlySet<string>) {
 }
 
 /**
- * A finished run on a language model: target, parameters, data, tokenizer, engine. `changes`: to its
- * config. @throws UsageError if model or data are not those of the run
+ * A finished run on a language model: target, parameters, data, tokenizer, engine. `changes`: to
+ * its config. @throws UsageError if model or data are not those of the run
  */
 export async function openRun(dir: string, changes: Partial<Config> = {}) {
   await openRooms();
@@ -1786,18 +1776,18 @@ export async function openRun(dir: string, changes: Partial<Config> = {}) {
   run.problem.config.evalBatchSize = changes.evalBatchSize ?? evalBatchSize;
   if (run.problem.target.source.sha256 !== record.model.sha256)
     refuse(`${record.model.path}: not the model of this run (its SHA-256 differs)`);
-  const given = Boolean(changes.data || changes.evalData); // other data on purpose
-  const otherData = io.compareData(record.data, recordOf(run).data, given, say);
+  const onPurpose = Boolean(changes.data || changes.evalData);
+  const otherData = io.compareData(record.data, recordOf(run).data, onPurpose, say);
   await io.restore(path.join(dir, 'components.safetensors'), run.params);
   return { ...run, record, otherData };
 }
 
 export type OpenRun = Awaited<ReturnType<typeof openRun>>;
-export type Flags = Readonly<Record<string, string | boolean | undefined>>;
-/** A command on a finished run, and its flags besides the config's fields. */
+export type Flags = Record<string, string | boolean | undefined>;
+/** A command on a finished run; its flags are those besides the config's. */
 export interface Job {
   help: string;
-  flags?: Readonly<Record<string, 'string' | 'boolean'>>;
+  flags?: Record<string, 'string' | 'boolean'>;
   run(dir: string, changes: Partial<Config>, flags: Flags): Promise<number>; // the exit code
 }
 
