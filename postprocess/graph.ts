@@ -263,9 +263,8 @@ export async function promptGraph(
         node.incoming = present.length;
         leftOut.edges += present.length - strongest.length;
         edges[node.id] = strongest.map(([id, weight]) => [id, node.id, weight]);
-        done++;
-        progress?.(done, aimed.length);
       },
+      tick,
     );
     const nodes = targets.map(t => t.node);
     const outputs = nodes.flatMap(n => ('output' in n ? [n.output] : []));
