@@ -13,18 +13,18 @@ import * as fs from 'node:fs';
 import * as path from 'node:path';
 import * as tf from '@tensorflow/tfjs';
 import {
-  type Harvest,
   importances,
-  type Job,
+  inputBatch,
   type Module,
-  maskedLogits,
+  maskedForward,
+  ownLinear,
   type T,
-  targetPass,
   tidyAsync,
-  tokenBatch,
   totalC,
   uniformArray,
 } from '../nano-param-decomp.ts';
+import type { Harvest } from './harvest.ts';
+import type { LmRun } from './run.ts';
 import { component, encode, type Flags, numberFlag, refuse, tokenId, tokenText } from './stages.ts';
 
 /** A component's contribution times a factor; 0: removed. */
@@ -72,7 +72,7 @@ export function parseEdits(modules: readonly Module[], without: string, scale: s
 }
 
 /** Logits [N,vocab] under the edits. */
-export function editedLogits({ problem, params }: Job, tokens: T<'B S'>, edits: readonly Edit[], active: boolean): T {
+export function editedLogits({ problem, params }: LmRun, tokens: T<'B S'>, edits: readonly Edit[], active: boolean): T {
   const sumC = totalC(problem.modules);
   const change = new Float32Array(sumC); // factor − 1
   for (const { column, factor } of edits) change[column] = factor - 1;
@@ -82,29 +82,29 @@ export function editedLogits({ problem, params }: Job, tokens: T<'B S'>, edits: 
     changes = tf.mul(tf.cast(tf.greater(g, 0), 'float32'), changes);
   }
   const delta = tf.ones([1, problem.modules.length]);
-  return maskedLogits(problem, params, tokens, { mask: tf.add(1, changes), delta });
+  return maskedForward(problem, params, tokens, { mask: tf.add(1, changes), delta });
 }
 
 /** KL(p ‖ q) of each position [N], from log probabilities. */
 export const klByPosition = (p: T<'N vocab'>, q: T<'N vocab'>): T<'N'> => tf.sum(tf.mul(tf.exp(p), tf.sub(p, q)), 1);
 
 /** Held-out rows in batches, as many as the KL is averaged over. */
-export function* heldOutBatches({ data: { heldOut } }: Job): Generator<tf.Tensor2D> {
+export function* heldOutBatches({ data: { heldOut } }: LmRun): Generator<tf.Tensor2D> {
   const count = Math.min(heldOut.count, Math.ceil(HELD_OUT_POSITIONS / heldOut.seqLen));
   const size = Math.max(1, Math.floor(1024 / heldOut.seqLen));
   for (let first = 0; first < count; first += size) {
     const rows = Array.from({ length: Math.min(size, count - first) }, (_, i) => first + i);
-    yield tokenBatch(heldOut, rows);
+    yield inputBatch(heldOut, rows) as tf.Tensor2D;
   }
 }
 
 /** @param progress called after every piece of work; what it throws ends the job */
-export async function answer(job: Job, question: Question, progress?: () => Promise<void>): Promise<Answer> {
+export async function answer(job: LmRun, question: Question, progress?: () => Promise<void>): Promise<Answer> {
   const { problem } = job;
   const { edits, onlyWhereActive, tokens } = question;
   const context = problem.target.arch.context;
   const edited = (input: T) => tf.logSoftmax(editedLogits(job, input, edits, onlyWhereActive));
-  const unedited = (input: T) => targetPass(problem.target, input).logProbs;
+  const unedited = (input: T) => problem.target.forward(input, ownLinear(problem.target)).logSoftmax();
   const lastRow = (logProbs: T): T => tf.slice(logProbs, [logProbs.shape[0]! - 1, 0], [1, logProbs.shape[1]!]);
   const rowOf = (list: readonly number[]) => tf.tensor2d(Int32Array.from(list), [1, list.length], 'int32');
   const numbers = async (x: T) => (await x.data()) as Float32Array;
@@ -176,7 +176,7 @@ export const FLAGS = {
 } as const;
 
 /** The command. @returns the exit code */
-export async function ask(job: Job, flags: Flags): Promise<number> {
+export async function ask(job: LmRun, flags: Flags): Promise<number> {
   const found = await find(job, flags);
   if (found) {
     console.log(flags.json ? JSON.stringify(found) : found.map(f => `${f.component}  ${f.why}`).join('\n'));
@@ -220,7 +220,7 @@ export interface Found {
 const FOUND = 20;
 
 /** By token (PMI with input or output), by label (regular expression), by text (what fires on it); else undefined. */
-export async function find(job: Job, flags: Flags): Promise<Found[] | undefined> {
+export async function find(job: LmRun, flags: Flags): Promise<Found[] | undefined> {
   const { out } = job.problem.config;
   const [token, label, text] = ['find-token', 'find-label', 'find-text'].map(name => flags[name]);
   if (typeof token === 'string') {

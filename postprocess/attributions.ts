@@ -14,9 +14,10 @@
  */
 import * as path from 'node:path';
 import * as tf from '@tensorflow/tfjs';
-import { importances, type Job, type T, tidyAsync, tokenBatch, totalC } from '../nano-param-decomp.ts';
+import { importances, inputBatch, type T, tidyAsync, totalC } from '../nano-param-decomp.ts';
 import { acrossPositions, componentForm, leafGradients, type Reader, U, unembedding, V } from './forward.ts';
 import { refreshPage } from './parts.ts';
+import type { LmRun } from './run.ts';
 import { componentsHash, type Flags, numberFlag, readStage, refuse, talk, tokenId, writeAtomic } from './stages.ts';
 
 export const attributionDefaults = {
@@ -62,7 +63,13 @@ interface Sums {
 }
 
 /** Adds up one target's attributions over the batches. `column`: undefined for a coordinate of the output. */
-async function attributeTarget(job: Job, batches: readonly Batch[], reader: Reader, vector: T<'d 1'>, column?: number) {
+async function attributeTarget(
+  job: LmRun,
+  batches: readonly Batch[],
+  reader: Reader,
+  vector: T<'d 1'>,
+  column?: number,
+) {
   const { modules, target } = job.problem;
   const sumC = totalC(modules);
   const sums: Sums = {
@@ -113,7 +120,7 @@ async function attributeTarget(job: Job, batches: readonly Batch[], reader: Read
 }
 
 /** How often and how strongly every component acts, over the batches. */
-async function totals(job: Job, batches: readonly Batch[]) {
+async function totals(job: LmRun, batches: readonly Batch[]) {
   const sumC = totalC(job.problem.modules);
   const [g, fires, square] = [0, 1, 2].map(() => new Float64Array(sumC)) as [Float64Array, Float64Array, Float64Array];
   const counts = new Float64Array(job.problem.target.arch.vocab);
@@ -134,7 +141,7 @@ async function totals(job: Job, batches: readonly Batch[]) {
   return { g, fires, square, counts, positions };
 }
 
-function makeBatches(job: Job, { positions, batchPositions }: AttributionSettings): Batch[] {
+function makeBatches(job: LmRun, { positions, batchPositions }: AttributionSettings): Batch[] {
   const { data, problem, params } = job;
   const { seqLen, count } = data.train;
   const rows = Math.max(1, Math.min(count, Math.floor(positions / seqLen)));
@@ -144,7 +151,7 @@ function makeBatches(job: Job, { positions, batchPositions }: AttributionSetting
     const indices = Array.from({ length: Math.min(size, rows - first) }, (_, i) => first + i);
     const tokens = Int32Array.from(indices.flatMap(i => [...data.train.row(i)]));
     const made = tf.tidy(() => {
-      const input = tokenBatch(data.train, indices);
+      const input = inputBatch(data.train, indices);
       const { g } = importances(problem, params, input);
       const { problem: _, params: __, B: ___, ...values } = componentForm(problem, params, input, false);
       const parts = tf.split(
@@ -178,7 +185,7 @@ function keep<X extends Strength>(list: X[], item: X, size: number): void {
  * @param save called now and then with what there is
  */
 export async function datasetAttributions(
-  job: Job,
+  job: LmRun,
   settings: AttributionSettings,
   milliseconds: number,
   old?: Attributions,
@@ -281,7 +288,7 @@ export async function datasetAttributions(
 export const FLAGS = { minutes: 'string', positions: 'string', 'output-token': 'string', json: 'boolean' } as const;
 
 /** The command. @returns the exit code */
-export async function attributions(job: Job, flags: Flags): Promise<number> {
+export async function attributions(job: LmRun, flags: Flags): Promise<number> {
   const dir = job.problem.config.out;
   const file = path.join(dir, 'attributions.json');
   const settings: AttributionSettings = {
@@ -307,7 +314,7 @@ export async function attributions(job: Job, flags: Flags): Promise<number> {
 }
 
 /** Components by what they write to a token's logit minus the mean logit. */
-async function printWriters(job: Job, old: Attributions | undefined, text: string, json: boolean): Promise<number> {
+async function printWriters(job: LmRun, old: Attributions | undefined, text: string, json: boolean): Promise<number> {
   const { out } = job.problem.config;
   if (!old?.outputs.length)
     return refuse(`${out}: no outputs in attributions.json; attributions --run ${out} makes it`);

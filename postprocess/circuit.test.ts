@@ -5,12 +5,13 @@ import os from 'node:os';
 import path from 'node:path';
 import { after, before, test } from 'node:test';
 import * as tf from '@tensorflow/tfjs';
-import { importances, type Job, maskedLogits, totalC } from '../nano-param-decomp.ts';
+import { importances, maskedForward, totalC } from '../nano-param-decomp.ts';
 import { circuitDefaults, circuitTable, findCircuit, intervene } from './circuit.ts';
 import { fixtureJob } from './fixture.ts';
+import type { LmRun } from './run.ts';
 
 const folder = fs.mkdtempSync(path.join(os.tmpdir(), 'circuit-'));
-let job: Job & { rows: number[][] };
+let job: LmRun & { rows: number[][] };
 before(async () => {
   await tf.setBackend('cpu');
   fs.writeFileSync(path.join(folder, 'components.safetensors'), 'for the hash');
@@ -32,12 +33,12 @@ test('the regimes are masked forwards, and the adversary is at least as bad as n
     ['target', 'only these', 'stochastic', 'adversarial', 'without these'],
   );
   const probability = async (mask: tf.Tensor, delta?: tf.Tensor) => {
-    const logits = maskedLogits(problem, params, input, { mask, ...(delta && { delta }) });
+    const logits = maskedForward(problem, params, input, { mask, ...(delta && { delta }) });
     return ((await tf.softmax(logits).array()) as number[][])[5]![4]!;
   };
   const near = (a: number, b: number) => assert.ok(Math.abs(a - b) < 1e-5, `${a}, ${b}`);
   const chosen = tf.tensor2d(set, [7, sumC]);
-  near(regimes[0]!.probability, ((await pass.probs.array()) as number[][])[5]![4]!);
+  near(regimes[0]!.probability, ((await tf.softmax(pass.output).array()) as number[][])[5]![4]!);
   near(regimes[0]!.kl, 0);
   near(regimes[1]!.probability, await probability(chosen));
   near(regimes[4]!.probability, await probability(tf.sub(1, chosen), tf.ones([1, problem.modules.length])));

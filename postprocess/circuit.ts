@@ -18,10 +18,9 @@ import {
   cosine,
   importances,
   interpolate,
-  type Job,
   lowerLeaky,
   type Masks,
-  maskedLogits,
+  maskedForward,
   randomKey,
   type T,
   tidyAsync,
@@ -31,6 +30,7 @@ import {
   upperLeaky,
 } from '../nano-param-decomp.ts';
 import { refreshPage } from './parts.ts';
+import type { LmRun } from './run.ts';
 import {
   componentsHash,
   encode,
@@ -82,7 +82,7 @@ const PURPOSE = { u: 50, delta: 51, adversary: 52 };
 
 /** The optimised importances [S,ΣC] and which pairs were alive. */
 export async function optimise(
-  job: Job,
+  job: LmRun,
   tokens: readonly number[],
   position: number,
   token: number | undefined,
@@ -95,7 +95,7 @@ export async function optimise(
   const row = tf.tidy(() => tf.tensor2d(Int32Array.from(tokens), [1, S], 'int32'));
   const start = tf.tidy(() => {
     const { z, g, pass } = importances(problem, params, row);
-    const last = tf.slice(pass.logProbs, [position, 0], [1, -1]);
+    const last = tf.slice(pass.output.logSoftmax(), [position, 0], [1, -1]);
     return { z, alive: tf.cast(tf.greater(g, 0), 'float32'), last, one: tf.variable(z, false) };
   });
   const logits = start.one;
@@ -106,7 +106,7 @@ export async function optimise(
   const wanted = token === undefined ? undefined : token;
   /** At the position, of the model under these masks. */
   const recon = (rows: T, masks: Masks): T => {
-    const predicted = tf.logSoftmax(tf.slice(maskedLogits(problem, params, rows, masks), [position, 0], [1, -1]));
+    const predicted = tf.logSoftmax(tf.slice(maskedForward(problem, params, rows, masks), [position, 0], [1, -1]));
     if (wanted !== undefined) return tf.neg(tf.sum(tf.slice(predicted, [0, wanted], [1, 1])));
     return tf.sum(tf.mul(tf.exp(logTarget), tf.sub(logTarget, predicted)));
   };
@@ -157,7 +157,7 @@ export async function optimise(
 
 /** What the model says at the position under each regime, for a set [S,ΣC] of zeros and ones. */
 export async function intervene(
-  { problem, params }: Job,
+  { problem, params }: LmRun,
   tokens: readonly number[],
   position: number,
   token: number | undefined,
@@ -170,9 +170,9 @@ export async function intervene(
   return tidyAsync(async () => {
     const row = tf.tensor2d(Int32Array.from(tokens), [1, S], 'int32');
     const at = (logits: T): T => tf.logSoftmax(tf.slice(logits, [position, 0], [1, -1]));
-    const under = (masks: Masks): T => at(maskedLogits(problem, params, row, masks));
+    const under = (masks: Masks): T => at(maskedForward(problem, params, row, masks));
     const chosen = tf.tensor2d(set, [S, sumC]);
-    const target = importances(problem, params, row).pass.logProbs;
+    const target = importances(problem, params, row).pass.output.logSoftmax();
     const logTarget = tf.slice(target, [position, 0], [1, -1]);
     const klTo = (predicted: T): T => tf.sum(tf.mul(tf.exp(logTarget), tf.sub(logTarget, predicted)));
     const draw = (shape: number[], n: number, purpose: number) =>
@@ -231,7 +231,7 @@ function randomSet(set: Float32Array, alive: Float32Array, seed: number): Float3
 
 /** Finds the circuit and intervenes on it. */
 export async function findCircuit(
-  job: Job,
+  job: LmRun,
   question: { text: string; tokens: readonly number[]; position: number; token: number | undefined },
   settings: CircuitSettings,
   progress?: (step: number) => Promise<void>,
@@ -277,7 +277,7 @@ export const FLAGS = {
 } as const;
 
 /** The command. @returns the exit code */
-export async function circuit(job: Job, flags: Flags): Promise<number> {
+export async function circuit(job: LmRun, flags: Flags): Promise<number> {
   const { text } = flags;
   if (typeof text !== 'string') return refuse('circuit: takes --text T');
   const tokens = encode(job, text);

@@ -5,7 +5,7 @@ import os from 'node:os';
 import path from 'node:path';
 import { after, before, test } from 'node:test';
 import * as tf from '@tensorflow/tfjs';
-import { importances, loadTarget, targetForward } from '../nano-param-decomp.ts';
+import { importances, loadTarget, ownLinear, type Target } from '../nano-param-decomp.ts';
 import { answer, editedLogits, parseEdits } from './ask.ts';
 import { edit, editedWeights, measureEdit, parseWrite } from './edit.ts';
 import { fixtureJob } from './fixture.ts';
@@ -41,11 +41,12 @@ for (const name of ['llama', 'simple_mlp'] as const) {
     const [removed, scaled] = EDITED[name];
     const report = await printed(() => edit(job, { remove: removed!, scale: `${scaled}=-2`, out, json: true }));
     const tokens = tf.tensor2d(job.rows, undefined, 'int32');
+    const ofTarget = (target: Target) => target.forward(tokens, ownLinear(target));
     const edits = parseEdits(job.problem.modules, removed!, `${scaled}=-2`);
     const ours = editedLogits(job, tokens, edits, false);
-    const theirs = targetForward(await loadTarget(out), tokens);
+    const theirs = ofTarget(await loadTarget(out));
     assert.ok(largest(ours, theirs) < 1e-4, `${largest(ours, theirs)}`);
-    assert.ok(largest(ours, targetForward(job.problem.target, tokens)) > 0.01, 'the edit changes something');
+    assert.ok(largest(ours, ofTarget(job.problem.target)) > 0.01, 'the edit changes something');
     const asked = await answer(job, {
       ...{ tokens: job.rows[0]!, edits, onlyWhereActive: false, length: 0, temperature: 0, seed: 0 },
     });
@@ -60,7 +61,7 @@ for (const name of ['llama', 'simple_mlp'] as const) {
 test('without an edit nothing changes; only-where-active leaves the other positions alone', async () => {
   const job = await fixtureJob('simple_mlp');
   const tokens = tf.tensor2d(job.rows, undefined, 'int32');
-  const own = targetForward(job.problem.target, tokens);
+  const own = job.problem.target.forward(tokens, ownLinear(job.problem.target));
   assert.ok(largest(own, editedLogits(job, tokens, [], false)) < 1e-5);
   // a component of the last layer, whose absence at a position changes the prediction there alone
   const m = job.problem.modules.findIndex(({ path: p }) => p === 'h.1.mlp.down_proj');

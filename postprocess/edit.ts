@@ -13,9 +13,10 @@
 import * as fs from 'node:fs';
 import * as path from 'node:path';
 import * as tf from '@tensorflow/tfjs';
-import { importances, type Job, type T, type Target, targetPass, tidyAsync } from '../nano-param-decomp.ts';
+import { importances, type LanguageModel, ownLinear, type T, type Target, tidyAsync } from '../nano-param-decomp.ts';
 import { type Edit, heldOutBatches, klByPosition, parseEdits } from './ask.ts';
 import { U, unembedding, V, withWeights } from './forward.ts';
+import type { LmRun } from './run.ts';
 import { component, type Flags, refuse, tokenId, tokenText, writeAtomic } from './stages.ts';
 
 /** A component that writes a token instead of what it wrote. */
@@ -35,7 +36,7 @@ export interface EditReport {
 }
 
 /** "m:i=TOKEN:strength" @throws UsageError */
-export function parseWrite(job: Job, spec: string): Write {
+export function parseWrite(job: LmRun, spec: string): Write {
   const [, name = '', token = '', number = ''] = /^(.*?:\d+)=(.*):([^:]+)$/s.exec(spec) ?? [];
   const strength = number.trim() ? Number(number) : Number.NaN;
   if (!(strength > 0 && strength < 1e6)) return refuse(`--write ${spec}: takes module:index=TOKEN:strength`);
@@ -48,7 +49,11 @@ export function parseWrite(job: Job, spec: string): Write {
 }
 
 /** Edited weights Wᵀ [dIn,dOut] by module path. */
-export async function editedWeights(job: Job, edits: readonly Edit[], write?: Write): Promise<Map<string, tf.Tensor>> {
+export async function editedWeights(
+  job: LmRun,
+  edits: readonly Edit[],
+  write?: Write,
+): Promise<Map<string, tf.Tensor>> {
   const { modules, target } = job.problem;
   const sign = write ? Math.sign(await meanActivation(job, write.column)) || 1 : 1;
   const changed = new Map<string, tf.Tensor>();
@@ -86,7 +91,7 @@ export async function editedWeights(job: Job, edits: readonly Edit[], write?: Wr
 }
 
 /** Of a component over the held-out positions where it fires; over all of them where it never does. */
-async function meanActivation({ problem, params, data, ...job }: Job, column: number): Promise<number> {
+async function meanActivation({ problem, params, data, ...job }: LmRun, column: number): Promise<number> {
   const m = problem.modules.findLast(({ offset }) => offset <= column)!;
   const index = column - m.offset;
   const sums = [0, 0, 0];
@@ -105,18 +110,21 @@ async function meanActivation({ problem, params, data, ...job }: Job, column: nu
 }
 
 /** What the edit does on held-out text. */
-export async function measureEdit(job: Job, edited: Target, columns: readonly number[], token?: number) {
+export async function measureEdit(job: LmRun, edited: Target, columns: readonly number[], token?: number) {
   const { problem, params } = job;
   const totals = { positions: 0, firing: 0, kl: 0, klFiring: 0, before: 0, after: 0 };
   for (const batch of heldOutBatches(job)) {
     await tidyAsync(async () => {
       const { g, pass } = importances(problem, params, batch);
-      const after = targetPass(edited, batch);
+      const [before, after] = [pass.output, edited.forward(batch, ownLinear(edited))].map(x => x.logSoftmax()) as [
+        T,
+        T,
+      ];
       const fires = tf.max(tf.gather(g, tf.tensor1d([...columns], 'int32'), 1), 1);
       const probability = (probs: T): T => tf.gather(probs, tf.tensor1d([token ?? 0], 'int32'), 1).flatten();
-      const kl = klByPosition(pass.logProbs, after.logProbs);
+      const kl = klByPosition(before, after);
       const [f, d, p, q] = await Promise.all(
-        [fires, kl, probability(pass.probs), probability(after.probs)].map(x => x.data()),
+        [fires, kl, probability(before.exp()), probability(after.exp())].map(x => x.data()),
       );
       totals.positions += batch.size;
       for (let n = 0; n < batch.size; n++) {
@@ -144,7 +152,7 @@ export async function measureEdit(job: Job, edited: Target, columns: readonly nu
 export const FLAGS = { remove: 'string', scale: 'string', write: 'string', json: 'boolean' } as const;
 
 /** The command. `flags.out` is the folder to write. @returns the exit code */
-export async function edit(job: Job, flags: Flags): Promise<number> {
+export async function edit(job: LmRun, flags: Flags): Promise<number> {
   const { out } = flags;
   if (typeof out !== 'string') return refuse('edit: takes --out FOLDER, the edited model to be written');
   if (fs.existsSync(out)) return refuse(`${out}: is there already; --out takes a new folder`);
@@ -178,7 +186,11 @@ function reportLines(folder: string, r: EditReport): string[] {
 }
 
 /** The target's folder once more, with these weights: other tensors keep their bytes. */
-async function writeModel({ dir, arch }: Target, changed: ReadonlyMap<string, tf.Tensor>, out: string): Promise<void> {
+async function writeModel(
+  { dir, arch }: LanguageModel,
+  changed: ReadonlyMap<string, tf.Tensor>,
+  out: string,
+): Promise<void> {
   const beside = `${out}.tmp-${process.pid}`;
   fs.mkdirSync(beside, { recursive: true });
   try {

@@ -3,16 +3,9 @@ import fs from 'node:fs';
 import path from 'node:path';
 import { fileURLToPath } from 'node:url';
 import * as tf from '@tensorflow/tfjs';
-import {
-  type Config,
-  chooseModules,
-  DEFAULTS,
-  type Engine,
-  type Job,
-  loadTarget,
-  type Params,
-  plainSafetensors,
-} from '../nano-param-decomp.ts';
+import { openSafetensors } from '../io/safetensors.ts';
+import { type Config, chooseModules, DEFAULTS, type Engine, loadTarget, type Params } from '../nano-param-decomp.ts';
+import type { LmRun } from './run.ts';
 
 const FIXTURES = fileURLToPath(new URL('../tools/fixtures/', import.meta.url));
 const opByOp: Engine = {
@@ -23,14 +16,15 @@ const opByOp: Engine = {
 };
 
 /** As openRun gives it; `rows`: its three rows of seven tokens. */
-export async function fixtureJob(name: 'llama' | 'simple_mlp', out = ''): Promise<Job & { rows: number[][] }> {
+export async function fixtureJob(name: 'llama' | 'simple_mlp', out = ''): Promise<LmRun & { rows: number[][] }> {
   const dir = path.join(FIXTURES, 'method', name);
   const answers = JSON.parse(fs.readFileSync(path.join(dir, 'fixture.json'), 'utf8'));
   const target = await loadTarget(dir);
-  const { tensors, readFloat32 } = plainSafetensors(path.join(dir, 'fixture.safetensors'));
+  const { tensors, readFloat32, close } = await openSafetensors(path.join(dir, 'fixture.safetensors'));
   const params: Params = {};
   for (const [key, { shape }] of tensors)
-    if (/^(components|ci_fn)\./.test(key)) params[key] = tf.variable(tf.tensor(readFloat32(key), shape), false);
+    if (/^(components|ci_fn)\./.test(key)) params[key] = tf.variable(tf.tensor(readFloat32(key), [...shape]), false);
+  close();
   const spec = Object.entries<{ C: number }>(answers.modules).map(([module, { C }]) => `${module}=${C}`);
   const config: Config = { ...DEFAULTS, ...answers.config, components: spec.join(), out };
   const tokens: number[][] = answers.tokens;

@@ -12,19 +12,19 @@
  */
 import * as tf from '@tensorflow/tfjs';
 import {
+  type LanguageModel,
   type Linear,
+  languageModel,
   type Module,
   ownLinear,
   type Params,
   type Problem,
   type T,
-  type Target,
-  targetForward,
 } from '../nano-param-decomp.ts';
 
 /** A forward's values, of which any part may be replaced; tensors, so make and use it inside of a tidy. */
 export interface ComponentForm {
-  problem: Problem;
+  problem: Problem<LanguageModel>;
   params: Params;
   B: number;
   embedded: T<'N d'>; // what enters the first block
@@ -43,12 +43,12 @@ export const U = (params: Params, { path }: Module): T<'C dOut'> => params[`comp
 const product = (a: T, b: T, transposeB = false): T => tf.matMul(a as tf.Tensor2D, b as tf.Tensor2D, false, transposeB);
 
 /** W_U [vocab,d]: the head, or the embedding where they are tied. */
-export function unembedding({ arch, weights }: Target): T<'vocab d'> {
+export function unembedding({ arch, weights }: LanguageModel): T<'vocab d'> {
   return weights.get(`${arch.names.head}.weight`) ?? weights.get(`${arch.names.embed}.weight`)!;
 }
 
 /** What enters the first block: the tokens' embeddings, with those of their positions where the target has them. */
-function embeddings({ arch, weights }: Target, tokens: T<'B S'>): T<'N d'> {
+function embeddings({ arch, weights }: LanguageModel, tokens: T<'B S'>): T<'N d'> {
   const [B = 0, S = 0] = tokens.shape;
   const own: T = tf.gather(weights.get(`${arch.names.embed}.weight`)!, tokens.flatten());
   const positions = arch.names.positions && weights.get(`${arch.names.positions}.weight`);
@@ -56,13 +56,13 @@ function embeddings({ arch, weights }: Target, tokens: T<'B S'>): T<'N d'> {
 }
 
 /** The same target with other weights, given by their keys in `weights`. */
-export function withWeights(target: Target, changes: ReadonlyMap<string, T>): Target {
+export function withWeights(target: LanguageModel, changes: ReadonlyMap<string, T>): LanguageModel {
   const weights = new Map<string, T>([...target.weights, ...changes]);
-  return { ...target, weights: weights as unknown as Target['weights'] };
+  return languageModel({ ...target, weights: weights as unknown as LanguageModel['weights'] });
 }
 
 /** The target's forward from what enters its first block to the final normed residual [N,d]. */
-function forwardFrom(target: Target, embedded: T<'N d'>, B: number, linear: Linear): T<'N d'> {
+function forwardFrom(target: LanguageModel, embedded: T<'N d'>, B: number, linear: Linear): T<'N d'> {
   const { names, dModel } = target.arch;
   // the same target, its embedding a table with a row per position, and the identity for a head
   const changes = new Map<string, T>([
@@ -73,11 +73,16 @@ function forwardFrom(target: Target, embedded: T<'N d'>, B: number, linear: Line
   if (positions) changes.set(`${names.positions}.weight`, tf.zerosLike(positions)); // they are in `embedded`
   const N = embedded.shape[0]!;
   const rows = tf.range(0, N, 1, 'int32').reshape([B, N / B]);
-  return targetForward(withWeights(target, changes), rows, linear);
+  return withWeights(target, changes).forward(rows, linear);
 }
 
 /** The form of the forward on tokens int32 [B,S], with the delta component or without. */
-export function componentForm(problem: Problem, params: Params, tokens: T<'B S'>, withDelta: boolean): ComponentForm {
+export function componentForm(
+  problem: Problem<LanguageModel>,
+  params: Params,
+  tokens: T<'B S'>,
+  withDelta: boolean,
+): ComponentForm {
   const { target, modules } = problem;
   const B = tokens.shape[0]!;
   const embedded = embeddings(target, tokens);

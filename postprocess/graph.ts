@@ -14,7 +14,7 @@
  */
 import * as path from 'node:path';
 import * as tf from '@tensorflow/tfjs';
-import { importances, type Job, type T } from '../nano-param-decomp.ts';
+import { importances, type T } from '../nano-param-decomp.ts';
 import {
   acrossPositions,
   type ComponentForm,
@@ -27,6 +27,7 @@ import {
   V,
 } from './forward.ts';
 import { refreshPage } from './parts.ts';
+import type { LmRun } from './run.ts';
 import {
   componentsHash,
   encode,
@@ -169,7 +170,7 @@ type Target = { node: GraphNode; wanted?: Wanted };
 
 /** The graph of one text. */
 export async function promptGraph(
-  job: Job,
+  job: LmRun,
   tokens: readonly number[],
   given: Partial<GraphSettings> = {},
   also: readonly { position: number; column: number }[] = [], // nodes, though not alive; nothing's sources then
@@ -185,7 +186,7 @@ export async function promptGraph(
     const form = componentForm(problem, params, input, true);
     const W = unembedding(target);
     const logits = tf.matMul(form.final as tf.Tensor2D, W as tf.Tensor2D, false, true);
-    const readings = { g, probs: pass.probs, logits: tf.sub(logits, tf.mean(logits, 1, true)) };
+    const readings = { g, probs: pass.output.softmax(), logits: tf.sub(logits, tf.mean(logits, 1, true)) };
     const { embedded, inputs, acts, outputs, deltas } = form;
     return { readings, meanW: tf.mean(W, 0), embedded, inputs, acts, outputs, deltas: deltas! };
   });
@@ -293,13 +294,13 @@ export const FLAGS = {
 } as const;
 
 /** The held-out rows that the page shows. */
-export const passageRows = ({ data: { heldOut } }: Job): Int32Array[] => {
+export const passageRows = ({ data: { heldOut } }: LmRun): Int32Array[] => {
   const count = Math.min(8, Math.ceil(1024 / heldOut.seqLen), heldOut.count);
-  return Array.from({ length: count }, (_, i) => heldOut.row(i));
+  return Array.from({ length: count }, (_, i) => heldOut.row(i) as Int32Array);
 };
 
 /** The command. @returns the exit code */
-export async function graph(job: Job, flags: Flags): Promise<number> {
+export async function graph(job: LmRun, flags: Flags): Promise<number> {
   const dir = job.problem.config.out;
   const settings: GraphSettings = {
     ...graphDefaults,

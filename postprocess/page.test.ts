@@ -6,8 +6,10 @@ import path from 'node:path';
 import { after, before, test } from 'node:test';
 import { fileURLToPath, pathToFileURL } from 'node:url';
 import { type Browser, chromium, type Locator, type Page } from 'playwright-core';
-import { type Example, type Harvest, type HarvestComponent, harvestDefaults } from '../nano-param-decomp.ts';
+import { type Example, type Harvest, type HarvestComponent, harvestDefaults } from './harvest.ts';
 import { type ReportData, renderReport } from './page.ts';
+import { readMeanings, writePage } from './page-meanings.ts';
+import { componentsHash } from './run-files.ts';
 
 const template = fs.readFileSync(fileURLToPath(new URL('page.html', import.meta.url)), 'utf8');
 const folder = fs.mkdtempSync(path.join(os.tmpdir(), 'page-'));
@@ -393,4 +395,109 @@ test('a run without evaluation, labels, passages or any firing still has its pag
     await page.keyboard.press('ArrowRight');
     await page.keyboard.press(']');
   });
+});
+
+// ---- Groups and labels ----------------------------------------------------------------------------------------------
+
+test('groups and labels: the view, a group, a label with its scores; hostile labels stay text', options, async () => {
+  const run = makeRun(2, 6, ordinary);
+  const hostile = HOSTILE[1]!;
+  const scores = [
+    { kind: 'detection', score: 0.875, chance: 0.5 },
+    { kind: 'fuzzing', score: null, chance: 0.5 },
+    { kind: 'intruder', score: 0.625, chance: 0.2, tokenOverlap: 0.375 },
+  ];
+  const label = { label: 'lions that roar', confidence: 0.5, reason: 'they roar', model: 'made-up-1' };
+  const meanings = {
+    groups: {
+      ...{ alpha: 1, tau: 0.1, positions: 1000, leaves: 20, best: 18 },
+      L: [[20, 9.5], [2, 3.25], [1, 4]] as [number, number][], // biome-ignore format: a line
+      alphas: [{ alpha: 10, L: 1, groups: 7, several: 4, shareSpanningModules: 0.75, shareSpanningLayers: 0.25 }],
+      list: [
+        { columns: [0, 1, 2, 3, 4, 6, 7, 8, 9, 10], active: 120 },
+        { columns: [12, 13], active: 30 },
+      ],
+    },
+    labels: {
+      1: { ...label, graph: 'roars after lions', scores },
+      2: { ...label, label: hostile, reason: HOSTILE[0]!, model: HOSTILE[2]!, scores: [] },
+    },
+  };
+  await using(write('groups.html', { ...run, ...meanings }), async page => {
+    await page.getByRole('link', { name: 'Groups', exact: true }).click();
+    assert.equal(await shown(page), 'groups');
+    for (const text of ['2 groups of components', '20 components', '9.5', '3.25']) await sees(page, '#groups', text);
+    await sees(page, '#groups tr', /10\s*7\s*4\s*75 %\s*25 %/);
+    await page.getByRole('link', { name: 'group 1', exact: true }).click();
+    assert.equal(hash(page), '#groups/1');
+    await sees(page, '#group tr', 'lions that roar');
+    assert.equal(await page.locator('#group tbody tr').count(), 8);
+    await page.getByRole('button', { name: 'All 10' }).click();
+    assert.equal(await page.locator('#group tbody tr').count(), 10);
+    await page.locator('#group').getByRole('link', { name: 'h.0.attn.q_proj:1' }).click();
+    await sees(page, '#meaning h3', 'lions that roar');
+    for (const text of ['they roar', 'made-up-1', 'roars after lions', '10 components'])
+      await sees(page, '#meaning', text);
+    await sees(page, '#meaning tr', /detection\s*0\.875\s*0\.500/);
+    await sees(page, '#meaning tr', /fuzzing\s*unreadable/);
+    await sees(page, '#meaning tr', /intruder\s*0\.625\s*0\.200\s*token overlap alone 0\.375/);
+    await page.keyboard.press('4');
+    assert.equal(await shown(page), 'groups');
+    await page.goto(`${page.url().split('#')[0]}#h.0.attn.q_proj:2`);
+    await sees(page, '#meaning h3', '<img src=x');
+    await page.keyboard.press('/');
+    await page.keyboard.type('lions that');
+    await sees(page, '#count', '1 component');
+    assert.equal(await page.evaluate('window.hit'), undefined);
+    await fitsTheWidth(page);
+  });
+  await using(write('no-groups.html', run), async page => {
+    assert.equal(await page.locator('#groups-tab').isVisible(), false);
+    await page.keyboard.press('4');
+    assert.equal(await shown(page), 'overview');
+  });
+});
+
+test('the page takes groups and labels of the same components only', () => {
+  const dir = fs.mkdtempSync(path.join(folder, 'run-'));
+  fs.writeFileSync(path.join(dir, 'components.safetensors'), 'a');
+  const harvested = { modules: makeRun(1, 3, ordinary).harvest.modules };
+  assert.deepEqual(readMeanings(dir, harvested), {});
+  const components = componentsHash(dir);
+  const [q, fc] = harvested.modules.map(m => m.path) as [string, string];
+  const clusters = {
+    ...{ formatVersion: 1, components, alpha: 1, tau: 0.1, positions: 10, alphas: [], best: 1 },
+    leaves: [[q, 0], [fc, 1]], // biome-ignore format: a line
+    L: [50, 40],
+    groups: [{ members: [[q, 0], [fc, 1]], active: 4 }], // biome-ignore format: a line
+  };
+  fs.writeFileSync(path.join(dir, 'clusters.json'), JSON.stringify(clusters));
+  const lines = [
+    { kind: 'settings', formatVersion: 1, components },
+    {
+      module: fc,
+      index: 1,
+      kind: 'label',
+      result: { label: 'x', confidence: null, reason: '' },
+      model: 'm',
+      tokens: 1,
+    },
+    { module: fc, index: 1, kind: 'detection', result: { score: 1, chance: 0.5, trials: 5 }, model: 'm', tokens: 1 },
+    { module: q, index: 0, kind: 'label', result: { label: null }, model: 'm', tokens: 1 },
+  ];
+  fs.writeFileSync(path.join(dir, 'interpretations.jsonl'), lines.map(line => `${JSON.stringify(line)}\n`).join(''));
+  const { groups, labels } = readMeanings(dir, harvested);
+  assert.deepEqual(groups?.list, [{ columns: [0, 4], active: 4 }]);
+  assert.deepEqual(groups?.L, [[2, 5], [1, 4]]); // biome-ignore format: a line
+  const scores = [{ kind: 'detection', score: 1, chance: 0.5 }];
+  assert.deepEqual(labels, { 4: { label: 'x', confidence: null, reason: '', model: 'm', scores } });
+  assert.throws(() => writePage(dir), /has no harvest\.json; harvest --run/);
+  fs.writeFileSync(path.join(dir, 'harvest.json'), JSON.stringify(makeRun(1, 3, ordinary).harvest));
+  writePage(dir);
+  const page = fs.readFileSync(path.join(dir, 'report.html'), 'utf8');
+  assert.ok(page.includes('"label":"x"') && page.includes('"columns":[0,4]'));
+  fs.writeFileSync(path.join(dir, 'components.safetensors'), 'b');
+  assert.deepEqual(readMeanings(dir, harvested), {});
+  fs.writeFileSync(path.join(dir, 'clusters.json'), '{');
+  assert.deepEqual(readMeanings(dir, harvested), {});
 });

@@ -8,14 +8,15 @@ import path from 'node:path';
 import { after, before, test } from 'node:test';
 import * as tf from '@tensorflow/tfjs';
 import { chromium } from 'playwright-core';
-import { type Harvest, harvestDefaults, type Job } from '../nano-param-decomp.ts';
 import { fixtureJob } from './fixture.ts';
+import { type Harvest, harvestDefaults } from './harvest.ts';
 import { renderReport } from './page.ts';
+import type { LmRun } from './run.ts';
 import { startServer } from './serve.ts';
 
 const HOSTILE = '<img src=x onerror="window.hit=1">';
 const folder = fs.mkdtempSync(path.join(os.tmpdir(), 'serve-'));
-let job: Job;
+let job: LmRun;
 let server: http.Server;
 let port = 0;
 
@@ -35,7 +36,7 @@ const tokenizer = {
 before(async () => {
   await tf.setBackend('cpu');
   const made = await fixtureJob('simple_mlp', folder);
-  const data = { ...made.data, tokenizer: tokenizer as unknown as NonNullable<Job['data']['tokenizer']> };
+  const data = { ...made.data, tokenizer: tokenizer as unknown as NonNullable<LmRun['data']['tokenizer']> };
   job = { ...made, data };
   const passage = {
     tokens: made.rows[0]!,

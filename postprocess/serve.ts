@@ -15,11 +15,11 @@ import * as fs from 'node:fs';
 import * as http from 'node:http';
 import type { AddressInfo } from 'node:net';
 import * as path from 'node:path';
-import type { Job } from '../nano-param-decomp.ts';
 import { answer, parseEdits } from './ask.ts';
 import { circuitDefaults, findCircuit } from './circuit.ts';
 import { promptGraph } from './graph.ts';
 import { packGraph, pageData, pageParts, renderPage } from './parts.ts';
+import type { LmRun } from './run.ts';
 import { encode, type Flags, numberFlag, refuse, talk, tokenId } from './stages.ts';
 
 export const serveDefaults = {
@@ -79,7 +79,7 @@ function readRequest(body: unknown, settings: ServeSettings): Request {
 
 /** Does a job; `tick` is called now and then, and throws when it is to end. */
 async function work(
-  job: Job,
+  job: LmRun,
   request: Request,
   settings: ServeSettings,
   tick: (done: number, total: number) => Promise<void>,
@@ -135,7 +135,7 @@ function checkSender({ headers, method }: http.IncomingMessage, port: number): v
 }
 
 /** The page of the run as it is now, which may ask this server and nobody else. */
-function livePage(job: Job): string {
+function livePage(job: LmRun): string {
   const { config, modules } = job.problem;
   const file = path.join(config.out, 'report.html');
   const data = fs.existsSync(file) ? pageData(fs.readFileSync(file, 'utf8')) : undefined;
@@ -145,7 +145,7 @@ function livePage(job: Job): string {
 }
 
 /** Starts the server; port 0: any. @returns it, listening */
-export async function startServer(job: Job, port: number, given: Partial<ServeSettings> = {}): Promise<http.Server> {
+export async function startServer(job: LmRun, port: number, given: Partial<ServeSettings> = {}): Promise<http.Server> {
   const settings = { ...serveDefaults, ...given };
   livePage(job); // refuses a run without a page before anything listens
   let last: Work | undefined;
@@ -233,7 +233,7 @@ export async function startServer(job: Job, port: number, given: Partial<ServeSe
 export const FLAGS = { port: 'string' } as const;
 
 /** The command: serves until it is interrupted. @returns the exit code */
-export async function serve(job: Job, flags: Flags): Promise<number> {
+export async function serve(job: LmRun, flags: Flags): Promise<number> {
   const port = numberFlag(flags, 'port', 8321, 0, 65_535, true);
   const server = await startServer(job, port).catch((error: NodeJS.ErrnoException) =>
     error.code === 'EADDRINUSE' ? refuse(`--port ${port}: is in use`) : Promise.reject(error),

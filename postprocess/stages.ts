@@ -2,8 +2,9 @@
 import * as crypto from 'node:crypto';
 import * as fs from 'node:fs';
 import * as path from 'node:path';
-import type { Job, Module } from '../nano-param-decomp.ts';
+import type { Module } from '../nano-param-decomp.ts';
 import { UsageError } from '../nano-param-decomp.ts';
+import type { LmRun } from './run.ts';
 
 export type Flags = Record<string, string | boolean | undefined>;
 
@@ -48,7 +49,7 @@ export function numberFlag(flags: Flags, name: string, standard: number, min: nu
 }
 
 /** The tokens of a text, as the target's tokenizer gives them. @throws UsageError */
-export function encode({ problem, data }: Job, text: string): number[] {
+export function encode({ problem, data }: LmRun, text: string): number[] {
   if (!data.tokenizer) return refuse(`${problem.target.dir}: no tokenizer.json, which a text needs`);
   const { ids } = data.tokenizer.encode(text);
   const { context, vocab } = problem.target.arch;
@@ -59,7 +60,7 @@ export function encode({ problem, data }: Job, text: string): number[] {
 }
 
 /** A token as text, with its leading space. */
-export function tokenText({ data: { tokenizer } }: Job, id: number): string {
+export function tokenText({ data: { tokenizer } }: LmRun, id: number): string {
   const token = tokenizer?.id_to_token(id);
   if (tokenizer === undefined || token === undefined) return `#${id}`;
   if (token.includes('▁')) return token.replaceAll('▁', ' ');
@@ -67,7 +68,7 @@ export function tokenText({ data: { tokenizer } }: Job, id: number): string {
 }
 
 /** The id of one token given as text, with or without its leading space, or as #id. @throws UsageError */
-export function tokenId(job: Job, text: string): number {
+export function tokenId(job: LmRun, text: string): number {
   const { vocab } = job.problem.target.arch;
   const digits = /^#(\d+)$/.exec(text)?.[1];
   if (digits !== undefined && Number(digits) < vocab) return Number(digits);

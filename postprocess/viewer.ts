@@ -2,7 +2,7 @@
  * A prompt graph as the JSON that attribution-graph viewers read (circuit-tracer's local page, Neuronpedia): the next
  * tokens of the text's last position and everything that reaches them. Modules are the layers, in the network's order.
  */
-import type { Problem } from '../nano-param-decomp.ts';
+import type { LanguageModel, Problem } from '../nano-param-decomp.ts';
 import { networkOrder } from './forward.ts';
 import type { GraphNode, PromptGraph } from './graph.ts';
 
@@ -41,7 +41,7 @@ interface ViewerNode {
 const NODE_THRESHOLD = 0.8;
 
 /** @param slug the graph's name, by which the viewer asks for SLUG.json */
-export function viewerGraph(problem: Problem, graph: PromptGraph, slug: string): ViewerGraph {
+export function viewerGraph(problem: Problem<LanguageModel>, graph: PromptGraph, slug: string): ViewerGraph {
   const { modules } = problem;
   const layerOf = new Map(networkOrder(problem).map((i, layer) => [modules[i]!.path, layer]));
   const last = graph.tokens.length - 1;

@@ -12,16 +12,9 @@
 import * as fs from 'node:fs';
 import { parseArgs } from 'node:util';
 import * as tf from '@tensorflow/tfjs';
-import {
-  importances,
-  type Labels,
-  openRun,
-  scoreRules,
-  tokenBatch,
-  totalC,
-  uniformArray,
-} from '../nano-param-decomp.ts';
+import { importances, inputBatch, openRun, totalC, uniformArray } from '../nano-param-decomp.ts';
 import { promptGraph } from '../postprocess/graph.ts';
+import { type Labels, scoreRules } from '../postprocess/scoreboard.ts';
 import { tokenText } from '../postprocess/stages.ts';
 import { influences } from '../postprocess/viewer.ts';
 
@@ -57,7 +50,7 @@ async function mark(dir: string) {
   const sumC = totalC(problem.modules);
   const S = data.heldOut.seqLen;
   const all = Array.from({ length: labels.length }, (_, i) => i);
-  const g = tf.tidy(() => importances(problem, params, tokenBatch(data.heldOut, all)).g.dataSync() as Float32Array);
+  const g = tf.tidy(() => importances(problem, params, inputBatch(data.heldOut, all)).g.dataSync() as Float32Array);
   const firings = new Float64Array(sumC);
   for (let i = 0; i < g.length; i++) firings[i % sumC]! += Number(g[i]! > 0.1);
 
