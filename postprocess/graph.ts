@@ -240,7 +240,7 @@ export async function promptGraph(
     }
     const aimed = targets.filter((t): t is Required<Target> => t.wanted !== undefined);
     const edges: GraphEdge[][] = [];
-    let done = 0;
+    const tick = progress && ((done: number) => progress(done, aimed.length));
     await attribute(
       form,
       aimed.map(t => t.wanted),
@@ -264,9 +264,8 @@ export async function promptGraph(
         node.incoming = present.length;
         leftOut.edges += present.length - strongest.length;
         edges[node.id] = strongest.map(([id, weight]) => [id, node.id, weight]);
-        done++;
-        progress?.(done, aimed.length);
       },
+      tick,
     );
     const nodes = targets.map(t => t.node);
     const outputs = nodes.flatMap(n => ('output' in n ? [n.output] : []));

@@ -6,7 +6,7 @@
  * For each rule its best component (of the scoreboard), at positions where the rule is in force and the component has
  * an importance above 0.1: is a responsible token among the three input tokens that most of the component's influence
  * comes from, through the graph? The control is the same question about random components of the same density, at the
- * same positions. A row a rule, then the mean over rules, and the same over the rules whose responsible token is an
+ * same positions; `chance` is what three tokens drawn at random from those up to the position find. A row a rule, then the mean over rules, and the same over the rules whose responsible token is an
  * earlier one: a component's own position is easily among the three. The last line is one JSON object.
  */
 import * as fs from 'node:fs';
@@ -72,7 +72,16 @@ async function mark(dir: string) {
     // spread over the rows
     const step = Math.max(1, Math.floor(places.length / perRule));
     const positions = places.filter((_, k) => k % step === 0).slice(0, perRule);
-    return { name: rule.name, column, random: random.slice(0, controls), positions, found: 0, control: 0, asked: 0 };
+    return {
+      name: rule.name,
+      column,
+      random: random.slice(0, controls),
+      positions,
+      found: 0,
+      control: 0,
+      chance: 0,
+      asked: 0,
+    };
   });
   const rows = [...new Set(plans.flatMap(p => p.positions.map(x => x.row)))].sort((a, b) => a - b);
   for (const [k, row] of rows.entries()) {
@@ -95,6 +104,9 @@ async function mark(dir: string) {
         return Number(order.slice(0, STRONGEST).some(s => right.includes(s)));
       };
       plan.asked++;
+      // that none of three drawn from n is one of the k right ones
+      const [n, k] = [t + 1, right.length];
+      plan.chance += 1 - [0, 1, 2].reduce((none, i) => none * Math.max(0, (n - k - i) / Math.max(1, n - i)), 1);
       plan.found += reaches(plan.column);
       plan.control += plan.random.reduce((sum, c) => sum + reaches(c), 0) / plan.random.length;
     }
@@ -104,7 +116,8 @@ async function mark(dir: string) {
   const mean = (list: number[]) => list.reduce((sum, x) => sum + x, 0) / list.length;
   const summary = (list: typeof plans) => {
     const [found, control] = [mean(list.map(p => p.found / p.asked)), mean(list.map(p => p.control / p.asked))];
-    return { rules: list.length, found, control, factor: found / control };
+    const chance = mean(list.map(p => p.chance / p.asked));
+    return { rules: list.length, found, control, factor: found / control, chance, overChance: found / chance };
   };
   for (const p of scored)
     console.log(
@@ -112,8 +125,10 @@ async function mark(dir: string) {
     );
   const result = { run: dir, all: summary(scored), earlier: summary(scored.filter(p => !p.name.startsWith('colour'))) };
   for (const part of ['all', 'earlier'] as const) {
-    const { found, control, factor } = result[part];
-    console.log(`${part}: found ${found.toFixed(3)}, control ${control.toFixed(3)}, factor ${factor.toFixed(2)}`);
+    const { found, control, factor, chance } = result[part];
+    console.log(
+      `${part}: found ${found.toFixed(3)}, control ${control.toFixed(3)}, factor ${factor.toFixed(2)}, chance ${chance.toFixed(3)}`,
+    );
   }
   return result;
 }
