@@ -11,9 +11,12 @@ import path from 'node:path';
 import { after, test } from 'node:test';
 import * as tf from '@tensorflow/tfjs';
 import { loadPair } from './io/checkpoints.ts';
+import { PRESETS } from './io/presets.ts';
 import { openSafetensors } from './io/safetensors.ts';
 import { loadTokenizer } from './io/tokenizer.ts';
 import * as nano from './nano-param-decomp.ts';
+import * as post from './postprocess/index.ts';
+import type { Labels } from './postprocess/scoreboard.ts';
 
 // ---- Tolerances -----------------------------------------------------------------------------------------------------
 // The fixtures are computed in float64, the engines compute in float32.
@@ -113,7 +116,6 @@ const onEveryEngine = (name: string, body: Body) => {
 const TARGETS = ['simple_mlp', 'llama'] as const;
 type TargetName = (typeof TARGETS)[number];
 const LOSSES = ['faith', 'imp', 'stoch', 'ppgd'] as const;
-const COEFFICIENTS = { faith: 'coeffFaith', imp: 'coeffImp', stoch: 'coeffStoch', ppgd: 'coeffPpgd' };
 const GROUPS = ['components', 'ci_fn'] as const;
 const PARTS = ['s', 'm', 'v'] as const; // of the sources
 
@@ -229,13 +231,13 @@ function trainStep(f: Fixture, state: nano.State, feeds: ReturnType<typeof toFee
   const results = shards.map(({ tokens, key, draws }, r) => {
     const rows = (x: T) => tf.slice(x, [r * size, 0], [size, -1]);
     const sources = { s: rows(state.sources.s), m: rows(state.sources.m), v: rows(state.sources.v) };
-    return nano.lossesAndGradients(f.problem, state.params, sources, { ...feeds, tokens, key }, draws);
+    return nano.lossesAndGradients(f.problem, state.params, sources, { ...feeds, inputs: tokens, key }, draws);
   });
   const average = (part: (result: (typeof results)[number]) => T) => tf.div(tf.addN(results.map(part)), shards.length);
   const [components, ciFn] = GROUPS.map(group => average(result => result.gradients[group])) as [T, T];
   const vectors = { components, ci_fn: ciFn };
   for (const part of PARTS) {
-    const shardsOfIt = results.map(({ after }) => after[part]);
+    const shardsOfIt = results.map(({ sources }) => sources[part]);
     state.sources[part].assign(tf.concat(shardsOfIt, 0));
   }
   const norms = nano.applyGradients(f.problem, state, vectors, feeds);
@@ -301,11 +303,9 @@ onEveryEngine('random numbers are uniform in [0, 1)', () => {
 // ---- C. Target model ------------------------------------------------------------------------------------------------
 
 onEveryTarget('the target gives the logits and pre-weight inputs of PyTorch', f => {
-  close(nano.targetForward(f.problem.target, f.tokens), f.get('target/logits'), FORWARD, 'logits');
-  const { acts, logProbs, probs } = nano.targetPass(f.problem.target, f.tokens);
+  const { acts, output } = nano.recordedForward(f.problem.target, f.tokens);
+  close(output, f.get('target/logits'), FORWARD, 'logits');
   for (const m of f.modules) close(acts[m.path]!, f.get(`target/input/${m.path}`), FORWARD, m.path);
-  close(logProbs, tf.logSoftmax(f.get('target/logits')), FORWARD, 'log-probabilities');
-  close(tf.sum(probs, 1), tf.ones([f.N]), FORWARD, 'sums of the probabilities');
 });
 
 onWasm('F32, F16 and BF16 files of the same weights give the same model', async () => {
@@ -343,7 +343,7 @@ onWasm('F32, F16 and BF16 files of the same weights give the same model', async 
     const target = await nano.loadTarget(dir);
     for (const name of ['model.embed_tokens.weight', 'model.layers.1.mlp.up_proj.bias'])
       assert.deepEqual(numbers(target.weights.get(name)!), numbers(weights.find(w => w.name === name)!.data));
-    logits.push(numbers(nano.targetForward(target, tf.tensor2d([[1, 2, 3]], [1, 3], 'int32'))));
+    logits.push(numbers(target.forward(tf.tensor2d([[1, 2, 3]], [1, 3], 'int32'), nano.ownLinear(target))));
   }
   assert.ok(largest(logits[0]!) > 0.1);
   assert.deepEqual(logits[1], logits[0]);
@@ -358,8 +358,8 @@ test('a trained Llama has the loss on its corpus that transformers finds', { ski
   assert.equal(nano.chooseModules(target.linears, 'auto').length, 35);
   const { train } = await nano.loadData(target, { ...nano.DEFAULTS, data: path.join(stories, 'corpus.txt') });
   const loss = tf.tidy(() => {
-    const tokens = nano.tokenBatch(train, [0, 1, 2, 3]);
-    return number(nano.crossEntropy(nano.targetPass(target, tokens).logProbs, tokens));
+    const tokens = nano.inputBatch(train, [0, 1, 2, 3]);
+    return number(nano.crossEntropy(target.forward(tokens, nano.ownLinear(target)).logSoftmax(), tokens));
   });
   close([loss], [1.4251636], LOSS, 'of the first 4 rows of 512 tokens, LlamaForCausalLM in float32');
 });
@@ -475,7 +475,7 @@ test('every epoch is a new shuffle of all rows, a function of seed and epoch alo
 
 onWasm('a batch holds the rows asked for, in their order', () => {
   const rows: nano.Rows = { count: 3, seqLen: 2, row: i => Int32Array.of(10 * i, 10 * i + 1) };
-  const batch = nano.tokenBatch(rows, [2, 0]);
+  const batch = nano.inputBatch(rows, [2, 0]);
   assert.deepEqual([batch.dtype, batch.shape, numbers(batch)], ['int32', [2, 2], [20, 21, 0, 1]]);
 });
 
@@ -505,7 +505,7 @@ function literalLinear(f: Fixture, { mask, delta, route }: Required<nano.Masks>)
 const givenMasks = (f: Fixture): Required<nano.Masks> => {
   return { mask: f.get('masked/m'), delta: f.get('masked/delta'), route: f.get('masked/route') };
 };
-const masked = (f: Fixture, masks: nano.Masks) => nano.maskedLogits(f.problem, f.params, f.tokens, masks);
+const masked = (f: Fixture, masks: nano.Masks) => nano.maskedForward(f.problem, f.params, f.tokens, masks);
 
 onEveryTarget('the masked forward is that of PyTorch, with and without routing', f => {
   const { mask, delta, route } = givenMasks(f);
@@ -519,7 +519,7 @@ onEveryTarget('the masked forward is the literal formula, whichever masks are gi
   const [ones, zeros] = [tf.onesLike(delta), tf.zerosLike(delta)];
   const results = new Set<string>();
   const compare = (what: string, given: nano.Masks, spelledOut: Required<nano.Masks>) => {
-    const literal = nano.targetForward(f.problem.target, f.tokens, literalLinear(f, spelledOut));
+    const literal = f.problem.target.forward(f.tokens, literalLinear(f, spelledOut));
     close(masked(f, given), literal, FORWARD, what);
     results.add(`${numbers(literal)}`);
   };
@@ -598,15 +598,16 @@ onEveryEngine('gradients made by hand are the slopes of finite differences', () 
   const x = tf.mul(wave(60, 1.3), 2).reshape([5, 12]);
   const weights = tf.add(1, wave(60, 2.1)).reshape([5, 12]);
   slopes('rmsNormalize', y => tf.sum(tf.mul(weights, nano.rmsNormalize(y, 1e-3))), x);
-  const logProbs = tf.logSoftmax(wave(60, 0.9).reshape([5, 12]));
-  slopes('klLoss', y => nano.klLoss({ logProbs, probs: tf.exp(logProbs) } as nano.TargetPass, y), x);
+  const own = wave(60, 0.9).reshape([5, 12]);
+  slopes('kl', y => nano.kl.loss(own, y), x);
+  slopes('mse', y => nano.mse.loss(own, y), x);
   // off the kinks, and the lower-leaky one only where its gradient is meant to be the true one
   const [weight, p] = [tf.tensor1d([1, -2, 3, 1.5, -1, 2]), tf.scalar(0.7)];
   const [inside, anywhere] = [tf.tensor1d([0.05, 0.3, 0.6, 0.95, 1.2, 3]), tf.tensor1d([-2, -0.2, 0.3, 0.6, 1.2, 3])];
   slopes('lowerLeaky', z => tf.sum(tf.mul(weight, nano.lowerLeaky(z, 0.1))), inside);
   slopes('upperLeaky', z => tf.sum(tf.mul(weight, nano.upperLeaky(z, 0.1))), anywhere);
   const g = tf.add(inside, 0.2).reshape([3, 2]);
-  slopes('importanceLoss', x => nano.importanceLoss(x, p, nano.DEFAULTS), g);
+  slopes('importanceLoss', x => nano.importanceLoss(x, p, nano.DEFAULTS, 1), g);
 });
 
 /** The names and shapes of a CI function with one block, as the contract has them. */
@@ -620,7 +621,7 @@ const ciNames = (d: number, mlp: number, sumIn: number, sumC: number) => [
 test('the CI function has the names and shapes of the contract', () => {
   const modules = nano.chooseModules(LINEARS, '*.attn.*=5');
   const config = { ...nano.DEFAULTS, ciDModel: 8, ciNBlocks: 1, ciNHeads: 2, ciMlpHidden: 12 };
-  const shapes = Object.entries(nano.ciShapes({ modules, config } as unknown as nano.Problem));
+  const shapes = Object.entries(nano.ciTransformer.shapes({ modules, config } as unknown as nano.Problem));
   const expected = ciNames(8, 12, 8 + 6 + 8, 15).map(line => `ci_fn.${line}`);
   assert.deepEqual(
     shapes.map(([name, shape]) => `${name} ${shape}`),
@@ -630,37 +631,50 @@ test('the CI function has the names and shapes of the contract', () => {
 
 // ---- G. Losses ------------------------------------------------------------------------------------------------------
 
-onEveryTarget('every loss is that of PyTorch', f => {
-  const { pass, z, g } = nano.importances(f.problem, f.params, f.tokens);
-  const [gUpper, p] = [nano.upperLeaky(z, f.config.leakyAlpha), tf.scalar(f.p)];
-  const losses = {
-    faith: number(nano.faithfulnessLoss(f.problem, f.params)),
-    imp: number(nano.importanceLoss(gUpper, p, f.config)),
-    imp3: number(nano.importanceLoss(gUpper, p, f.config, 3)),
-    stoch: number(nano.stochasticLoss(f.problem, f.params, pass, g, f.draws('draws'))),
-    ppgd: number(nano.adversarialLoss(f.problem, f.params, pass, g, f.get('sources/s'))),
-  };
-  closeRecords(losses, f.losses, LOSS);
-});
+/** Where a fork that changes a formula changes PyTorch's answer too. */
+const PINNED = 'pinned by tools/reference.py; tools/make_fixtures.py writes the fixtures anew';
+/** Each loss alone, so that a fork which changes one has only its own tests red. */
+const LOSS_VALUES: Record<keyof Answers['losses'], (f: Fixture) => T> = {
+  faith: f => nano.faithfulnessLoss(f.problem, f.params),
+  imp: f => importance(f, 1),
+  imp3: f => importance(f, 3),
+  stoch: f => {
+    const { pass, g } = nano.importances(f.problem, f.params, f.tokens);
+    return nano.stochasticLoss(f.problem, f.params, pass, g, f.draws('draws'));
+  },
+  ppgd: f => {
+    const { pass, g } = nano.importances(f.problem, f.params, f.tokens);
+    return nano.adversarialLoss(f.problem, f.params, pass, g, f.get('sources/s'));
+  },
+};
+function importance(f: Fixture, R: number): T {
+  const { z } = nano.importances(f.problem, f.params, f.tokens);
+  return nano.importanceLoss(nano.upperLeaky(z, f.config.leakyAlpha), tf.scalar(f.p), f.config, R);
+}
+for (const [loss, value] of Object.entries(LOSS_VALUES))
+  onEveryTarget(`the loss ${loss} is that of PyTorch`, f =>
+    close(value(f), [f.losses[loss as keyof Answers['losses']]], LOSS, `${loss}, ${PINNED}`),
+  );
 
 onEveryTarget('the KL is 0 from the target to itself, and above that otherwise', f => {
-  const pass = nano.targetPass(f.problem.target, f.tokens);
-  close(nano.klLoss(pass, f.get('target/logits')), [0], 1e-6, 'nats', 1);
-  assert.ok(number(nano.klLoss(pass, f.get('masked/logits'))) > 0.1);
+  const own = f.get('target/logits');
+  close(nano.kl.loss(own, own), [0], 1e-6, 'nats', 1);
+  assert.ok(number(nano.kl.loss(own, f.get('masked/logits'))) > 0.1);
+  close(nano.kl.measure(own, f.get('masked/logits')), nano.kl.loss(own, f.get('masked/logits')), LOSS, 'both ways');
 });
 
 for (const loss of LOSSES)
   onEveryTarget(`the gradients of ${loss} alone are those of PyTorch`, f => {
     const off = { coeffFaith: 0, coeffImp: 0, coeffStoch: 0, coeffPpgd: 0, ppgdInnerSteps: 0 };
-    const problem = { ...f.problem, config: { ...f.config, ...off, [COEFFICIENTS[loss]]: 1 } };
-    const feeds = { ...fixtureFeeds(f, 0), tokens: f.tokens, key: nano.randomKey(0, 0) };
+    const problem = { ...f.problem, config: { ...f.config, ...off, [nano.LOSSES[loss].coefficient]: 1 } };
+    const feeds = { ...fixtureFeeds(f, 0), inputs: f.tokens, key: nano.randomKey(0, 0) };
     const sources = { s: f.get('sources/s'), m: f.get('sources/m'), v: f.get('sources/v') };
     const result = nano.lossesAndGradients(problem, f.params, sources, feeds, f.draws('draws'));
-    for (const [i, name] of LOSSES.entries()) close([numbers(result.losses)[i]!], [f.losses[name]], LOSS, name);
+    close([numbers(result.losses)[LOSSES.indexOf(loss)]!], [f.losses[loss]], LOSS, loss);
     for (const [name, gradient] of Object.entries(apart(result.gradients, f.params))) {
       const ofCi = name.startsWith('ci_fn');
       const depends = loss === 'faith' ? !ofCi : loss === 'imp' ? ofCi : true;
-      if (depends) close(gradient, f.get(`grad/${loss}/${name}`), GRADIENT, name);
+      if (depends) close(gradient, f.get(`grad/${loss}/${name}`), GRADIENT, `${name}, ${PINNED}`);
       else assert.equal(largest(numbers(gradient)), 0, name);
     }
   });
@@ -768,7 +782,7 @@ test('cosines reach their end with the last step; bias corrections count all ste
 onEveryTarget('three steps of the faithfulness warm-up end where PyTorch ends', async (f, engine) => {
   const state = nano.initialState(f.problem, f.params);
   const losses: number[] = [];
-  await nano.warmUp(engine, f.problem, state, async (done, loss) => losses.push(loss) === done);
+  for await (const loss of nano.warmUp(engine, f.problem, state)) losses.push(loss);
   assert.equal(losses.length, 3);
   for (const [i, loss] of f.warmup.entries()) close([losses[i]!], [loss], LOSS, `loss ${i}`);
   const [components, ci] = GROUPS.map(group => Object.keys(f.params).filter(name => name.startsWith(group)));
@@ -780,7 +794,9 @@ onEveryTarget('three steps of the faithfulness warm-up end where PyTorch ends', 
 onEveryEngine('the warm-up follows its cosine, and stops when told to', async engine => {
   const afterSteps = async (steps: number, changes: Partial<nano.Config>) => {
     const f = await fixture('simple_mlp', changes);
-    await nano.warmUp(engine, f.problem, nano.initialState(f.problem, f.params), async done => done < steps);
+    let done = 0;
+    for await (const _ of nano.warmUp(engine, f.problem, nano.initialState(f.problem, f.params)))
+      if (++done === steps) break;
     return numbers(f.params['components.h.0.mlp.c_fc.V']!);
   };
   const toZero = { faithfulnessWarmupLrFinalFrac: 0 }; // the rate of the last step
@@ -841,16 +857,21 @@ for (const R of [1, 3])
       const metrics = await compiled(n, f.data);
       const rows = nano.batchIndices(3, 3, n, 9);
       const shards = Array.from({ length: R }, (_, r) => {
-        const tokens = nano.tokenBatch(f.data, rows.slice((3 * r) / R, (3 * (r + 1)) / R));
+        const tokens = nano.inputBatch(f.data, rows.slice((3 * r) / R, (3 * (r + 1)) / R));
         return { tokens, key: nano.randomKey(9, n * R + r) };
       });
       const step = trainStep(byParts, expected, toFeeds(nano.schedule(f.config, n)), shards);
-      const coefficients = LOSSES.map(loss => f.config[COEFFICIENTS[loss] as 'coeffFaith']);
-      const total = coefficients.reduce((sum, coefficient, i) => sum + coefficient * step.losses[i]!, 0);
+      const coefficients = LOSSES.map(loss => f.config[nano.LOSSES[loss].coefficient]);
+      const total = coefficients.reduce((sum, coefficient, i) => sum + Number(coefficient) * step.losses[i]!, 0);
       const norms = GROUPS.map(group => number(step.norms[group]));
-      const values = [...step.losses, step.l0, total, ...norms];
-      for (const [i, value] of values.entries()) close([metrics[i]!], [value], REORDERED, `metric ${i}`);
-      assert.equal(metrics.length, values.length);
+      const expectedMetrics: nano.Metrics = {
+        ...Object.fromEntries(LOSSES.map((loss, i) => [`loss/${loss}`, step.losses[i]!])),
+        'train/l0': step.l0,
+        'loss/total': total,
+        'grad_norm/components': norms[0]!,
+        'grad_norm/ci_fn': norms[1]!,
+      };
+      closeRecords(metrics, expectedMetrics, REORDERED);
       for (const [name, param] of Object.entries(f.params)) close(param, byParts.params[name]!, REORDERED, name);
       for (const part of PARTS) close(state.sources[part], expected.sources[part], REORDERED, part);
     }
@@ -1033,9 +1054,9 @@ onEveryTarget('metrics with random masks are those of PyTorch, given its random 
 
 onEveryTarget('the KL without the dead components is that of PyTorch', f => {
   const alive = tf.cast(tf.greaterEqual(tf.mean(f.get('ci/g'), 0, true), 1e-6), 'float32');
-  const kl = nano.klAlive(f.problem, f.params, f.tokens, alive);
+  const kl = nano.aliveAlone(f.problem, f.params, f.tokens, alive);
   close(kl, [f.eval['eval/ce_kl/kl_alive']!], LOSS, 'KL');
-  const all = nano.klAlive(f.problem, f.params, f.tokens, tf.onesLike(alive));
+  const all = nano.aliveAlone(f.problem, f.params, f.tokens, tf.onesLike(alive));
   close(all, [f.eval['eval/ce_kl/kl_unmasked']!], LOSS, 'KL when none is dead');
 });
 
@@ -1043,8 +1064,8 @@ onEveryTarget('the fresh adversary ends where that of PyTorch ends', f => {
   let source = f.get('eval/pgd_start');
   for (let i = 0; i < f.config.pgdEvalNSteps; i++) source = nano.pgdStep(f.problem, f.params, f.tokens, source).next;
   close(source, f.get('eval/pgd_end'), SOURCE, 'sources', 1);
-  const { kl } = nano.pgdStep(f.problem, f.params, f.tokens, source);
-  close(kl, [f.eval['eval/loss/PGDReconLoss']!], LOSS, 'KL');
+  const { loss } = nano.pgdStep(f.problem, f.params, f.tokens, source);
+  close(loss, [f.eval['eval/loss/PGDReconLoss']!], LOSS, 'KL');
 });
 
 onEveryEngine('rows that fill no whole batch count as much as the others', async engine => {
@@ -1092,7 +1113,12 @@ const onToy = `--engine=wasm --model=${toy} --data=${sentences} --seq-len=4 --ou
 test('whatever is wrong on the command line is refused in one line that names it', async t => {
   t.mock.method(process.stderr, 'write', () => true); // the engine and the target introduce themselves
   const refuses = (line: string, message: RegExp) =>
-    refused(message, () => nano.main(line.split(' ').filter(word => word)));
+    refused(message, () =>
+      nano.main(
+        line.split(' ').filter(word => word),
+        post,
+      ),
+    );
   await refuses('--no-such-flag', /--no-such-flag/);
   await refuses('train', /train/);
   await refuses('--n-steps', /--n-steps/);
@@ -1152,15 +1178,15 @@ test('a refused command line ends with exit code 2 and one line on standard erro
 
 test('--help lists every field with its flag, and --version prints the version', async t => {
   const log = t.mock.method(console, 'log', () => {});
-  assert.equal(await nano.main(['--help']), 0);
-  assert.equal(await nano.main(['eval', '--version']), 0);
+  assert.equal(await nano.main(['--help'], post), 0);
+  assert.equal(await nano.main(['eval', '--version'], post), 0);
   log.mock.restore();
   const [help = '', version = ''] = log.mock.calls.map(call => String(call.arguments[0]));
   for (const [field, value] of Object.entries(nano.DEFAULTS)) {
     const flag = field.replace(/[A-Z]/g, c => `-${c.toLowerCase()}`);
     assert.match(help, new RegExp(`^ +--${value === true ? 'no-' : ''}${flag} +\\S.{9}`, 'm'), field);
   }
-  for (const preset of Object.keys(nano.PRESETS)) assert.match(help, new RegExp(`^ +${preset} +\\S`, 'm'));
+  for (const preset of Object.keys(PRESETS)) assert.match(help, new RegExp(`^ +${preset} +\\S`, 'm'));
   assert.equal(version, JSON.parse(read(project, 'package.json')).version);
 });
 
@@ -1183,7 +1209,7 @@ async function shortRun(engine: string): Promise<void> {
     return copy;
   };
   const evalData = cutOff('eval.json', (rows: number[][]) => rows.slice(0, 32));
-  const labels = cutOff('labels.json', (all: nano.Labels) => ({ ...all, labels: all.labels.slice(0, 32) }));
+  const labels = cutOff('labels.json', (all: Labels) => ({ ...all, labels: all.labels.slice(0, 32) }));
   const args = [
     ...['--preset=toy', `--engine=${engine}`, '--threads=1', `--out=${out}`, '--n-steps=6', '--log-every=2'],
     ...['--batch-size=8', '--micro-batches=2', '--faithfulness-warmup-steps=5', '--eval-freq=0'],
@@ -1265,9 +1291,11 @@ test('the one file alone, in an empty folder with the packages, still runs', asy
   const argv = ['--import', 'tsx', 'nano-param-decomp.ts', ...flags, ...small, ...others];
   const child = spawnSync(process.execPath, argv, { cwd: alone, encoding: 'utf8' });
   assert.equal(child.status, 0, child.stderr);
-  assert.match(child.stderr, /no page: that takes the folders assets\/ and engine\//);
   const files = ['components.safetensors', 'config.json', 'harvest.json', 'metrics.jsonl'];
   assert.deepEqual(fs.readdirSync(path.join(alone, 'run')).sort(), files);
+  const harvested: nano.ShortHarvest = JSON.parse(read(path.join(alone, 'run'), 'harvest.json'));
+  assert.equal(harvested.positions, 8 * 32);
+  assert.ok(harvested.components.some(c => c.examples.some(text => /»[^«]+«/.test(text))));
   const components = await openSafetensors(path.join(alone, 'run/components.safetensors')); // the strict reader
   assert.deepEqual(components.tensors.get('components.h.0.attn.q_proj.V')?.shape, [48, 4]);
   for (const name of components.tensors.keys()) assert.ok(components.readFloat32(name).every(Number.isFinite), name);
@@ -1275,15 +1303,15 @@ test('the one file alone, in an empty folder with the packages, still runs', asy
 
   const refused: [string[], RegExp][] = [
     ...['--n-stepz=3', '--n-steps=abc', '--n-steps=-3', '--n-steps', '--no-n-steps', '--data', '--harvest=false'].map(
-      flag => [[...argv, flag], new RegExp(`${flag}: without engine/ takes --name=value`)] as [string[], RegExp],
+      flag => [[...argv, flag], new RegExp(`${flag}: without io/ takes --name=value`)] as [string[], RegExp],
     ),
-    [[...argv, `--data=${toy('eval.json')}`], /eval\.json: without engine\/ takes one \.txt file/],
-    [[...argv, `--eval-data=${toy('eval.json')}`], /without engine\/ takes one \.txt file/],
+    [[...argv, `--data=${toy('eval.json')}`], /eval\.json: without io\/ takes one \.txt file/],
+    [[...argv, `--eval-data=${toy('eval.json')}`], /without io\/ takes one \.txt file/],
     [[...argv, '--seq-len=30000'], /too short for rows of 30000 tokens|--seq-len 30000: the target's/],
-    [[...argv, '--engine=webgpu'], /--engine webgpu, --precision auto: not without engine\//],
-    [[...argv, '--precision=bf16'], /--engine wasm, --precision bf16: not without engine\//],
-    [[...argv.slice(0, 3), '--resume', '--out', 'run'], /--resume, eval and harvest need the folder engine\//],
-    [[...argv.slice(0, 3), 'eval', '--run', 'run'], /--resume, eval and harvest need the folder engine\//],
+    [[...argv, '--engine=webgpu'], /--engine webgpu, --precision auto: not without the folder engine\//],
+    [[...argv, '--precision=bf16'], /--engine wasm, --precision bf16: not without the folder engine\//],
+    [[...argv.slice(0, 3), '--resume', '--out=run'], /--resume: without io\/ takes --name=value/],
+    [[...argv.slice(0, 3), 'eval', '--run=run'], /eval: without io\/ takes --name=value/],
   ];
   for (const [args, message] of refused) {
     const { status, stderr } = spawnSync(process.execPath, [...args, '--out=new'], { cwd: alone, encoding: 'utf8' });

@@ -1,6 +1,11 @@
+export { checkSize } from './estimate.ts';
+export { accumulate } from './shards.ts';
+
 import { spawnSync } from 'node:child_process';
 import * as os from 'node:os';
 import * as tf from '@tensorflow/tfjs';
+import { loadOnnxRuntime, onnxCompiler } from './onnxruntime.ts';
+import { registerUniform } from './random.ts';
 import { startTensorFlow } from './tensorflow.ts';
 import { startWasm } from './wasm.ts';
 import { startWebGpu } from './webgpu.ts';
@@ -10,35 +15,49 @@ function refuse(message: string): never {
   throw Object.assign(new Error(message), { name: 'UsageError' });
 }
 
-/** Of the GPU, as far as its driver tells, or of the machine. */
-function memoryBytes(gpu: boolean): number {
-  if (!gpu) return os.totalmem();
+/** A WebAssembly heap ends at 4 GiB, whatever the machine has. */
+const WASM_BYTES = 2 ** 32;
+/** What the GPU's driver says it has, in bytes; 0 where there is none. */
+function gpuBytes(): number {
   const { stdout } = spawnSync('nvidia-smi', ['--query-gpu=memory.total', '--format=csv,noheader,nounits']);
-  return Number.parseInt(`${stdout}`, 10) * 2 ** 20 || Infinity;
+  return Number.parseInt(`${stdout}`, 10) * 2 ** 20 || 0;
 }
 
 /**
- * Starts the engine that is asked for; `auto`: TensorFlow if it loads, else WASM, and the description says why.
+ * Starts the engine that is asked for; `auto`: TensorFlow where it finds a GPU, else ONNX Runtime, else TensorFlow on the
+ * CPU, else WASM: the first that loads, and the description says why the others did not.
  * @throws UsageError if it isn't there
  */
 export async function startEngine(options: Options) {
   const engine = await start(options);
-  return { ...engine, memoryBytes: () => memoryBytes(engine.gpu) };
+  const { name, gpu } = engine;
+  // a GPU without that driver's tool says nothing about its memory
+  const memory = () =>
+    gpu ? gpuBytes() || Infinity : name === 'wasm' ? Math.min(WASM_BYTES, os.totalmem()) : os.totalmem();
+  return { ...engine, memoryBytes: memory };
 }
 
 type Options = Parameters<typeof startTensorFlow>[0] & { engine: string };
 async function start(options: Options) {
-  const { engine: wanted, precision } = options;
-  let why = '';
-  if (wanted !== 'wasm') {
-    try {
-      return await (wanted === 'webgpu' ? startWebGpu() : startTensorFlow(options));
-    } catch (error) {
-      why = `; ${(error as Error).message.split('\n')[0]}`;
-      if (wanted !== 'auto') refuse(`--engine ${wanted}${why}`);
-    }
-  }
-  if (/tf32|bf16/.test(precision)) refuse(`--precision ${precision}: only on TensorFlow${why}`);
+  const { engine: wanted, precision, graph, threads } = options;
+  const tried: string[] = []; // what does not load, and why
+  const or = async <E>(name: string, job: () => Promise<E>): Promise<E | undefined> => {
+    if (wanted !== name && wanted !== 'auto') return undefined;
+    return job().catch((error: Error) => {
+      tried.push(error.message.split('\n')[0]!);
+      return wanted === 'auto' ? undefined : refuse(`--engine ${wanted}: ${tried}`);
+    });
+  };
+  if (wanted === 'webgpu') return (await or('webgpu', startWebGpu))!;
+  const short = /tf32|bf16/.test(precision);
+  const onnx = () => (graph && !short ? or('onnx', loadOnnxRuntime) : undefined);
+  const tensorflow = () => or('tensorflow', () => startTensorFlow(options));
+  const gpu = wanted === 'auto' && gpuBytes() > 0;
+  const first = gpu ? await tensorflow() : undefined;
+  const ort = first ? undefined : await onnx();
+  const started = first ?? (ort || gpu ? undefined : await tensorflow());
+  if (started) return started;
+  if (short) refuse(`--precision ${precision}: only on TensorFlow${tried.length ? `; ${tried}` : ''}`);
   const missing = await startWasm().then(
     () => '',
     (error: NodeJS.ErrnoException) => {
@@ -46,6 +65,11 @@ async function start(options: Options) {
       return 'plain JavaScript, slow (no @tensorflow/tfjs-backend-wasm)';
     },
   );
-  const description = `TFJS ${tf.version.tfjs} on ${missing || 'WASM'}${why}`;
-  return { name: tf.getBackend(), gpu: false, description };
+  registerUniform();
+  const name = tf.getBackend();
+  const why = tried.map(line => `; ${line}`).join('');
+  if (!ort || missing)
+    return { name, gpu: false, description: `TFJS ${tf.version.tfjs} on ${missing || 'WASM'}${why}` };
+  const { compile } = onnxCompiler(ort, { threads, tolerance: 1e-3, products: 2 ** -16 });
+  return { name: 'onnx', gpu: false, description: `ONNX Runtime ${ort.env.versions.node} on the CPU${why}`, compile };
 }

@@ -1,10 +1,10 @@
 /**
- * The bytes of a TensorFlow SavedModel: the few protobuf messages that a graph needs, without a library. A
- * message is a row of fields, each a tag (field number and kind of value) and a value; the numbers are those
- * in TensorFlow's .proto files (graph, node_def, attr_value, tensor, tensor_shape, meta_graph, saved_model).
+ * The bytes of a TensorFlow SavedModel: the few protobuf messages that a graph needs. The numbers are those in
+ * TensorFlow's .proto files (graph, node_def, attr_value, tensor, tensor_shape, meta_graph, saved_model).
  */
 
-export type Values = Float32Array | Int32Array | Uint8Array;
+import { float, int, message } from './protobuf.ts';
+import type { Numbers } from './record.ts';
 
 /** A node; an input is 'name', 'name:1' for a second output, or '^name' to only run after it. */
 export interface Node {
@@ -27,19 +27,6 @@ export const DataType = { float32: 1, int32: 3, bool: 10 } as Record<string, num
 const GRAPH_VERSION = 1087; // TensorFlow 2.9's; later ones read it too
 const MAX_BYTES = 2 ** 31 - 2 ** 20; // protobuf's limit, and room for what surrounds the nodes
 
-const varint = (value: number): Buffer => {
-  const out: number[] = [];
-  let rest = BigInt.asUintN(64, BigInt(value)); // a negative number takes ten bytes
-  for (; rest > 127n; rest >>= 7n) out.push(Number(rest & 127n) | 128);
-  return Buffer.from([...out, Number(rest)]);
-};
-const int = (field: number, value: number) => Buffer.concat([varint(field << 3), varint(value)]);
-const float = (field: number, value: number) =>
-  Buffer.concat([varint((field << 3) | 5), Buffer.from(Float32Array.of(value).buffer)]);
-const message = (field: number, ...parts: (string | Uint8Array)[]) => {
-  const body = Buffer.concat(parts.map(part => (typeof part === 'string' ? Buffer.from(part) : part)));
-  return Buffer.concat([varint((field << 3) | 2), varint(body.length), body]);
-};
 const shapeFields = (shape: number[]) => shape.map(size => message(2, int(1, size)));
 
 function attrValue(type: number, value: unknown): Buffer {
@@ -76,7 +63,7 @@ export function savedModel(nodes: Node[]): Buffer {
 }
 
 /** The attributes of a Const node; a tensor of one repeated number (tf.zeros) is stored as that number. */
-export function constAttrs(shape: number[], dtype: number, values: Values): Attr[] {
+export function constAttrs(shape: number[], dtype: number, values: Numbers): Attr[] {
   const raw = new Uint8Array(values.buffer, values.byteOffset, values.byteLength);
   const repeated = dtype === DataType.float32 && values.length > 1 && values.every(x => Object.is(x, values[0]));
   const data = repeated ? message(5, raw.subarray(0, 4)) : message(4, raw);

@@ -5,7 +5,7 @@
  */
 import util from 'node:util';
 import * as tf from '@tensorflow/tfjs';
-import type { Graph } from './graph.ts';
+import { registerUniform } from './random.ts';
 
 export interface TensorFlowOptions {
   /** CPU threads; TensorFlow takes all cores by itself */
@@ -84,13 +84,14 @@ export async function startTensorFlow(options: {
     gpu,
     description: `TensorFlow ${version} on ${gpu ? 'CUDA' : 'the CPU'}, ${how}`,
   };
+  registerUniform();
   if (!graph) return engine;
   const graphs = await import('./graph.ts');
   // Short products are rounded at other places in a graph than op by op, and a threshold turns that into 0 or 1.
   const tolerance = precision === 'bf16' ? 0.03 : gpu && precision !== 'float32' ? 0.01 : 1e-3;
-  const traced = new graphs.Graph({ xla: useXla, tolerance });
-  const compile: Graph['compile'] = (name, fn) => traced.compile(name, fn);
-  return { ...engine, compile };
+  const products = precision === 'bf16' ? 2 ** -6 : gpu && precision !== 'float32' ? 2 ** -9 : 2 ** -16;
+  const traced = new graphs.Graph({ xla: useXla, bf16: precision === 'bf16', tolerance, products });
+  return { ...engine, compile: traced.compile };
 }
 
 const DT_BFLOAT16 = 14; // of TensorFlow's DataType; TFJS has no name for it

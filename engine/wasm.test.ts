@@ -325,6 +325,11 @@ test('sums of a million numbers are right to a few roundings', () => {
   tf.dispose([x, square]);
 });
 
+test('the sign of a small number is its sign', () => {
+  const signs = tf.tidy(() => tf.sign(tf.tensor1d([1e-8, -1e-8, 1e-20, -3, 0, 5])).dataSync());
+  assert.deepEqual([...signs], [1, -1, 1, -1, 0, 1]);
+});
+
 test('an index out of range is still an error', () => {
   for (const index of [-1, 10])
     assert.throws(() => tf.tidy(() => tf.gather(floats([10, 2]), tf.tensor1d([index], 'int32'))), /not in \[0, 9\]/);

@@ -293,6 +293,14 @@ export function fastWasmKernels(): void {
     return out;
   });
 
+  // the stock kernel calls everything between ±1.2e-7 zero, which would stop an adversary where gradients are small
+  replace('Sign', ({ x }, _, stock) => {
+    if (!isFloat(x)) return stock();
+    const out = output(x.shape);
+    values(out).set(values(x).map(Math.sign));
+    return out;
+  });
+
   // ---- Elementwise formulas: the stock kernels make a call for each element ----
 
   if (!tf.env().getBool('WASM_HAS_SIMD_SUPPORT')) return;

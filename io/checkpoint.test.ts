@@ -8,10 +8,20 @@ import { syncBuiltinESMExports } from 'node:module';
 import os from 'node:os';
 import path from 'node:path';
 import { after, beforeEach, test } from 'node:test';
-import { checkFinite, compareConfigs, DivergenceError, loadPair, resume, savePair } from '../io/checkpoints.ts';
+import {
+  CHANGES_BITS,
+  checkFinite,
+  compareConfigs,
+  compareData,
+  compareRuns,
+  DivergenceError,
+  loadPair,
+  MAY_CHANGE,
+  resume,
+  savePair,
+} from '../io/checkpoints.ts';
 import { openSafetensors } from '../io/safetensors.ts';
 import { UsageError } from '../io/usage-error.ts';
-import { CHANGES_BITS, MAY_CHANGE } from '../nano-param-decomp.ts';
 
 const long = process.env.NANO_LONG_TESTS === '1';
 const root = fs.mkdtempSync(path.join(os.tmpdir(), 'checkpoint-'));
@@ -312,6 +322,73 @@ test('a resumed run may change what training does not depend on, and nothing els
   assert.throws(() => compare(old, older), /seed was 1 and is now undefined/);
 });
 
+const [then, later] = ['a'.repeat(40), 'b'.repeat(40)];
+test('a resumed run whose model or data has moved on the hub is told which revision to pin', () => {
+  const record = (model: object, data: object) => ({
+    config: {},
+    engine: { name: 'wasm' },
+    modules: {},
+    model: { path: 'org/tiny', sha256: '1', ...model },
+    data: { path: 'org/texts@main', sha256: '1', ...data },
+  });
+  const compare = (old: object, now: object) => compareRuns(old as never, now as never, () => {});
+  const old = record({ commit: then }, { commit: then });
+  compare(old, record({ commit: later }, {})); // another commit with the same content
+  const refusals: [object, string][] = [
+    [
+      record({ commit: later, sha256: '2' }, {}),
+      '--resume: model is not the one of this run (org/tiny): its SHA-256 differs; ' +
+        `org/tiny was read at another commit than now: pin it with --model org/tiny@${then}`,
+    ],
+    [
+      record({}, { commit: later, sha256: '2' }),
+      '--resume: data is not the one of this run (org/texts@main): its SHA-256 differs; ' +
+        `org/texts was read at another commit than now: pin it with --data org/texts@${then}`,
+    ],
+    // the commit is the same, or there is none: it is no matter of revisions
+    [
+      record({}, { commit: then, sha256: '2' }),
+      '--resume: data is not the one of this run (org/texts@main): its SHA-256 differs',
+    ],
+    [record({ sha256: '2' }, {}), '--resume: model is not the one of this run (org/tiny): its SHA-256 differs'],
+  ];
+  for (const [now, message] of refusals) assert.throws(() => compare(old, now), { name: 'UsageError', message });
+});
+
+test('a finished run is looked at with its own data; other data is refused by name, or said where it was meant', () => {
+  const record = { path: 'corpus.txt', sha256: '1', heldOutSha256: '2' };
+  const compare = (now: object, given: boolean, old: object = record) => {
+    const said: string[] = [];
+    return [compareData({ ...record, ...old }, { ...record, ...now }, given, line => said.push(line)), said];
+  };
+  assert.deepEqual(compare({}, false), [[], []]);
+  assert.deepEqual(compare({ path: 'moved.txt' }, true), [[], []]);
+  const both = 'the training rows and the held-out rows are not those of this run (corpus.txt): their SHA-256 differs';
+  const others: [object, string][] = [
+    [{ sha256: '3', heldOutSha256: '4' }, both],
+    [{ sha256: '3' }, both.replace(' and the held-out rows', '')],
+    [{ heldOutSha256: '4' }, both.replace('the training rows and ', '')],
+  ];
+  for (const [now, what] of others) {
+    const refusal = { name: 'UsageError', message: `${what}; other data on purpose: --data or --eval-data` };
+    assert.throws(() => compare(now, false), refusal);
+    const parts = what.replace(/ are not.*/, '').split(' and ');
+    assert.deepEqual(compare({ ...now, path: 'rows.json' }, true), [
+      parts,
+      [`warning  ${what}; the numbers are of rows.json`],
+    ]);
+  }
+  assert.throws(() => compare({ sha256: '3', commit: later }, false, { path: 'org/texts', commit: then }), {
+    message: new RegExp(`pin it with --data org/texts@${then}; other data on purpose`),
+  });
+  // a record of an older version has no hash of the held-out rows
+  assert.deepEqual(compare({ heldOutSha256: '4' }, false, { heldOutSha256: undefined }), [[], []]);
+  assert.throws(
+    () => compare({ sha256: '3' }, false, { heldOutSha256: undefined }),
+    /^UsageError: the training rows are/,
+  );
+});
+
 test('a value that is not finite stops the run with its name, the step and the largest parameter', async () => {
   let reads = 0;
   const of = (values: () => number[]) => ({ data: async () => new Float32Array(values()) as never });
@@ -386,6 +463,52 @@ for (const [signal, expected] of [
     assert.doesNotMatch(output, /saved/);
   });
 }
+test('on a terminal what a signal says starts on a line of its own, and so does what follows', posix, async () => {
+  const script = path.join(dir, 'live.mts');
+  fs.writeFileSync(
+    script,
+    `
+import { startProgress, watchSignals } from ${JSON.stringify(new URL('../io/console.ts', import.meta.url).href)};
+Object.defineProperty(process.stderr, 'isTTY', { value: process.argv[2] === 'terminal' });
+const busy = (ms: number) => Atomics.wait(new Int32Array(new SharedArrayBuffer(4)), 0, 0, ms);
+const say = (line: string) => process.stderr.write(line + '\\n');
+async function main() {
+  const { interrupted } = watchSignals(say);
+  const show = startProgress(100);
+  for (let step = 1; step <= 100; step++) {
+    show(step, () => 'step ' + step);
+    await new Promise(next => setTimeout(next, 150)); // here the signal comes in
+    if (step > 1) show(step, () => 'shown again');
+    if (await interrupted()) break;
+  }
+  say('stopped');
+}
+main();
+`,
+  );
+  for (const [where, signal] of [
+    ['terminal', 'SIGINT'],
+    ['terminal', 'SIGTERM'],
+    ['pipe', 'SIGINT'],
+  ] as const) {
+    const child = spawn(process.execPath, ['--import', 'tsx', script, where], { stdio: ['ignore', 'ignore', 'pipe'] });
+    let output = '';
+    let sent = false;
+    child.stderr.on('data', data => {
+      output += data;
+      if (!sent && output.includes(where === 'pipe' ? 'step 1 ' : 'step 2 ')) sent = child.kill(signal);
+    });
+    await once(child, 'close');
+    const lines = output.replaceAll('\r\x1b[K', '\r').split('\n');
+    assert.deepEqual(lines.slice(-2), ['stopped', ''], output);
+    assert(lines.includes(`${signal}: saving after this step; once more stops at once`), output);
+    if (where === 'terminal')
+      assert(
+        lines.some(line => line.includes('\rshown again ')),
+        output,
+      );
+  }
+});
 test('two signals inside one step stop after it, without a save', posix, async () => {
   const { code, output } = await runLoop(['step 2', 'SIGTERM'], ['step 2', 'SIGINT']);
   assert(code === 130 || code === 143);

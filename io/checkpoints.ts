@@ -200,30 +200,76 @@ export function compareConfigs(
   return changed.map(field => `${change(field)}: not bit for bit the same run`);
 }
 
+/** Where a model or data came from: a path or a hub id, and the hub's commit of what was read. */
+interface Origin {
+  path: string;
+  commit?: string | undefined;
+}
+
 /** What the two config.json say of what a run depends on. */
 interface RunRecord {
   config: object;
   engine: { name: string };
   modules: object;
-  model: { path: string; sha256: string };
-  data: { path: string; sha256: string };
+  model: Origin & { sha256: string };
+  data: Origin & { sha256: string };
 }
 
+/** Where the hub's branch has moved since: which revision to pin. */
+function pinned(flag: string, old: Origin, now: Origin): string {
+  if (!old.commit || !now.commit || old.commit === now.commit) return '';
+  const id = old.path.replace(/@.*$/, '');
+  return `; ${id} was read at another commit than now: pin it with ${flag} ${id}@${old.commit}`;
+}
+
+// A resumed run may change what the training's numbers do not depend on. (Model and data are compared by content.)
+// biome-ignore format: kept on few lines
+export const MAY_CHANGE = [
+  'model', 'data', 'evalData', 'labels', 'out', 'logEvery', 'saveEvery', 'harvest', 'harvestRows',
+  'evalFreq', 'slowEvalFreq', 'evalBatchSize', 'ciAliveThreshold', 'roundingThreshold',
+  'pgdEvalStepSize', 'pgdEvalNSteps',
+];
+// What changes only how numbers are rounded, or which random numbers are drawn, draws a warning.
+export const CHANGES_BITS = ['engine', 'precision', 'graph', 'xla', 'threads'];
+
 /** Refuses to resume with another config, model or data, see `compareConfigs`; says what it warns of. */
-export function compareRuns(
-  old: RunRecord,
-  now: RunRecord,
-  free: readonly string[],
-  costsBits: readonly string[],
-  say: (line: string) => void,
-): void {
+export function compareRuns(old: RunRecord, now: RunRecord, say: (line: string) => void): void {
   for (const part of ['model', 'data'] as const) {
     if (old[part].sha256 !== now[part].sha256)
-      refuse(`--resume: ${part} is not the one of this run (${old[part].path}): its SHA-256 differs`);
+      refuse(
+        `--resume: ${part} is not the one of this run (${old[part].path}): its SHA-256 differs` +
+          pinned(`--${part}`, old[part], now[part]),
+      );
   }
   // "auto" may have been another engine then
   const fields = ({ config, engine, modules }: RunRecord) => ({ ...config, engine: engine.name, modules });
-  for (const warning of compareConfigs(fields(old), fields(now), free, costsBits)) say(`warning  ${warning}`);
+  for (const warning of compareConfigs(fields(old), fields(now), MAY_CHANGE, CHANGES_BITS)) say(`warning  ${warning}`);
+}
+
+/** Data of a run as config.json has it; older ones lack a field. */
+type DataRecord = Origin & { sha256?: string | undefined; heldOutSha256?: string | undefined };
+
+/**
+ * Refuses to look at a run with other data than its own, unless other data was given on purpose: then it is said.
+ * @param given whether the command line names the data (--data, --eval-data)
+ * @returns what is not the run's: the training rows, the held-out rows, both, or nothing
+ */
+export function compareData(
+  record: DataRecord,
+  now: DataRecord,
+  given: boolean,
+  say: (line: string) => void,
+): string[] {
+  const differs = (field: 'sha256' | 'heldOutSha256') => record[field] && now[field] && record[field] !== now[field];
+  const others = [
+    ...(differs('sha256') ? ['the training rows'] : []),
+    ...(differs('heldOutSha256') ? ['the held-out rows'] : []),
+  ];
+  if (others.length === 0) return [];
+  const what = `${others.join(' and ')} are not those of this run (${record.path}): their SHA-256 differs`;
+  if (given) say(`warning  ${what}; the numbers are of ${now.path}`);
+  else refuse(`${what}${pinned('--data', record, now)}; other data on purpose: --data or --eval-data`);
+  return others;
 }
 
 // ---- Divergence ----

@@ -1,6 +1,8 @@
 import * as fs from 'node:fs';
 import * as path from 'node:path';
 import { parseArgs } from 'node:util';
+import { PRESETS, type Preset } from './presets.ts';
+import { readRecord } from './record.ts';
 import { refuse } from './usage-error.ts';
 
 // A record of fields as flags of a command line: parsed, checked, and listed by --help.
@@ -69,4 +71,65 @@ export function helpLines(groups: Readonly<Record<string, Fields>>): string {
     }),
   ]);
   return lines.join('\n');
+}
+
+/** Date and time for a folder's name. */
+const stamp = () => new Date().toISOString().slice(0, 19).replace(/\D/g, '-');
+
+type FlagTypes = Readonly<Record<string, 'string' | 'boolean'>>;
+interface Program {
+  version: string;
+  groups: Readonly<Record<string, Fields>>;
+  /** commands on a finished run, with the flags that they take besides the fields */
+  jobs: Readonly<Record<string, { help: string; flags?: FlagTypes }>>;
+}
+
+const usage = ({ version, jobs }: Program) => {
+  const lines = (entries: [string, string][]) =>
+    entries.map(([name, text]) => `  ${name.padEnd(17)} ${text}\n`).join('');
+  const ofJobs = Object.entries(jobs).map(([name, { help }]): [string, string] => [name, help]);
+  const ofPresets = Object.entries(PRESETS).map(([name, { source }]): [string, string] => [name, source]);
+  return `nano-param-decomp ${version}: takes a trained network apart into rank-one subcomponents
+
+  npx tsx nano-param-decomp.ts [decompose] --model M --data D [--preset P] [flags]
+  npx tsx nano-param-decomp.ts [decompose] --resume --out DIR   goes on exactly where DIR stopped
+  npx tsx nano-param-decomp.ts [decompose] … --dry-run          checks, estimates and times a step, writes nothing
+
+With a finished run, npx tsx nano-param-decomp.ts JOB --run DIR [flags]:
+${lines(ofJobs)}
+Presets (--preset):
+${lines(ofPresets)}`;
+};
+
+/**
+ * Reads a command line; --help and --version are answered here.
+ * @returns the job's name (decompose if none is named), the fields that were given, its own flags; for decompose the
+ * record of the run that --resume goes on with, whose fields are given, and a folder for a new one
+ * @throws UsageError naming the flag that is wrong
+ */
+export function commandLine(argv: string[], program: Program) {
+  const [name = ''] = argv;
+  const job = Object.hasOwn(program.jobs, name) ? program.jobs[name] : undefined;
+  const ofDecompose = { preset: 'string', resume: 'boolean', 'dry-run': 'boolean' } as const;
+  const own: FlagTypes = job ? { run: 'string', ...job.flags } : ofDecompose;
+  const fields = Object.assign({}, ...Object.values(program.groups)) as Fields;
+  const args = job || name === 'decompose' ? argv.slice(1) : argv;
+  const { values, flags } = parseFlags(fields, { ...own, help: 'boolean', version: 'boolean' }, args);
+  if (flags.help) console.log(`${usage(program)}${helpLines(program.groups)}`);
+  else if (flags.version) console.log(program.version);
+  if (flags.help || flags.version) return undefined;
+  if (job && typeof flags.run !== 'string') refuse(`${name}: takes --run DIR, the folder of a finished run`);
+  let preset: Preset | undefined;
+  if (flags.preset !== undefined) {
+    const names = Object.keys(PRESETS);
+    if (!names.includes(`${flags.preset}`)) refuse(`--preset: got ${flags.preset}, takes one of ${names.join(', ')}`);
+    preset = PRESETS[`${flags.preset}`];
+  }
+  const changes: Record<string, Value> = { ...preset?.config, ...values };
+  if (job) return { job: name, values: changes, flags, meantFor: {}, old: undefined };
+  if (flags.resume && !changes.out) refuse('--resume: takes --out DIR, the folder of the run to go on with');
+  const old = flags.resume ? readRecord(`${changes.out}`) : undefined;
+  const given = { ...(old?.config as typeof changes | undefined), ...changes };
+  given.out ||= path.join('runs', `${path.basename(`${given.model ?? ''}`) || 'run'}-${stamp()}`);
+  return { job: 'decompose', values: given, flags, meantFor: preset?.target ?? {}, old };
 }

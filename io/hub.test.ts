@@ -9,7 +9,8 @@ import type { AddressInfo } from 'node:net';
 import os from 'node:os';
 import path from 'node:path';
 import { after, before, beforeEach, test } from 'node:test';
-import { datasetShards, resolveModel } from '../io/hub.ts';
+import { datasetCommit, datasetShards, resolveModel as resolveWithCommit } from '../io/hub.ts';
+import { proxyFor } from '../io/proxy.ts';
 import { UsageError } from '../io/usage-error.ts';
 
 const MODULE = new URL('../io/hub.ts', import.meta.url).href;
@@ -24,6 +25,7 @@ type Handler = (request: http.IncomingMessage, response: http.ServerResponse, na
 
 /** What the servers do; every test starts with a well-behaved Hub of one model. */
 let repo: { id: string; files: Record<string, Buffer>; lfs: RegExp; listed?: string[] };
+let head: string; // the commit at which the branch stands
 let api: Handler | undefined; // instead of the list of files
 let resolve: Handler | undefined; // instead of a file at the Hub
 let storage: Handler; // a file at the other host
@@ -36,9 +38,9 @@ const hub = http.createServer((request, response) => {
     if (api) return api(request, response, '');
     if (!url.startsWith(`/api/${repo.id}/revision/`)) return void response.writeHead(404).end();
     const siblings = (repo.listed ?? Object.keys(repo.files)).map(rfilename => ({ rfilename }));
-    return void response.end(JSON.stringify({ sha: COMMIT, siblings }));
+    return void response.end(JSON.stringify({ sha: head, siblings }));
   }
-  const [, name = ''] = new RegExp(`/resolve/${COMMIT}/(.*)`).exec(url) ?? [];
+  const [, name = ''] = new RegExp(`/resolve/${head}/(.*)`).exec(url) ?? [];
   const content = repo.files[name];
   if (resolve) return resolve(request, response, name);
   if (!content) return void response.writeHead(404, { 'x-error-message': 'Entry not found' }).end();
@@ -108,11 +110,12 @@ beforeEach(() => {
     'README.md': Buffer.from('# A model'),
   };
   repo = { id: 'models/org/name', files, lfs: /\.safetensors|\.bin|\.parquet/ };
-  [api, resolve] = [undefined, undefined];
+  [api, resolve, head] = [undefined, undefined, COMMIT];
   storage = (request, response, name) => send(request, response, repo.files[name]!);
   log = [];
   cache = path.join(root, `cache-${runs++}`);
-  for (const name of Object.keys(process.env)) if (/^HF_|^XDG_CACHE/.test(name)) delete process.env[name];
+  for (const name of Object.keys(process.env))
+    if (/^HF_|^XDG_CACHE|^HUGGING|^TRANSFORMERS_|_proxy$/i.test(name)) delete process.env[name];
   Object.assign(process.env, {
     HOME: path.join(root, 'home'),
     HF_HUB_CACHE: cache,
@@ -128,6 +131,9 @@ const everything = (dir: string) =>
   fs.existsSync(dir) ? (fs.readdirSync(dir, { recursive: true }) as string[]).sort() : [];
 const partial = () => everything(cache).filter(name => name.includes('.incomplete'));
 const gets = (name: string) => log.filter(r => r.method === 'GET' && r.host === 'storage' && r.url === `/${name}`);
+
+/** The folder alone. */
+const resolveModel = async (spec: string) => (await resolveWithCommit(spec)).dir;
 
 /** The promise must fail in one clear line, without the token, and leave nothing that looks whole. */
 async function refused(promise: Promise<unknown>, message: RegExp): Promise<void> {
@@ -149,7 +155,7 @@ function assertWhole(snapshot: string, names = ['config.json', 'tokenizer.json',
 
 /** resolveModel in a process of its own. */
 function inProcess(spec = 'org/name') {
-  const code = `import(${JSON.stringify(MODULE)}).then(m => m.resolveModel(${JSON.stringify(spec)})).then(console.log)`;
+  const code = `import(${JSON.stringify(MODULE)}).then(m => m.resolveModel(${JSON.stringify(spec)})).then(m => console.log(m.dir))`;
   const child = spawn(process.execPath, [...process.execArgv, '-e', code], { stdio: ['ignore', 'pipe', 'ignore'] });
   let out = '';
   child.stdout.on('data', chunk => {
@@ -233,6 +239,9 @@ test('cache and token are looked for where the Python library looks', async () =
     [{ HF_HOME: '', XDG_CACHE_HOME: `${home}/3` }, '3/huggingface/hub', '3/huggingface/token'],
     [{ XDG_CACHE_HOME: '' }, '.cache/huggingface/hub', '.cache/huggingface/token'],
     [{ HF_HUB_CACHE: '~/4', HF_TOKEN_PATH: '~/5' }, '4', '5'],
+    [{ HF_HUB_CACHE: '', HUGGINGFACE_HUB_CACHE: `${home}/6`, HF_HOME: `${home}/2`, HF_TOKEN_PATH: '' }, '6', '2/token'],
+    [{ HF_HUB_CACHE: `${home}/7`, HUGGINGFACE_HUB_CACHE: `${home}/6` }, '7', '2/token'],
+    [{ HF_HUB_CACHE: '$HOME/8', HF_TOKEN_PATH: `\${HOME}/$NOT_SET` }, '8', '$NOT_SET'],
   ];
   for (const [env, where, token] of places) {
     Object.assign(process.env, { HOME: home, HF_TOKEN: '' }, env);
@@ -244,10 +253,14 @@ test('cache and token are looked for where the Python library looks', async () =
     assert.equal(log[0]?.token, `Bearer hf_${token}`);
     fs.rmSync(home, { recursive: true });
   }
-  Object.assign(process.env, { HF_HUB_CACHE: `${home}/6`, HF_TOKEN_PATH: '' });
+  Object.assign(process.env, { HF_HUB_CACHE: `${home}/9`, HF_TOKEN_PATH: '', HF_HOME: '' });
   log = [];
   await resolveModel('org/name');
   assert.ok(log.every(r => r.token === undefined)); // no token at all
+  Object.assign(process.env, { HF_HUB_CACHE: `${home}/10`, HUGGING_FACE_HUB_TOKEN: 'hf_old' });
+  log = [];
+  await resolveModel('org/name');
+  assert.equal(log[0]?.token, 'Bearer hf_old');
 });
 
 test('a sharded model comes with its index and its shards', async () => {
@@ -507,4 +520,267 @@ test('the training split of a data set comes shard by shard', async () => {
   log = [];
   await refused(all(), /org\/corpus: no parquet files/);
   assert.ok(log.some(r => r.url.includes('refs%2Fconvert%2Fparquet'))); // the Hub's own conversion was looked for
+});
+
+// ---- Without network ------------------------------------------------------------------------------------------------
+
+const TRAIN = ['data/train-00000-of-00002.parquet', 'data/train-00001-of-00002.parquet'];
+function serveDataset(names = TRAIN): void {
+  repo.id = 'datasets/org/corpus';
+  repo.files = Object.fromEntries(names.map(name => [name, Buffer.from(`content of ${name}`)]));
+}
+/** The contents of the first `most` shards. */
+async function readShards(spec = 'org/corpus', most = Infinity): Promise<string[]> {
+  const contents: string[] = [];
+  for await (const shard of datasetShards(spec)) {
+    contents.push(fs.readFileSync(shard, 'utf8'));
+    if (contents.length >= most) break;
+  }
+  return contents;
+}
+const contentsOf = (names: string[]) => names.map(name => `content of ${name}`);
+const corpusFolder = () => path.join(cache, 'datasets--org--corpus');
+
+/** What the job writes to standard error. */
+async function saidBy(job: () => Promise<unknown>): Promise<string> {
+  const write = process.stderr.write;
+  let said = '';
+  process.stderr.write = (text: string | Uint8Array) => {
+    said += text;
+    return true;
+  };
+  try {
+    await job();
+  } finally {
+    process.stderr.write = write;
+  }
+  return said;
+}
+async function closedPort(): Promise<number> {
+  const closed = http.createServer().listen(0, '127.0.0.1');
+  await new Promise(done => closed.on('listening', done));
+  const free = port(closed);
+  await new Promise(done => closed.close(done));
+  return free;
+}
+
+test('a data set that is in the cache is read without network', async () => {
+  serveDataset();
+  assert.deepEqual(await readShards(), contentsOf(TRAIN));
+  assert.equal(datasetCommit('org/corpus'), COMMIT);
+  log = [];
+  for (const name of ['HF_HUB_OFFLINE', 'TRANSFORMERS_OFFLINE']) {
+    process.env[name] = '1';
+    for (const spec of ['org/corpus', 'org/corpus@main', `org/corpus@${COMMIT}`]) {
+      assert.deepEqual(await readShards(spec), contentsOf(TRAIN));
+      assert.equal(datasetCommit(spec), COMMIT);
+    }
+    delete process.env[name];
+  }
+  assert.deepEqual(await readShards(`org/corpus@${COMMIT}`), contentsOf(TRAIN)); // a commit never changes
+  assert.deepEqual(log, []);
+  Object.assign(process.env, { HF_HUB_OFFLINE: '0', TRANSFORMERS_OFFLINE: '1' }); // the first one counts
+  await readShards();
+  assert.ok(log.length > 0);
+  assert.equal(datasetCommit(root), undefined); // of files there is none
+});
+
+test('what is not in the cache of a data set is refused by name, never left out', async () => {
+  serveDataset();
+  assert.deepEqual(await readShards('org/corpus', 1), contentsOf(TRAIN.slice(0, 1)));
+  process.env.HF_HUB_OFFLINE = '1';
+  const second = /org\/corpus: data\/train-00001-of-00002\.parquet is not in the cache .*HF_HUB_OFFLINE is set/;
+  assert.deepEqual(await readShards('org/corpus', 1), contentsOf(TRAIN.slice(0, 1)));
+  await refused(readShards(), second);
+  fs.rmSync(path.join(corpusFolder(), '.shards'), { recursive: true }); // as another tool leaves it
+  assert.deepEqual(await readShards('org/corpus', 1), contentsOf(TRAIN.slice(0, 1)));
+  await refused(readShards(), second);
+  const snapshot = path.join(corpusFolder(), 'snapshots', COMMIT, 'data');
+  for (const other of ['test', 'validation']) {
+    const [first] = fs.readdirSync(snapshot); // another tool fetched no training split
+    fs.renameSync(path.join(snapshot, first!), path.join(snapshot, `${other}-00000-of-00001.parquet`));
+    await refused(readShards(), /the list of its files is not in the cache/);
+  }
+  delete process.env.HF_HUB_OFFLINE;
+  process.env.TRANSFORMERS_OFFLINE = 'yes';
+  await refused(readShards(), /TRANSFORMERS_OFFLINE is set/);
+  await refused(readShards('org/corpus@other'), /org\/corpus@other: the list of its files is not in the cache/);
+  await refused(readShards('org/other'), /not in the cache/);
+});
+
+test("the Hub's own conversion of a data set is read without network too", async () => {
+  serveDataset(['default/train/0000.parquet', 'default/train/0001.parquet']);
+  api = (request, response) => {
+    const converted = request.url!.includes('refs%2Fconvert%2Fparquet');
+    const names = converted ? Object.keys(repo.files) : ['data.csv'];
+    response.end(JSON.stringify({ sha: head, siblings: names.map(rfilename => ({ rfilename })) }));
+  };
+  const contents = await readShards('org/corpus', 1);
+  assert.deepEqual(contents, contentsOf(['default/train/0000.parquet']));
+  process.env.HF_HUB_OFFLINE = '1';
+  log = [];
+  assert.deepEqual(await readShards('org/corpus', 1), contents);
+  assert.equal(datasetCommit('org/corpus'), COMMIT);
+  await refused(readShards(), /default\/train\/0001\.parquet is not in the cache/);
+  assert.deepEqual(log, []);
+});
+
+test('where the Hub can not be reached the cache serves, and that is said', { timeout: 30_000 }, async () => {
+  serveDataset();
+  await readShards();
+  const unwell: [string, Handler | 'gone'][] = [
+    ['ECONNREFUSED', 'gone'],
+    ['HTTP 503', (_, response) => response.writeHead(503).end()],
+    ['no answer in time', () => {}],
+  ];
+  for (const [why, handler] of unwell) {
+    if (handler !== 'gone') api = handler;
+    process.env.HF_ENDPOINT = `http://127.0.0.1:${handler === 'gone' ? await closedPort() : port(hub)}`;
+    const said = await saidBy(async () => assert.deepEqual(await readShards(), contentsOf(TRAIN)));
+    assert.match(
+      said,
+      new RegExp(`^warning {2}org/corpus: the list of its files: \\S+ ${why}; going on with what is in`),
+    );
+    assert.equal(said.split('\n').length, 2);
+    assert.equal(await saidBy(() => readShards()), '', 'once is enough');
+  }
+  // an answer is an answer: the cache does not hide that a data set is gone or closed
+  for (const status of [401, 404]) {
+    api = (_, response) => response.writeHead(status).end();
+    await assert.rejects(readShards(), { name: 'UsageError', message: new RegExp(`HTTP ${status}`) });
+  }
+});
+
+test('a model of which only the tokenizer is unknown serves where the Hub can not be reached', async () => {
+  const snapshot = await resolveModel('org/name');
+  fs.rmSync(path.join(snapshot, 'tokenizer.json')); // another tool fetched the rest
+  process.env.HF_ENDPOINT = `http://127.0.0.1:${await closedPort()}`;
+  const said = await saidBy(async () => assert.equal(await resolveModel('org/name'), snapshot));
+  assert.match(said, /^warning {2}org\/name: .*ECONNREFUSED; going on with what is in the cache\n$/);
+  fs.rmSync(path.join(snapshot, 'model.safetensors'));
+  await assert.rejects(resolveModel('org/name'), { name: 'UsageError', message: /ECONNREFUSED/ });
+});
+
+test('the commit is known, of a model and of a data set, and a revision can be pinned to it', async () => {
+  assert.deepEqual(await resolveWithCommit(root), { dir: root });
+  const dir = path.join(folder(), 'snapshots', COMMIT);
+  for (const spec of ['org/name', 'org/name', `org/name@${COMMIT}`])
+    assert.deepEqual(await resolveWithCommit(spec), { dir, commit: COMMIT }); // downloaded, then cached
+  serveDataset();
+  await readShards();
+  const before = { ...repo.files };
+  head = 'facade'.padEnd(40, '0');
+  repo.files = Object.fromEntries(TRAIN.map(name => [name, Buffer.from(`new ${name}`)]));
+  // the branch has moved, but nothing of it arrives: what the cache knows stays as it is
+  storage = (_, response) => response.writeHead(404).end();
+  await assert.rejects(readShards(), { name: 'UsageError', message: /404/ });
+  assert.equal(datasetCommit('org/corpus'), COMMIT);
+  storage = (request, response, name) => send(request, response, repo.files[name]!);
+  assert.deepEqual(
+    await readShards(),
+    TRAIN.map(name => `new ${name}`),
+  );
+  assert.equal(datasetCommit('org/corpus'), head);
+  assert.deepEqual(await readShards(`org/corpus@${COMMIT}`), Object.values(before).map(String));
+  assert.equal(datasetCommit(`org/corpus@${COMMIT}`), COMMIT);
+});
+
+// ---- Proxies --------------------------------------------------------------------------------------------------------
+
+test('which addresses go through which proxy is as in the Python library', () => {
+  const file = path.join(import.meta.dirname, '../tools/fixtures/proxies.json');
+  const { addresses, cases } = JSON.parse(fs.readFileSync(file, 'utf8')) as {
+    addresses: string[];
+    cases: { variables: Record<string, string>; proxies: (string | null)[] }[];
+  };
+  for (const { variables, proxies } of cases) {
+    for (const name of Object.keys(process.env)) if (/_proxy$/i.test(name)) delete process.env[name];
+    Object.assign(process.env, variables);
+    const found = addresses.map(address => proxyFor(new URL(address))?.host ?? null);
+    assert.deepEqual(found, proxies, JSON.stringify(variables));
+  }
+  assert.ok(cases.length > 20);
+  for (const name of Object.keys(process.env)) if (/_proxy$/i.test(name)) delete process.env[name];
+  for (const [value, message] of [
+    ['ftp://p:1', /^HTTP_PROXY: ftp:\/\/ is not done; takes http:/],
+    ['http://p:port', /^HTTP_PROXY: Invalid URL/],
+  ] as const) {
+    process.env.http_proxy = value;
+    assert.throws(() => proxyFor(new URL('http://example.com')), { name: 'UsageError', message });
+  }
+});
+
+/** A proxy that knows where hub.invalid is, and logs what it is asked for. */
+async function startProxy(answer?: number) {
+  const asked: { request: string; auth: string | undefined }[] = [];
+  const proxy = http.createServer((request, response) => {
+    asked.push({ request: `${request.method} ${request.url}`, auth: request.headers['proxy-authorization'] });
+    if (answer) return void response.writeHead(answer).end();
+    const { hostname, port: asking, pathname, search } = new URL(request.url!);
+    const to = hostname === 'hub.invalid' ? port(hub) : asking;
+    const options = { host: hostname === 'hub.invalid' ? '127.0.0.1' : hostname, port: to, path: pathname + search };
+    const onward = http.request({ ...options, method: request.method, headers: request.headers }, answer => {
+      response.writeHead(answer.statusCode!, answer.headers);
+      answer.pipe(response);
+    });
+    request.pipe(onward);
+  });
+  proxy.on('connect', (request, socket) => {
+    asked.push({ request: `CONNECT ${request.url}`, auth: request.headers['proxy-authorization'] });
+    socket.end(`HTTP/1.1 ${answer ?? 502} no\r\n\r\n`);
+  });
+  await new Promise<void>(done => proxy.listen(0, '127.0.0.1', done));
+  const close = () => {
+    proxy.closeAllConnections();
+    proxy.close();
+  };
+  return { asked, at: `127.0.0.1:${port(proxy)}`, close };
+}
+
+test('models come through a proxy: the Hub and its storage, but for what NO_PROXY says', {
+  timeout: 30_000,
+}, async () => {
+  for (const [name, exempt] of [
+    ['HTTP_PROXY', ''],
+    ['http_proxy', 'localhost'], // where the storage is
+    ['ALL_PROXY', ''],
+  ] as const) {
+    const { asked, at, close } = await startProxy();
+    process.env.HF_HUB_CACHE = cache = path.join(root, `cache-${runs++}`);
+    Object.assign(process.env, {
+      HF_ENDPOINT: 'http://hub.invalid',
+      [name]: `http://me:p%40ss@${at}`,
+      NO_PROXY: exempt,
+    });
+    assertWhole(await resolveModel('org/name'));
+    assert.ok(asked.length >= (exempt ? 8 : 9), `${asked.length} requests`);
+    assert.equal(asked.filter(({ request }) => /GET http:\/\/localhost:/.test(request)).length, exempt ? 0 : 1);
+    for (const { auth } of asked) assert.equal(auth, `Basic ${Buffer.from('me:p@ss').toString('base64')}`);
+    delete process.env[name];
+    close();
+  }
+});
+
+test('an https address is asked for through a tunnel; what a proxy refuses is told', { timeout: 30_000 }, async () => {
+  process.env.HF_HUB_DOWNLOAD_TIMEOUT = '0.1';
+  const answers: [string, string, number | undefined, RegExp][] = [
+    ['https', 'HTTPS_PROXY', undefined, /org\/name: .*https:\/\/hub\.invalid: through the proxy \S+: .*502/],
+    ['https', 'all_proxy', 407, /org\/name: the proxy \S+ asks for a user and a password/],
+    ['http', 'HTTP_PROXY', 407, /org\/name: the proxy \S+ asks for a user and a password/],
+  ];
+  for (const [scheme, name, answer, message] of answers) {
+    const { asked, at, close } = await startProxy(answer);
+    Object.assign(process.env, { HF_ENDPOINT: `${scheme}://hub.invalid`, [name]: at });
+    await refused(resolveModel('org/name'), message);
+    const wanted =
+      scheme === 'https' ? 'CONNECT hub.invalid:443' : 'GET http://hub.invalid/api/models/org/name/revision/main';
+    assert.ok(asked.length > 0 && asked.every(({ request }) => request === wanted), JSON.stringify(asked));
+    delete process.env[name];
+    close();
+  }
+  process.env.HTTP_PROXY = `http://127.0.0.1:${await closedPort()}`;
+  process.env.HF_ENDPOINT = 'http://hub.invalid';
+  await refused(resolveModel('org/name'), /http:\/\/hub\.invalid: through the proxy 127\.0\.0\.1:\d+: ECONNREFUSED/);
+  process.env.HTTP_PROXY = 'ftp://p:1';
+  await refused(resolveModel('org/name'), /org\/name: HTTP_PROXY: ftp:/);
 });

@@ -5,6 +5,8 @@ import * as path from 'node:path';
 import { Readable } from 'node:stream';
 import { pipeline } from 'node:stream/promises';
 import { setTimeout as sleep } from 'node:timers/promises';
+import { showLive } from './console.ts';
+import { fetchThroughProxy } from './proxy.ts';
 import { UsageError } from './usage-error.ts';
 
 // Models and data sets by name, through the cache that all Hugging Face tools share:
@@ -24,7 +26,7 @@ interface Repo {
   id: string;
   revision: string;
   folder: string;
-  hub: { endpoint: string; token: string; offline: boolean; timeout: number };
+  hub: { endpoint: string; token: string; offlineBy: string | undefined; timeout: number }; // a variable's name
 }
 
 /** `org/name[@revision]`, and the settings in the variables that the Python library reads. */
@@ -33,72 +35,148 @@ function parseRepo(spec: string, kind: Repo['kind']): Repo {
   if (!id || spec.includes('..'))
     throw new UsageError(`${spec}: no such file or folder, and no hub id (org/name[@revision])`);
   const env = (name: string) => process.env[name] || undefined; // set but empty is unset
-  const expand = (p: string) => p.replace(/^~(?=$|[/\\])/, os.homedir());
+  const expand = (p: string) =>
+    p.replace(/^~(?=$|[/\\])/, os.homedir()).replace(/\$(?:(\w+)|\{(\w+)\})/g, (as, a, b) => process.env[a ?? b] ?? as);
   const home = expand(env('HF_HOME') ?? path.join(env('XDG_CACHE_HOME') ?? '~/.cache', 'huggingface'));
-  const cache = expand(env('HF_HUB_CACHE') ?? path.join(home, 'hub'));
+  const cache = expand(env('HF_HUB_CACHE') ?? env('HUGGINGFACE_HUB_CACHE') ?? path.join(home, 'hub'));
   const tokenFile = expand(env('HF_TOKEN_PATH') ?? path.join(home, 'token'));
+  const offline = env('HF_HUB_OFFLINE') ? 'HF_HUB_OFFLINE' : 'TRANSFORMERS_OFFLINE';
   const hub = {
     endpoint: (env('HF_ENDPOINT') ?? 'https://huggingface.co').replace(/\/+$/, ''),
-    token: (env('HF_TOKEN') ?? (fs.existsSync(tokenFile) ? fs.readFileSync(tokenFile, 'utf8') : '')).trim(),
-    offline: /^(1|on|yes|true)$/i.test(env('HF_HUB_OFFLINE') ?? ''),
+    token: (
+      env('HF_TOKEN') ??
+      env('HUGGING_FACE_HUB_TOKEN') ??
+      (fs.existsSync(tokenFile) ? fs.readFileSync(tokenFile, 'utf8') : '')
+    ).trim(),
+    offlineBy: /^(1|on|yes|true)$/i.test(env(offline) ?? '') ? offline : undefined,
     timeout: 1000 * (Number(env('HF_HUB_DOWNLOAD_TIMEOUT')) || 30), // without a byte
   };
   return { spec, kind, id, revision, folder: path.join(cache, `${kind}--${id.replace('/', '--')}`), hub };
 }
 
-/** A folder as it is; `org/name[@revision]` from the cache, else from the Hub into it. @returns the folder */
-export async function resolveModel(spec: string): Promise<string> {
-  if (fs.existsSync(spec)) return spec;
+/**
+ * A folder as it is; `org/name[@revision]` from the cache, else from the Hub into it.
+ * @returns the folder, and the Hub's commit that it is a snapshot of
+ */
+export async function resolveModel(spec: string): Promise<{ dir: string; commit?: string }> {
+  if (fs.existsSync(spec)) return { dir: spec };
   const repo = parseRepo(spec, 'models');
-  const cached = cachedSnapshot(repo);
-  if (cached && modelIsWhole(repo, cached)) return cached;
-  const { commit, files } = await repoInfo(repo);
+  const cached = cachedCommit(repo);
+  if (cached && modelIsWhole(repo, cached)) return { dir: snapshotOf(repo, cached), commit: cached };
+  const usable = cached && modelIsWhole(repo, cached, false) ? { commit: cached, files: [] } : undefined;
+  const info = await orFromCache(repo, repoInfo(repo, usable !== undefined), usable);
+  const { commit, files } = info;
+  const snapshot = snapshotOf(repo, commit);
+  if (info === usable) return { dir: snapshot, commit };
   const weights = ['model.safetensors', INDEX].find(name => files.includes(name));
   if (!weights) throw new UsageError(`${spec}: no model.safetensors (pickled .bin and .pt files are never loaded)`);
   if (!files.includes('config.json')) throw new UsageError(`${spec}: no config.json`);
-  const snapshot = path.join(repo.folder, 'snapshots', commit);
   for (const name of ['config.json', 'tokenizer.json', 'tokenizer_config.json', weights]) {
     if (files.includes(name)) await download(repo, commit, name);
     else publish(path.join(repo.folder, '.no_exist', commit, name), ''); // so that nobody asks for it again
   }
   if (weights === INDEX) for (const shard of shardsOf(snapshot)) await download(repo, commit, shard);
   publish(path.join(repo.folder, 'refs', repo.revision), commit); // last: it stands for a whole snapshot
-  return snapshot;
+  return { dir: snapshot, commit };
 }
 
 /** The parquet files of a data set's training split in order, each downloaded when it is asked for. */
 export async function* datasetShards(spec: string): AsyncGenerator<string> {
   let repo = parseRepo(spec, 'datasets');
-  const parquet = (files: string[]) => files.filter(name => name.endsWith('.parquet')).sort();
-  let info = await repoInfo(repo);
-  if (parquet(info.files).length === 0 && !spec.includes('@')) {
-    repo = { ...repo, revision: 'refs/convert/parquet' }; // the Hub's own conversion of other formats
+  const known = cachedDataset(repo);
+  let info = isCommit(repo.revision) && known?.listed ? known : await orFromCache(repo, repoInfo(repo, !!known), known);
+  if (info !== known && parquetOf(info.files).length === 0 && !spec.includes('@')) {
+    repo = { ...repo, revision: CONVERTED };
     info = await repoInfo(repo);
   }
-  const training = parquet(info.files).filter(name => /(^|[/._-])train([/._-]|$)/.test(name));
-  const shards = training.length > 0 ? training : parquet(info.files);
+  const shards = parquetOf(info.files);
   const folders = [...new Set(shards.map(name => path.posix.dirname(name)))];
   if (shards.length === 0) throw new UsageError(`${spec}: no parquet files`);
   if (folders.length > 1)
     throw new UsageError(`${spec}: several subsets (${folders.slice(0, 9).join(', ')}); download one, give its file`);
-  for (const shard of shards) yield await download(repo, info.commit, shard);
+  for (const shard of shards) {
+    const file = await download(repo, info.commit, shard);
+    if (info !== known && shard === shards[0]) {
+      publish(listOf(repo, info.commit), shards.map(name => `${name}\n`).join(''));
+      publish(path.join(repo.folder, 'refs', repo.revision), info.commit);
+    }
+    yield file;
+  }
+}
+
+/** The Hub's commit of a data set that `datasetShards` has read; undefined of a file. */
+export function datasetCommit(spec: string): string | undefined {
+  return fs.existsSync(spec) ? undefined : cachedDataset(parseRepo(spec, 'datasets'))?.commit;
+}
+
+/** The training split's parquet files among all files of a data set. */
+function parquetOf(files: readonly string[]): string[] {
+  const parquet = files.filter(name => name.endsWith('.parquet')).sort();
+  const training = parquet.filter(name => /(^|[/._-])train([/._-]|$)/.test(name));
+  return training.length > 0 ? training : parquet;
+}
+
+const warnings = new Set<string>();
+/** What the cache holds serves where the Hub can't be reached, and that is said (once: a data set is opened twice). */
+async function orFromCache<X>(repo: Repo, info: Promise<X>, cached: X | undefined): Promise<X> {
+  return info.catch(error => {
+    if (!(error instanceof UnreachableError) || cached === undefined) throw error;
+    const warning = `warning  ${error.message}; going on with what is in the cache\n`;
+    if (!repo.hub.offlineBy && !warnings.has(warning)) process.stderr.write(warning);
+    warnings.add(warning);
+    return cached;
+  });
 }
 
 // ---- what the cache has
 
-function cachedSnapshot({ folder, revision }: Repo): string | undefined {
-  const ref = path.join(folder, 'refs', revision);
-  const commit = fs.existsSync(ref) ? fs.readFileSync(ref, 'utf8').trim() : revision;
-  const snapshot = path.join(folder, 'snapshots', commit);
-  return /^[0-9a-f]{40}$/.test(commit) && fs.existsSync(snapshot) ? snapshot : undefined;
+const isCommit = (revision: string) => /^[0-9a-f]{40}$/.test(revision);
+const snapshotOf = (repo: Repo, commit: string) => path.join(repo.folder, 'snapshots', commit);
+
+/** The commit at which the cache has seen the revision, if it has something of it. */
+function cachedCommit(repo: Repo): string | undefined {
+  const ref = path.join(repo.folder, 'refs', repo.revision);
+  const commit = fs.existsSync(ref) ? fs.readFileSync(ref, 'utf8').trim() : repo.revision;
+  return isCommit(commit) && fs.existsSync(snapshotOf(repo, commit)) ? commit : undefined;
 }
 
-/** Another tool may have fetched only a part of a model. */
-function modelIsWhole({ folder, hub }: Repo, snapshot: string): boolean {
+/** Another tool may have fetched only a part of a model. @param sure whether it must be known to have no tokenizer.json */
+function modelIsWhole(repo: Repo, commit: string, sure = !repo.hub.offlineBy): boolean {
+  const snapshot = snapshotOf(repo, commit);
   const has = (name: string) => fs.existsSync(path.join(snapshot, name));
-  const noTokenizer = path.join(folder, '.no_exist', path.basename(snapshot), 'tokenizer.json');
+  const noTokenizer = path.join(repo.folder, '.no_exist', commit, 'tokenizer.json');
   const weights = has('model.safetensors') || (has(INDEX) && shardsOf(snapshot).every(has));
-  return has('config.json') && weights && (has('tokenizer.json') || hub.offline || fs.existsSync(noTokenizer));
+  return has('config.json') && weights && (has('tokenizer.json') || !sure || fs.existsSync(noTokenizer));
+}
+
+const CONVERTED = 'refs/convert/parquet'; // the Hub's own conversion of other formats
+/** Our own list of a data set's shards: what other tools leave in the cache may be a part of them. */
+const listOf = (repo: Repo, commit: string) => path.join(repo.folder, '.shards', commit);
+
+/** A data set as far as the cache knows it: the names of all its shards (not all may be there), or those that are there. */
+function cachedDataset(asked: Repo): { commit: string; files: string[]; listed: boolean } | undefined {
+  const unnamed = !asked.spec.includes('@');
+  for (const revision of [asked.revision, ...(unnamed ? [CONVERTED] : [])]) {
+    const repo = { ...asked, revision };
+    const commit = cachedCommit(repo);
+    if (commit === undefined) continue;
+    const list = listOf(repo, commit);
+    if (fs.existsSync(list))
+      return { commit, files: fs.readFileSync(list, 'utf8').split('\n').filter(Boolean), listed: true };
+    const all = fs.readdirSync(snapshotOf(repo, commit), { recursive: true }) as string[];
+    const names = all.map(name => name.split(path.sep).join('/'));
+    const there = parquetOf(names.filter(name => !/(^|[/._-])(test|valid(ation)?|val|dev|eval)([/._-]|$)/.test(name)));
+    if (there.length > 0) return { commit, files: numbered(there), listed: false };
+  }
+  return undefined;
+}
+
+/** All names of a numbered series, `x-00001-of-00003.parquet`, some of which are given. */
+function numbered(names: string[]): string[] {
+  const [, before, , count = 0, after] = /^(.*-)(\d{5})-of-(\d{5})(\.parquet)$/.exec(names[0]!) ?? [];
+  const nameOf = (i: number) => `${before}${String(i).padStart(5, '0')}-of-${count}${after}`;
+  const series = Array.from({ length: Number(count) }, (_, i) => nameOf(i));
+  return names.every(name => series.includes(name)) ? series : names;
 }
 
 function shardsOf(snapshot: string): string[] {
@@ -123,6 +201,9 @@ function publish(file: string, content: string): void {
 /** What may pass when tried again: a network that fails, a server that is busy. */
 class PassingError extends Error {}
 
+/** The Hub can't be reached, or must not be asked. */
+class UnreachableError extends UsageError {}
+
 /**
  * Follows redirects by hand, so that the token goes to the Hub and to no other host (links to storage are signed).
  * @param abroad whether to follow a redirect to another host, or return it
@@ -135,7 +216,8 @@ async function request(repo: Repo, address: string, abroad: boolean, init: Reque
     headers.set('accept-encoding', 'identity'); // sizes and ranges are those of the file
     const atHome = url.origin === new URL(endpoint).origin;
     if (atHome && token) headers.set('authorization', `Bearer ${token}`);
-    const response = await fetch(url, { ...init, headers, redirect: 'manual' }).catch(error => {
+    const response = await fetchThroughProxy(url, { ...init, headers, redirect: 'manual' }).catch(error => {
+      if (error instanceof UsageError) throw new UsageError(`${repo.spec}: ${error.message}`);
       const why = init.signal?.aborted ? 'no answer in time' : (error.cause?.code ?? error.message);
       throw new PassingError(`${url.origin}: ${why}`);
     });
@@ -161,10 +243,11 @@ async function request(repo: Repo, address: string, abroad: boolean, init: Reque
   throw new UsageError(`${repo.spec}: too many redirects from ${address}`);
 }
 
-/** Tries again what may pass, until it fails five times without getting further (`got` bytes). */
-async function persist<R>(repo: Repo, what: string, attempt: () => Promise<R>, got = () => 0): Promise<R> {
-  if (repo.hub.offline)
-    throw new UsageError(`${repo.spec}: ${what} is not in the cache (${repo.folder}), and HF_HUB_OFFLINE is set`);
+/** Tries again what may pass, until it fails `tries` times without getting further (`got` bytes). */
+async function persist<R>(repo: Repo, what: string, attempt: () => Promise<R>, got = () => 0, tries = 5): Promise<R> {
+  const { offlineBy } = repo.hub;
+  if (offlineBy)
+    throw new UnreachableError(`${repo.spec}: ${what} is not in the cache (${repo.folder}), and ${offlineBy} is set`);
   for (let failures = 0, most = 0; ; ) {
     try {
       return await attempt();
@@ -172,16 +255,17 @@ async function persist<R>(repo: Repo, what: string, attempt: () => Promise<R>, g
       if (!(error instanceof PassingError)) throw error;
       failures = got() > most ? 1 : failures + 1;
       most = Math.max(most, got());
-      if (failures === 5) throw new UsageError(`${repo.spec}: ${what}: ${error.message}`);
+      if (failures === tries) throw new UnreachableError(`${repo.spec}: ${what}: ${error.message}`);
       await sleep((2 ** failures * repo.hub.timeout) / 60);
     }
   }
 }
 
-async function repoInfo(repo: Repo): Promise<{ commit: string; files: string[] }> {
+/** @param cached whether the cache could serve: then a Hub that does not answer is not waited for so long */
+async function repoInfo(repo: Repo, cached = false): Promise<{ commit: string; files: string[] }> {
   const { hub, kind, id, revision } = repo;
   const address = `${hub.endpoint}/api/${kind}/${id}/revision/${encodeURIComponent(revision)}`;
-  return persist(repo, 'the list of its files', async () => {
+  const ask = async () => {
     const response = await request(repo, address, false, { signal: AbortSignal.timeout(hub.timeout) });
     const info = (await response.json().catch(error => {
       throw new PassingError(`${address}: ${error.message}`);
@@ -190,7 +274,8 @@ async function repoInfo(repo: Repo): Promise<{ commit: string; files: string[] }
     if (!/^[0-9a-f]{40}$/.test(commit)) throw new UsageError(`${repo.spec}: ${address} names no commit`);
     const files = (info?.siblings ?? []).map(sibling => String(sibling.rfilename));
     return { commit, files: files.filter(name => !/^\/|\\|(^|\/)\.\.?(\/|$)/.test(name)) }; // none outside the folder
-  });
+  };
+  return persist(repo, 'the list of its files', ask, undefined, cached ? 2 : 5);
 }
 
 /** One file of a commit into the cache. @returns its path in the snapshot */
@@ -317,6 +402,6 @@ function showDownload(name: string, done: number, size?: number): void {
   if ((size ?? done) < 1e6 || (done !== size && (!live || performance.now() - lastShown < 100))) return;
   lastShown = performance.now();
   const mb = (bytes: number) => (bytes / 1e6).toFixed(1);
-  const line = `${name}  ${mb(done)}${size ? ` of ${mb(size)} MB  ${Math.floor((100 * done) / size)} %` : ' MB'}`;
-  process.stderr.write(live ? `\r\x1b[K${line}${done === size ? '\n' : ''}` : `${line}\n`);
+  const share = size ? ` of ${mb(size)} MB  ${Math.floor((100 * done) / size)} %` : ' MB';
+  showLive(`${name}  ${mb(done)}${share}`, done === size);
 }

@@ -3,9 +3,11 @@
 // the few fields that it needs, and TypeScript compares the structures where the file takes the folder in.
 export * from './checkpoints.ts';
 export * from './console.ts';
-export { loadRows } from './data.ts';
-export { helpLines, parseFlags } from './flags.ts';
-export { resolveModel } from './hub.ts';
-export { readArchitecture, readYaml, weightFiles } from './models.ts';
-export { openShards } from './safetensors.ts';
+export { rowsOf } from './data.ts';
+export { describeRun, stepLine } from './describe.ts';
+export { commandLine } from './flags.ts';
+export { datasetCommit, resolveModel } from './hub.ts';
+export { openModel } from './models.ts';
+export { PRESETS } from './presets.ts';
+export { readRecord, runRecord } from './record.ts';
 export { loadTokenizer } from './tokenizer.ts';

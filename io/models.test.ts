@@ -8,7 +8,7 @@ import { after, before, test } from 'node:test';
 import * as tf from '@tensorflow/tfjs';
 import { readArchitecture } from '../io/models.ts';
 import { openSafetensors } from '../io/safetensors.ts';
-import { loadTarget, NAMES, plainArchitecture, targetForward } from '../nano-param-decomp.ts';
+import { loadTarget, NAMES, ownLinear, plainArchitecture } from '../nano-param-decomp.ts';
 
 const fixtures = path.join(import.meta.dirname, '../tools/fixtures/models');
 const names = fs.readdirSync(fixtures);
@@ -26,7 +26,7 @@ async function worstDifference(dir: string, name: string): Promise<number> {
   const tokens = tf.tensor2d(ids, [2, 24], 'int32');
   expected.close();
   const target = await loadTarget(dir);
-  const logits = await tf.tidy(() => targetForward(target, tokens)).data();
+  const logits = await tf.tidy(() => target.forward(tokens, ownLinear(target))).data();
   assert.equal(logits.length, want.length);
   for (const variable of target.weights.values()) variable.dispose();
   return want.reduce((worst, value, i) => Math.max(worst, Math.abs(value - logits[i]!)), 0);
@@ -47,11 +47,11 @@ test("without io/ a plain Llama and the paper's own model are read the same, and
     const config = JSON.parse(fs.readFileSync(file, 'utf8'));
     if (/^llama/.test(config.model_type) && !config.rope_scaling && !config.rope_parameters) {
       const { biased: _, activation, ...expected } = readArchitecture(config, file, NAMES);
-      const { biased: __, activation: plain, ...found } = plainArchitecture(config, file);
+      const { activation: plain, ...found } = plainArchitecture(config, file);
       assert.deepEqual(found, expected);
       assert.equal(plain.replace('pytorch_tanh', 'new'), activation);
       same++;
-    } else assert.throws(() => plainArchitecture(config, file), /needs io\/models\.ts/);
+    } else assert.throws(() => plainArchitecture(config, file), /needs the folder io\//);
   }
   assert.ok(same >= 3, `${same} compared`);
 });
@@ -207,17 +207,26 @@ test('weights that do not fit the config are refused by the name of the tensor',
     t[`${q}.weight`] = { dtype: 'F16', shape: [24, 23], bytes: bytes.subarray(0, 24 * 23 * 2) };
   });
   await refused('llama', /embed_tokens.*\[61,24\].*\[62,24\]/, { vocab_size: 62 });
-  await refused('llama', /lm_head/, t => delete t['lm_head.weight']);
+  await refused(
+    'llama',
+    /no tensor lm_head\.weight, and tie_word_embeddings is not true/,
+    t => delete t['lm_head.weight'],
+  );
   await refused('pythia', /embed_out|lm_head/, t => delete t['embed_out.weight']);
   await refused('gpt2-prefixed', /lm_head/, t => delete t['lm_head.weight']);
-  // one layer fewer than the file has, an adapter, a classification head: tensors nobody asked for
-  await refused('llama', /model\.layers\.1\./, { num_hidden_layers: 1 });
-  await refused('llama', /model\.layers\.2\./, { num_hidden_layers: 3 });
-  await refused('llama', /q_proj\.lora_A/, t => {
-    t[`${q}.lora_A.weight`] = t['model.norm.weight']!;
+  await refused('llama', /no tensor model\.layers\.2\..*there is, for example, model\.layers\./, {
+    num_hidden_layers: 3,
   });
-  await refused('llama', /score\.weight/, t => {
-    t['score.weight'] = t['model.norm.weight']!;
+  // parts of a layer that is used, beside its weight: without them it would be another function
+  for (const part of ['lora_A.weight', 'weight_scale', 'g_idx', 'lora_magnitude_vector'])
+    await refused('llama', new RegExp(`${q}.${part} changes what ${q} computes`), t => {
+      t[`${q}.${part}`] = t['model.norm.weight']!;
+    });
+  await refused('llama', /embed_tokens\.lora_embedding_A changes what/, t => {
+    t['model.embed_tokens.lora_embedding_A'] = t['model.norm.weight']!;
+  });
+  await refused('gpt2', /lm_head\.modules_to_save\.default\.weight changes what lm_head/, t => {
+    t['lm_head.modules_to_save.default.weight'] = t['wte.weight']!;
   });
   await refused('llama', new RegExp(`${q}.*F8_E4M3`), t => {
     t[`${q}.weight`] = { dtype: 'F8_E4M3', shape: [24, 24], bytes: Buffer.alloc(24 * 24) };
@@ -227,6 +236,178 @@ test('weights that do not fit the config are refused by the name of the tensor',
   await refused('gpt2', /c_attn\.bias/, t => delete t['h.0.attn.c_attn.bias']);
   await refused('qwen2', /k_proj\.bias/, t => delete t['model.layers.0.self_attn.k_proj.bias']);
   await refused('qwen3', /q_norm/, t => delete t['model.layers.0.self_attn.q_norm.weight']);
+});
+
+test('weights that are not finite are refused by the name of the tensor', async () => {
+  const up = 'model.layers.1.mlp.up_proj.weight';
+  const values: [string, Buffer, string][] = [
+    ['F32', Buffer.from(new Float32Array([Number.NaN]).buffer), 'NaN'],
+    ['F32', Buffer.from(new Float32Array([-Infinity]).buffer), '-Infinity'],
+    ['F16', Buffer.from([0x00, 0x7c]), 'Infinity'],
+    ['BF16', Buffer.from([0xc0, 0x7f]), 'NaN'],
+    ['F64', Buffer.from(new Float64Array([1e300]).buffer), 'Infinity'], // beyond float32
+  ];
+  for (const [dtype, value, said] of values)
+    await refused('llama', new RegExp(`${up} holds ${said}; these weights can't be used`), t => {
+      const bytes = Buffer.alloc(40 * 24 * value.length);
+      value.copy(bytes, bytes.length - value.length);
+      t[up] = { dtype, shape: [40, 24], bytes };
+    });
+  await refused('qwen2', /layers\.0\.self_attn\.k_proj\.bias holds NaN/, t => {
+    const { dtype, shape, bytes } = t['model.layers.0.self_attn.k_proj.bias']!;
+    t['model.layers.0.self_attn.k_proj.bias'] = { dtype, shape, bytes: Buffer.alloc(bytes.length, 0xff) };
+  });
+});
+
+/** A copy of the fixture `name` with changed tensors and config. */
+function changed(name: string, change: (tensors: Tensors, config: Config) => unknown): string {
+  const dir = fs.mkdtempSync(path.join(folder, 'm-'));
+  fs.cpSync(path.join(fixtures, name), dir, { recursive: true });
+  const [weights, json] = [path.join(dir, 'model.safetensors'), path.join(dir, 'config.json')];
+  const [tensors, config] = [unpack(weights), JSON.parse(fs.readFileSync(json, 'utf8'))];
+  pack(weights, (change(tensors, config) as Tensors | undefined) ?? tensors);
+  fs.writeFileSync(json, JSON.stringify(config));
+  return dir;
+}
+const renamed = (tensors: Tensors, rename: (name: string) => string): Tensors =>
+  Object.fromEntries(Object.entries(tensors).map(([name, tensor]) => [rename(name), tensor]));
+
+/** The logits must be the fixture's; returns what was said on the way. */
+async function sameLogits(dir: string, name: string): Promise<string[]> {
+  const said: string[] = [];
+  const write = process.stderr.write;
+  process.stderr.write = (line: string | Uint8Array) => said.push(String(line)) > 0;
+  try {
+    const difference = await worstDifference(dir, name);
+    assert.ok(difference <= 1e-4, `${name}: largest difference ${difference}`);
+  } finally {
+    process.stderr.write = write;
+  }
+  return said;
+}
+
+test('wrappers, a prefix or a missing base prefix in stored names: the same network', async () => {
+  const base: Record<string, string> = { llama: 'model.', qwen2: 'model.', qwen3: 'model.', pythia: 'gpt_neox.' };
+  const forms: Record<string, (name: string) => string> = {
+    'a base model': name => name.replace(/^(model|gpt_neox|transformer)\./, ''),
+    'torch.compile': name => `_orig_mod.${name}`,
+    'torch.compile of each block': name => name.replace(/\.(\d+)\./, '.$1._orig_mod.'),
+    DataParallel: name => `module.${name}`,
+    both: name => `module._orig_mod.${name}`,
+    FSDP: name =>
+      `_fsdp_wrapped_module.${name.replace(/\.(\d+)\./, '.$1._fsdp_wrapped_module._checkpoint_wrapped_module.')}`,
+    'a compiled base model': name => `_orig_mod.${name.replace(/^(model|gpt_neox)\./, '')}`,
+    'a merged adapter': name => `base_model.model.${name}`,
+    'a trainer': name => `model.${name}`,
+  };
+  for (const name of [...Object.keys(base), 'gpt2', 'gpt2-prefixed', 'llama_simple_mlp'])
+    for (const [form, rename] of Object.entries(forms)) {
+      const said = await sameLogits(
+        changed(name, tensors => renamed(tensors, rename)),
+        name,
+      );
+      assert.deepEqual(said, [], `${name}, ${form}`);
+    }
+  // a copy beside the model: the exact names are the model's, the others are said to be unused
+  const [line, ...more] = await sameLogits(
+    changed('llama', t => ({ ...renamed(t, n => `ema.${n}`), ...t })),
+    'llama',
+  );
+  assert.match(line!, /^warning {2}.*ema\.model\.embed_tokens\.weight.*not used\n$/);
+  assert.deepEqual(more, []);
+});
+
+test('names that could be two things, or none, are refused by a name that is there', async () => {
+  const replace = (t: Tensors, other: Tensors) => {
+    for (const name of Object.keys(t)) delete t[name];
+    Object.assign(t, other);
+  };
+  await refused('llama', /which of student\.model\.embed_tokens\.weight, teacher\.model\.embed_tokens\.weight is/, t =>
+    replace(t, { ...renamed(t, n => `student.${n}`), ...renamed(t, n => `teacher.${n}`) }),
+  );
+  await refused('llama', /lm_head\.weight and module\.lm_head\.weight are two tensors of one name/, t => {
+    t['module.lm_head.weight'] = t['lm_head.weight']!;
+  });
+  await refused('llama', /no tensor model\.embed_tokens\.weight; there is, for example, tok_embeddings\.weight/, t =>
+    replace(t, { 'tok_embeddings.weight': t['model.embed_tokens.weight']! }),
+  );
+  await refused('llama', /no tensor model\.layers\.0\.self_attn\.q_proj\.weight; .*layers\.0\.self_attn\./, t =>
+    replace(
+      t,
+      renamed(t, n => n.replace('q_proj', 'query')),
+    ),
+  );
+});
+
+test('what config.json does not imply is not used, as in the transformers library, and said in one line', async () => {
+  const bias = (n: number): Raw => ({
+    dtype: 'F32',
+    shape: [n],
+    bytes: Buffer.from(new Float32Array(n).fill(0.3).buffer),
+  });
+  const cases: [string, Tensors, RegExp][] = [
+    [
+      'llama',
+      { 'model.layers.0.self_attn.o_proj.bias': bias(24), 'model.layers.1.self_attn.o_proj.bias': bias(24) },
+      /^warning {2}\S+: config\.json implies no model\.layers\.0\.self_attn\.o_proj\.bias and 1 like it: not used\n$/,
+    ],
+    ['llama', { 'model.layers.0.mlp.up_proj.bias': bias(40) }, /mlp\.up_proj\.bias: not used/],
+    ['llama', { 'model.norm.bias': bias(24) }, /model\.norm\.bias: not used/],
+    ['qwen2', { 'model.layers.0.self_attn.o_proj.bias': bias(24) }, /o_proj\.bias: not used/],
+    ['qwen3', { 'model.layers.0.self_attn.q_proj.bias': bias(24) }, /q_proj\.bias: not used/],
+    ['llama', { 'lm_head.bias': bias(61) }, /lm_head\.bias: not used/],
+    [
+      'llama',
+      { 'v_head.summary.weight': bias(24), 'score.weight': bias(24) },
+      /v_head\.summary\.weight, score\.weight: not/,
+    ],
+    ['llama', { 'model.layers.2.mlp.up_proj.weight': bias(1) }, /model\.layers\.2\.mlp\.up_proj\.weight: not used/],
+  ];
+  for (const [name, more, message] of cases) {
+    const said = await sameLogits(
+      changed(name, t => ({ ...t, ...more })),
+      name,
+    );
+    assert.equal(said.length, 1, `${said}`);
+    assert.match(said[0]!, message);
+  }
+  // buffers are no news
+  const buffers = ['rotary_emb.inv_freq', 'rotary_emb.cos_cached', 'k_scale', 'v_scale'];
+  const withBuffers = (t: Tensors) => {
+    for (const buffer of buffers) t[`model.layers.0.self_attn.${buffer}`] = bias(1);
+  };
+  assert.deepEqual(await sameLogits(changed('llama', withBuffers), 'llama'), []);
+  // fields that the library does not read in these families
+  for (const [name, fields] of [
+    ['qwen2', { attention_bias: false, mlp_bias: true }],
+    ['qwen3', { mlp_bias: true }],
+  ] as const) {
+    const dir = changed(name, (_, config) => void Object.assign(config, fields));
+    assert.deepEqual(await sameLogits(dir, name), []);
+  }
+});
+
+test('what a clone or a download left instead of a file of the model is named', async () => {
+  const pointer = 'version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 5\n';
+  for (const file of ['config.json', 'tokenizer.json', 'model.safetensors.index.json', 'model.safetensors'])
+    for (const [content, message] of [
+      [pointer, 'is a Git LFS pointer, not the file: run "git lfs pull"'],
+      ['<!DOCTYPE html><html>', 'is an HTML page, not the file: download'],
+    ] as const) {
+      const dir = changed('llama', () => {});
+      if (file.endsWith('index.json')) fs.rmSync(path.join(dir, 'model.safetensors'));
+      fs.writeFileSync(path.join(dir, file), content);
+      const before = openFiles();
+      await assert.rejects(loadTarget(dir), { name: 'UsageError', message: new RegExp(`${file}: ${message}`) });
+      assert.equal(openFiles(), before);
+    }
+  const adapter = fs.mkdtempSync(path.join(folder, 'm-'));
+  fs.cpSync(path.join(fixtures, 'llama/config.json'), path.join(adapter, 'config.json'));
+  for (const file of ['adapter_config.json', 'adapter_model.safetensors'])
+    fs.writeFileSync(path.join(adapter, file), '');
+  await assert.rejects(loadTarget(adapter), { name: 'UsageError', message: /holds an adapter.*merge it/ });
+  const file = path.join(fixtures, 'llama/model.safetensors');
+  await assert.rejects(loadTarget(file), { name: 'UsageError', message: /model\.safetensors: no such folder/ });
 });
 
 test('folders that are no checkpoint are refused by the name of the file', async () => {

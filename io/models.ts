@@ -1,5 +1,8 @@
+import * as crypto from 'node:crypto';
 import * as fs from 'node:fs';
 import * as path from 'node:path';
+import { openShards } from './safetensors.ts';
+import { readObject } from './stand-in.ts';
 import { orRefuse, refuse } from './usage-error.ts';
 
 // What the families of models call things, and everything a config may ask for: done, or refused by name. Nothing here
@@ -16,9 +19,12 @@ interface Names {
 }
 type Activation = 'silu' | 'relu' | 'gelu' | 'gelu_new';
 
+/** The families that the file itself knows. */
+type OwnNames = Readonly<Record<'llama' | 'llama_simple_mlp', Names>>;
+
 /** All families, given those of the file itself. */
 // biome-ignore format: in the network's order
-const familiesBeside = (own: Readonly<Record<'llama' | 'llama_simple_mlp', Names>>): Record<string, Names> => ({
+const familiesBeside = (own: OwnNames): Record<string, Names> => ({
   ...own,
   gpt2: {
     embed: 'wte', positions: 'wpe', blocks: 'h', last: 'ln_f', head: 'lm_head',
@@ -71,7 +77,7 @@ const NOT_DONE: [meaning: string, fields: string, harmless: unknown[]][] = [
  * @param own the names of the families that the file itself knows
  * @throws UsageError naming the field that is wrong or not done here
  */
-export function readArchitecture(config: Config, file: string, own: Parameters<typeof familiesBeside>[0]) {
+export function readArchitecture(config: Config, file: string, own: OwnNames) {
   const families = familiesBeside(own);
   const wrong = (field: string, takes: string) =>
     refuse(`${file}: ${field} is ${JSON.stringify(config[field]) ?? 'missing'}; ${takes}`);
@@ -136,12 +142,17 @@ export function readArchitecture(config: Config, file: string, own: Parameters<t
   };
 }
 
-/** gpt2 has biases everywhere, gpt_neox in its MLPs, qwen2 on q, k, v; the rest is as the config says. */
+/**
+ * gpt2 has biases everywhere, gpt_neox in its MLPs, qwen2 on q, k, v and mistral nowhere, whatever their configs say; of
+ * the others attention_bias and mlp_bias tell, as far as the transformers library reads these.
+ */
 function biasedLayers({ attention_bias, mlp_bias }: Config, type: string): RegExp {
   if (type === 'gpt2') return /./;
+  if (type === 'qwen2') return /[qkv]_proj$/;
+  if (type === 'mistral') return /^$/;
   const neox = type === 'gpt_neox';
-  const attention = type === 'qwen2' ? '[qkv]_proj$' : (attention_bias ?? neox) ? '[qkvo]_proj$|\\.attention\\.' : '^$';
-  return new RegExp(`${attention}|${mlp_bias || neox ? '\\.mlp\\.' : '^$'}`);
+  const attention = (attention_bias ?? neox) ? '[qkvo]_proj$|\\.attention\\.' : '^$';
+  return new RegExp(`${attention}|${neox || (mlp_bias && type !== 'qwen3') ? '\\.mlp\\.' : '^$'}`);
 }
 
 /** Inverse wavelengths θ^(−2i/dims), with the `linear` and `llama3` scalings; under the old and the new config keys. */
@@ -212,15 +223,146 @@ export function weightFiles(dir: string): string[] {
   let names: string[] = all.filter(f => f === 'model.safetensors');
   const index = path.join(dir, 'model.safetensors.index.json');
   if (names.length === 0 && fs.existsSync(index)) {
-    const content = orRefuse(index, () => JSON.parse(fs.readFileSync(index, 'utf8')));
-    if (typeof content !== 'object' || !content || Array.isArray(content)) refuse(`${index}: not an object`);
-    names = [...new Set(Object.values(content.weight_map ?? {}).map(String))];
+    names = [...new Set(Object.values(readObject(index).weight_map ?? {}).map(String))];
     const odd = names.find(name => !/^[\w-][\w.-]*\.safetensors$/.test(name));
     if (odd !== undefined) refuse(`${index}: ${JSON.stringify(odd)} is not the name of a shard in this folder`);
   }
   if (names.length === 0) names = all.filter(f => /^model_step_\d+\.safetensors$/.test(f));
   if (names.length > 1 && all.includes(names[0]!) && !fs.existsSync(index))
     refuse(`${dir}: several checkpoints, ${names}`);
+  if (names.length === 0 && all.includes('adapter_config.json'))
+    refuse(`${dir}: holds an adapter, not a model; merge it into its base model and give that folder`);
   if (names.length === 0) refuse(`${dir}: no model.safetensors, and no model.safetensors.index.json`);
   return names;
+}
+
+// ---- The tensors of a folder ----
+
+/** What torch.compile, DataParallel, FSDP and activation checkpointing write into the names of what they wrap. */
+const WRAPPERS = ['_orig_mod', 'module', '_fsdp_wrapped_module', '_checkpoint_wrapped_module'];
+const unwrapped = (name: string) => name.split('.').filter(part => !WRAPPERS.includes(part));
+
+/** Buffers that no forward needs: they are computed from the config. */
+const BUFFERS = /\.(rotary_emb\.(inv_freq|cos_cached|sin_cached)|(attn|attention)\.(bias|masked_bias)|[kv]_scale)$/;
+
+/**
+ * Finds tensors by the names that the architecture implies. Stored names may have wrappers in them and a prefix before
+ * them (gpt2's `transformer.`, for instance), and may lack the base model's own prefix, as embedding models do: where
+ * the file has one embedding, the words before its name are those before all others.
+ * @returns the stored name, or undefined
+ */
+function storedNames(names: Names, stored: Iterable<string>, dir: string): (name: string) => string | undefined {
+  const byName = new Map<string, string>();
+  for (const name of stored) {
+    const plain = unwrapped(name).join('.');
+    const twin = byName.get(plain);
+    if (twin !== undefined) refuse(`${dir}: ${twin} and ${name} are two tensors of one name, but for a wrapper's`);
+    byName.set(plain, name);
+  }
+  const base = names.embed.slice(0, names.embed.lastIndexOf('.') + 1); // `model.` in Llamas
+  const embed = `${names.embed.slice(base.length)}.weight`;
+  const found = [...byName.keys()].filter(name => name === embed || name.endsWith(`.${embed}`));
+  const prefixes = found.map(name => name.slice(0, -embed.length));
+  if (prefixes.length > 1 && !prefixes.includes(base))
+    refuse(`${dir}: which of ${found.slice(0, 3).join(', ')} is ${names.embed}.weight?`);
+  const prefix = prefixes.includes(base) ? base : (prefixes[0] ?? base);
+  const outer = prefix.replace(/[^.]+\.$/, ''); // where the head is: beside the base model
+  return name => {
+    const isHead = name === `${names.head}.weight`;
+    const heads = [outer, prefix].flatMap(before => [before + name, `${before}lm_head.weight`]); // gpt_neox has two names
+    const wanted = isHead ? heads : [prefix + name.slice(base.length)];
+    return wanted.map(name => byName.get(name)).find(name => name !== undefined);
+  };
+}
+
+/** The name that has most in common with the one that is missing. */
+function nearest(name: string, stored: Iterable<string>): string | undefined {
+  const parts = name.split('.');
+  const common = (other: string) => other.split('.').filter(part => parts.includes(part)).length;
+  return [...stored].sort((a, b) => common(b) - common(a))[0];
+}
+
+/**
+ * Opens a Hugging Face folder (or what the original's trainer leaves): its config, and its tensors by the names that
+ * the architecture implies.
+ * @param own the names of the families that the file itself knows
+ * @param say is told of tensors that are not used
+ * @throws UsageError naming the file, field or tensor that is wrong
+ */
+export async function openModel(dir: string, own: OwnNames, say: (line: string) => void) {
+  if (!fs.statSync(dir, { throwIfNoEntry: false })?.isDirectory()) refuse(`${dir}: no such folder`);
+  const json = path.join(dir, 'config.json');
+  const [configFile, config] = readYaml(dir) ?? [json, readObject(json)];
+  const arch = readArchitecture(config, configFile, own);
+  const tokenizer = path.join(dir, 'tokenizer.json');
+  if (fs.existsSync(tokenizer)) readObject(tokenizer); // refused here, before a long load
+  const hash = crypto.createHash('sha256').update(fs.readFileSync(configFile));
+  const { tensors, readFloat32, close: closeShards } = await openShards(weightFiles(dir).map(f => path.join(dir, f)));
+  const unread = new Map([...tensors.keys()].map(name => [name, unwrapped(name).join('.')]));
+  let open = true;
+  const close = () => {
+    if (open) closeShards();
+    open = false;
+  };
+  const orClose = <X>(job: () => X): X => {
+    try {
+      return job();
+    } catch (error) {
+      close();
+      throw error;
+    }
+  };
+  const stored = orClose(() => storedNames(arch.names, tensors.keys(), dir));
+  const owners = new Set([`${arch.names.head}.`]); // layers, as the stored names have them
+
+  /** Whether there is such a tensor; of a bias: whether config.json implies one, which must then be there. */
+  const has = (name: string): boolean => {
+    if (!name.endsWith('.bias')) return stored(name) !== undefined;
+    const layer = name.slice(0, -'.bias'.length);
+    const isNorm = [arch.names.norm1, arch.names.norm2, arch.names.last].some(n => `.${layer}`.endsWith(`.${n}`));
+    return isNorm ? arch.norm === 'layer' : arch.biased.test(layer);
+  };
+
+  /** The numbers of a tensor, row by row. */
+  const read = (name: string, shape: readonly number[]): Float32Array => {
+    const source = stored(name);
+    if (source === undefined) {
+      const untied = name === `${arch.names.head}.weight` ? ', and tie_word_embeddings is not true' : '';
+      return refuse(`${dir}: no tensor ${name}${untied}; there is, for example, ${nearest(name, tensors.keys())}`);
+    }
+    const got = tensors.get(source)!.shape;
+    if (got.join() !== shape.join()) refuse(`${dir}: ${source} is [${got}], config.json implies [${shape}]`);
+    const data = readFloat32(source);
+    for (let i = 0; i < data.length; i++)
+      if (!Number.isFinite(data[i])) refuse(`${dir}: ${source} holds ${data[i]}; these weights can't be used`);
+    hash.update(source).update(data);
+    owners.add(unread.get(source)!.replace(/[^.]+$/, ''));
+    unread.delete(source);
+    return data;
+  };
+
+  /** What is left changes nothing (then it is said), or it belongs to a layer that it would change. */
+  const finish = (): string => {
+    close();
+    const others = [...unread].filter(([, name]) => !BUFFERS.test(name));
+    for (const [name, plain] of others) {
+      const owner = [...owners].find(layer => plain.startsWith(layer));
+      if (owner !== undefined && plain !== `${owner}bias`)
+        refuse(
+          `${dir}: ${name} changes what ${owner.slice(0, -1)} computes (an adapter, a scale): not done here; merge it`,
+        );
+    }
+    const kinds = new Map<string, string[]>();
+    for (const [name] of others) {
+      const kind = name.replace(/\.\d+\./g, '.*.');
+      kinds.set(kind, [...(kinds.get(kind) ?? []), name]);
+    }
+    const list = [...kinds.values()].map(
+      ([first, ...more]) => first + (more.length ? ` and ${more.length} like it` : ''),
+    );
+    const rest = list.length > 6 ? `, and ${list.length - 6} other kinds` : '';
+    if (list.length > 0) say(`warning  ${dir}: config.json implies no ${list.slice(0, 6).join(', ')}${rest}: not used`);
+    return hash.digest('hex');
+  };
+  return { arch, config, has, read: (...args: Parameters<typeof read>) => orClose(() => read(...args)), finish, close };
 }

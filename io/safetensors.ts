@@ -1,6 +1,7 @@
 import * as crypto from 'node:crypto';
 import * as fs from 'node:fs';
-import { refuse } from './usage-error.ts';
+import { standIn } from './stand-in.ts';
+import { refuse, UsageError } from './usage-error.ts';
 
 // Safetensors files: the length of the header in 8 bytes, the header (JSON), then the tensors' bytes side by side. Those
 // from strangers are read with care: what two readers could read differently (a key that comes twice, a hole between two
@@ -8,8 +9,20 @@ import { refuse } from './usage-error.ts';
 
 export type TensorInfo = { dtype: string; shape: readonly number[]; begin: number; end: number }; // bytes of the file
 type SafetensorsHeader = { tensors: ReadonlyMap<string, TensorInfo>; metadata: ReadonlyMap<string, string> };
+
+/** The number behind 16 bits: a sign, 5 bits of exponent (0: subnormal, 31: infinity and NaN), 10 bits of mantissa. */
+const HALF_FLOATS = Float32Array.from({ length: 65536 }, (_, bits) => {
+  const [sign, exponent, mantissa] = [bits >> 15 ? -1 : 1, (bits >> 10) & 31, bits & 1023];
+  if (exponent === 31) return mantissa ? Number.NaN : sign * Number.POSITIVE_INFINITY;
+  return sign * (exponent ? (1024 + mantissa) * 2 ** (exponent - 25) : mantissa * 2 ** -24);
+});
 /** By dtype: the numbers in a tensor's bytes. */
-export type Decoders = Readonly<Record<string, (bytes: ArrayBuffer) => ArrayLike<number>>>;
+const DECODERS: Readonly<Record<string, (bytes: ArrayBuffer) => ArrayLike<number>>> = {
+  F32: bytes => new Float32Array(bytes),
+  F16: bytes => new Float32Array(new Uint16Array(bytes)).map(bits => HALF_FLOATS[bits]!),
+  BF16: bytes => new Float32Array(new Uint32Array(new Uint16Array(bytes)).map(upperHalf => upperHalf << 16).buffer),
+  F64: bytes => new Float64Array(bytes),
+};
 
 const PIECE = 2 ** 22; // bytes, a multiple of every number's
 const sizeOf = (shape: readonly number[]) => shape.reduce((n, d) => n * d, 1);
@@ -58,7 +71,8 @@ export function readHeader(
   } catch (error) {
     refuse(`${file}: the header is not strict JSON in UTF-8: ${(error as Error).message}`);
   }
-  const { __metadata__: metadata = {}, ...entries } = header;
+  const { __metadata__, ...entries } = header;
+  const metadata: unknown = __metadata__ ?? {}; // null is none, as in the Rust library
   const texts: unknown[] = metadata && !Array.isArray(metadata) ? Object.values(metadata) : [metadata];
   if (typeof metadata !== 'object' || texts.some(text => typeof text !== 'string'))
     refuse(`${file}: __metadata__ is not an object of strings`);
@@ -85,7 +99,7 @@ export function readHeader(
 }
 
 /** Opens a safetensors file, its header checked; tensors are read one at a time, in row-major order. */
-export async function openSafetensors(file: string, decoders: Decoders = { F32: bytes => new Float32Array(bytes) }) {
+export async function openSafetensors(file: string) {
   const stat = fs.statSync(file, { throwIfNoEntry: false });
   if (!stat?.isFile()) refuse(`${file}: is not a file; a .safetensors file is expected here`);
   const fd = fs.openSync(file, 'r');
@@ -103,12 +117,13 @@ export async function openSafetensors(file: string, decoders: Decoders = { F32: 
     header = readHeader(file, read, stat.size);
   } catch (error) {
     close();
-    throw error;
+    const instead = standIn(file);
+    throw instead ? new UsageError(`${file}: ${instead}`) : error;
   }
   const readFloat32 = (name: string): Float32Array => {
     const { dtype, shape, begin, end } = header.tensors.get(name) ?? refuse(`${file}: has no tensor "${name}"`);
-    const no = () => refuse(`${file}: "${name}" is ${dtype}; ${Object.keys(decoders)} can be read here`);
-    const [decode, out] = [decoders[dtype] ?? no(), new Float32Array(sizeOf(shape))];
+    const no = () => refuse(`${file}: "${name}" is ${dtype}; ${Object.keys(DECODERS)} can be read here`);
+    const [decode, out] = [DECODERS[dtype] ?? no(), new Float32Array(sizeOf(shape))];
     for (let from = begin, at = 0; from < end; from += PIECE) {
       const values = decode(read(from, Math.min(from + PIECE, end)).buffer); // pieces: never a second copy of it all
       out.set(values, at);
@@ -120,13 +135,13 @@ export async function openSafetensors(file: string, decoders: Decoders = { F32: 
 }
 
 /** Several files as one: the shards of a model. */
-export async function openShards(files: readonly string[], decoders?: Decoders) {
+export async function openShards(files: readonly string[]) {
   const shards: Awaited<ReturnType<typeof openSafetensors>>[] = [];
   const close = () => {
     for (const shard of shards) shard.close();
   };
   try {
-    for (const file of files) shards.push(await openSafetensors(file, decoders));
+    for (const file of files) shards.push(await openSafetensors(file));
   } catch (error) {
     close();
     throw error;

@@ -14,6 +14,7 @@ import * as tf from '@tensorflow/tfjs';
 import { loadPair } from '../io/checkpoints.ts';
 import { openSafetensors } from '../io/safetensors.ts';
 import { main } from '../nano-param-decomp.ts';
+import * as post from '../postprocess/index.ts';
 
 const long = process.env.NANO_LONG_TESTS === '1';
 const project = path.join(import.meta.dirname, '..');
@@ -198,12 +199,12 @@ test('a resumed run refuses another config, model or data by name, and takes wha
   const before = result(out);
   t.mock.method(process.stderr, 'write', () => true);
   t.mock.method(console, 'log', () => {});
-  const goOn = (...flags: string[]) => main(['--resume', `--out=${out}`, ...flags]);
+  const goOn = (...flags: string[]) => main(['--resume', `--out=${out}`, ...flags], post);
   for (const [flag, message] of refused) await assert.rejects(goOn(flag), { name: 'UsageError', message });
   assert.equal(await goOn(`--model=${movedModel}`, '--log-every=7', '--eval-freq=0', '--rounding-threshold=0.1'), 0);
   assert.deepEqual(result(out), before);
-  await assert.rejects(main([...engines.wasm, `--out=${out}`]), /: holds a run; --resume goes on with it/);
-  await assert.rejects(main(['--resume', `--out=${inRoot('nothing')}`]), { name: 'UsageError' });
+  await assert.rejects(main([...engines.wasm, `--out=${out}`], post), /: holds a run; --resume goes on with it/);
+  await assert.rejects(main(['--resume', `--out=${inRoot('nothing')}`], post), { name: 'UsageError' });
 });
 
 test('eval and harvest leave no tensors behind', async t => {
@@ -212,7 +213,7 @@ test('eval and harvest leave no tensors behind', async t => {
   const grown: string[] = [];
   for (const command of ['eval', 'harvest', 'harvest']) {
     const { numTensors, numBytes } = tf.memory();
-    await main([command, `--run=${inRoot('wasm')}`]);
+    await main([command, `--run=${inRoot('wasm')}`], post);
     grown.push(`${tf.memory().numTensors - numTensors} tensors, ${tf.memory().numBytes - numBytes} bytes`);
   }
   assert.equal(new Set(grown).size, 1, grown.join('; ')); // the target and the components, which each of them loads

@@ -11,7 +11,7 @@
  */
 import * as path from 'node:path';
 import * as tf from '@tensorflow/tfjs';
-import { importances, tokenBatch, totalC, uniformArray } from '../nano-param-decomp.ts';
+import { importances, inputBatch, totalC, uniformArray } from '../nano-param-decomp.ts';
 import * as files from './run-files.ts';
 
 export const FLAGS = {
@@ -411,7 +411,7 @@ async function sampleFirings(
       Math.floor((Math.min(used + b, count - 1) * rows.count) / count),
     );
     const chosen = indices.flatMap((row, b) => somePositions(S, each, seed, row).map(p => b * S + p));
-    const feeds = { tokens: tokenBatch(rows, indices), chosen: tf.tensor1d(chosen, 'int32') };
+    const feeds = { tokens: inputBatch(rows, indices), chosen: tf.tensor1d(chosen, 'int32') };
     const { g } = await gOf(feeds);
     const values = (await g.data()) as Float32Array; // [B · each, ΣC]
     tf.dispose([feeds, g]);

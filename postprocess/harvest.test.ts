@@ -4,20 +4,9 @@ import { readFileSync } from 'node:fs';
 import { test } from 'node:test';
 import { fileURLToPath } from 'node:url';
 import * as tf from '@tensorflow/tfjs';
-import {
-  chooseModules,
-  DEFAULTS,
-  type Harvest,
-  type HarvestOptions,
-  type HarvestPass,
-  harvest,
-  harvestDefaults,
-  importances,
-  initialParams,
-  linearLayers,
-  loadTarget,
-  PRESETS,
-} from '../nano-param-decomp.ts';
+import { PRESETS } from '../io/presets.ts';
+import { chooseModules, DEFAULTS, importances, initialParams, linearLayers, loadTarget } from '../nano-param-decomp.ts';
+import { type Harvest, type HarvestOptions, type HarvestPass, harvest, harvestDefaults } from './harvest.ts';
 import { asciiJson, renderReport } from './page.ts';
 
 const range = (n: number) => Array.from({ length: n }, (_, i) => i);
@@ -266,7 +255,7 @@ test('on the toy, all numbers equal a plain recount', async () => {
   const pass: HarvestPass = tokens => {
     const { pass, g } = importances(problem, params, tokens);
     const parts = weights.map(({ path, V, U }) => tf.mul(tf.matMul(pass.acts[path]!, V), tf.norm(U, 2, 1)));
-    return { ci: g, activation: tf.concat(parts, 1), probs: pass.probs };
+    return { ci: g, activation: tf.concat(parts, 1), probs: pass.output.softmax() };
   };
   const rows = (JSON.parse(readFileSync(`${toy}eval.json`, 'utf8')) as number[][]).slice(0, 8);
   const batches = { batchPositions: 3 * rows[0]!.length }; // 3, 3 and 2 rows

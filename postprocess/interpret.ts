@@ -13,7 +13,7 @@ import * as crypto from 'node:crypto';
 import * as fs from 'node:fs';
 import * as path from 'node:path';
 import * as tf from '@tensorflow/tfjs';
-import { importances, tokenBatch, totalC, uniformArray } from '../nano-param-decomp.ts';
+import { importances, inputBatch, totalC, uniformArray } from '../nano-param-decomp.ts';
 import type { Message } from './chat.ts';
 import { type Answer, ask, type Budget, ENDPOINT_FLAGS, type Endpoint, endpointFrom, makeBudget } from './chat.ts';
 import { NEIGHBOURS, type Neighbours, neighbourLines, readNeighbours } from './interpret-graph.ts';
@@ -644,7 +644,7 @@ async function makePool({ problem, params, data }: files.Run, harvest: Harvest, 
   const count = Math.max(1, Math.min(heldOut.count, Math.floor(POOL_POSITIONS / S)));
   const bits = new Map(harvest.components.map(c => [c.column, Buffer.alloc(Math.ceil((count * S) / 8))]));
   for (let row = 0; row < count; row++) {
-    const g = tf.tidy(() => importances(problem, params, tokenBatch(heldOut, [row])).g);
+    const g = tf.tidy(() => importances(problem, params, inputBatch(heldOut, [row])).g);
     const values = await g.data(); // [S, ΣC]
     g.dispose();
     for (const [column, set] of bits) {

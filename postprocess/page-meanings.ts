@@ -4,6 +4,7 @@ import * as path from 'node:path';
 import type { Clusters } from './cluster.ts';
 import type { Interpretation, Label } from './interpret.ts';
 import { renderReport } from './page.ts';
+import { pageData, pageParts } from './parts.ts';
 import { componentsHash, type Harvest, readHarvest, type Scoreboard, writeAtomic } from './run-files.ts';
 
 /** Groups by the columns of their members, the largest first. */
@@ -84,13 +85,24 @@ function pageLabels(lines: readonly Interpretation[], columnOf: ColumnOf): Recor
   return labels;
 }
 
-/** Renders report.html from what is in the run's folder; the scoreboard of known rules is in none of its files. */
+/**
+ * Renders report.html from what is in the run's folder. The scoreboard of known rules is in none of its files: where
+ * none is given, that of the page so far stays.
+ */
 export function writePage(dir: string, scoreboard?: Scoreboard): void {
   const harvest = readHarvest(dir);
   const lines = read(() => fs.readFileSync(path.join(dir, 'metrics.jsonl'), 'utf8')) ?? '';
   const history = lines.split('\n').flatMap(line => read(() => [JSON.parse(line) as Record<string, number>]) ?? []);
-  const metrics = history.findLast(line => 'eval/ce_kl/ce_target' in line) ?? {};
+  const metrics = history.findLast(line => 'eval/n_alive' in line) ?? {};
   const config = read(() => JSON.parse(fs.readFileSync(path.join(dir, 'config.json'), 'utf8')));
-  const shown = { config, metrics, history, harvest, ...readMeanings(dir, harvest), ...(scoreboard && { scoreboard }) };
-  writeAtomic(path.join(dir, 'report.html'), renderReport(shown));
+  const page = path.join(dir, 'report.html');
+  const before = read(() => pageData(fs.readFileSync(page, 'utf8'))?.scoreboard as Scoreboard | undefined);
+  const board = scoreboard ?? before;
+  const parts = {
+    ...readMeanings(dir, harvest),
+    ...pageParts(dir, harvest.modules),
+    ...(board && { scoreboard: board }),
+  };
+  const shown = { config, metrics, history, harvest, ...parts };
+  writeAtomic(page, renderReport(shown));
 }

@@ -6,7 +6,7 @@ import path from 'node:path';
 import { after, before, test } from 'node:test';
 import { fileURLToPath, pathToFileURL } from 'node:url';
 import { type Browser, chromium, type Locator, type Page } from 'playwright-core';
-import { type Example, type Harvest, type HarvestComponent, harvestDefaults } from '../nano-param-decomp.ts';
+import { type Example, type Harvest, type HarvestComponent, harvestDefaults } from './harvest.ts';
 import { type ReportData, renderReport } from './page.ts';
 import { readMeanings, writePage } from './page-meanings.ts';
 import { componentsHash } from './run-files.ts';

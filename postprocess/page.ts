@@ -1,11 +1,11 @@
 /**
- * What people see of a run: the summary on standard output, and one HTML file that opens from disk, report.html with the
- * run's data inlined. Token texts are data of strangers: they travel as JSON with everything but plain ASCII escaped, and
+ * The page of a run: one HTML file that opens from disk, report.html with the run's data inlined. Token texts are data of strangers: they travel as JSON with everything but plain ASCII escaped, and
  * the page only ever sets textContent.
  */
 import * as fs from 'node:fs';
-import type { Example, Harvest, Scoreboard } from '../nano-param-decomp.ts';
+import type { Example, Harvest } from './harvest.ts';
 import type { PageMeanings } from './page-meanings.ts';
+import type { Scoreboard } from './scoreboard.ts';
 
 export interface ReportData extends PageMeanings {
   config: unknown; // of config.json
@@ -15,8 +15,8 @@ export interface ReportData extends PageMeanings {
   harvest: Harvest;
 }
 
-const TEMPLATE = new URL('page.html', import.meta.url);
-const PLACEHOLDER = '"@@report-data@@"';
+export const TEMPLATE = new URL('page.html', import.meta.url);
+export const PLACEHOLDER = '"@@report-data@@"';
 const MAX_REPORT_BYTES = 19e6; // a larger page gets shorter lists and fewer examples; harvest.json has them all
 
 /** The page of a run. Throws when the template has not exactly one placeholder. */
@@ -79,48 +79,4 @@ function packExample(
     bytes.writeInt8(Math.round((activation[k]! / scale) * 127), (tokenBytes + 1) * L + k);
   }
   return [row, start, at, bytes.toString('base64')];
-}
-
-/** The final numbers and the mechanism scoreboard, if there is one. */
-export function summary(
-  metrics: Readonly<Record<string, number>>,
-  sizes: { components: number; pgdSteps: number },
-  board: Scoreboard | undefined,
-): string {
-  const value = (name: string) => metrics[`eval/${name}`]!;
-  const number = (x: number) => (Math.abs(x) >= 1e-3 ? x.toFixed(4) : x.toExponential(2)).padStart(10);
-  const strategies = {
-    unmasked: 'everything on',
-    ci_masked: 'CI masks',
-    rounded_masked: 'rounded CI masks',
-    stoch_masked: 'stochastic masks',
-    random_masked: 'random masks',
-    zero_masked: 'nothing on',
-  };
-  const line = (name: string, label: string) => {
-    const ce = value('ce_kl/ce_target') + value(`ce_kl/ce_difference_${name}`);
-    return `  ${label.padEnd(18)}${number(ce)}${number(value(`ce_kl/kl_${name}`))}`;
-  };
-  const l0 = Object.keys(metrics).find(name => /^eval\/l0\/[\d.]+_total$/.test(name))!;
-  const lines = [
-    `\n${''.padEnd(20)}        CE        KL   (nats per token, held-out rows)`,
-    `  ${'the target'.padEnd(18)}${number(value('ce_kl/ce_target'))}`,
-    ...Object.entries(strategies).map(([name, label]) => line(name, label)),
-    `  ${'dead ones deleted'.padEnd(28)}${number(value('ce_kl/kl_alive'))}`,
-    `  ${`fresh PGD, ${sizes.pgdSteps} steps`.padEnd(28)}${number(value('loss/PGDReconLoss'))}`,
-    `  faithfulness ${value('loss/FaithfulnessLoss').toExponential(2)}`,
-    `  L0 ${metrics[l0]!.toFixed(2)} of ${value('n_alive')} alive of ${sizes.components} components`,
-  ];
-  if (!board) return lines.join('\n');
-  const best = board.rules.map(({ name, component: { module, index }, precision, recall, f1, causal }) => {
-    const [p, r, f] = [precision, recall, f1].map(x => x.toFixed(2).padStart(10));
-    return `  ${name.padEnd(18)}${p}${r}${f}   ${module}:${index}${causal ? '  causal' : ''}`;
-  });
-  const { meanF1, nF1AtLeast80, nCausal, rules } = board;
-  return [
-    ...lines,
-    `\n  ${'rule'.padEnd(18)} precision    recall        F1   best component`,
-    ...best,
-    `  mean F1 ${meanF1.toFixed(3)}; ${nF1AtLeast80} of ${rules.length} rules with F1 of at least 0.8; ${nCausal} causal`,
-  ].join('\n');
 }

@@ -2,9 +2,11 @@
 import * as crypto from 'node:crypto';
 import * as fs from 'node:fs';
 import * as path from 'node:path';
-import { type Harvest, type openRun, UsageError } from '../nano-param-decomp.ts';
+import { type openRun, UsageError } from '../nano-param-decomp.ts';
+import type { Harvest } from './harvest.ts';
 
-export { type Example, type Harvest, type HarvestComponent, type Scoreboard, tokenText } from '../nano-param-decomp.ts';
+export { type Example, type Harvest, type HarvestComponent, tokenText } from './harvest.ts';
+export type { Scoreboard } from './scoreboard.ts';
 
 /** A finished run, as openRun gives it: engine, problem, params, data. */
 export type Run = Awaited<ReturnType<typeof openRun>>;

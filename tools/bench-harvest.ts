@@ -8,6 +8,7 @@
 import { parseArgs } from 'node:util';
 import * as tf from '@tensorflow/tfjs';
 import * as nano from '../nano-param-decomp.ts';
+import { harvest as harvestAll, harvestDefaults, harvestPass } from '../postprocess/harvest.ts';
 
 const standard = { model: '', data: '', engine: 'auto', components: '*=64', rows: '0', seq: '512', rounds: '3' };
 const names = [...Object.keys(standard), 'ci-bias', 'ci-d-model'];
@@ -36,15 +37,15 @@ const params = nano.initialParams(problem);
 const bias = params['ci_fn.proj_out.bias']!;
 bias.assign(tf.fill(bias.shape, Number(given['ci-bias'])));
 
-const { batchPositions, batchCells } = nano.harvestDefaults;
+const { batchPositions, batchCells } = harvestDefaults;
 const B = Math.max(1, Math.floor(Math.min(batchPositions, batchCells / nano.totalC(modules)) / rows.seqLen));
 const plain = engine.compile('plain', ({ tokens }: Record<'tokens', tf.Tensor>) => {
   const { g, pass } = nano.importances(problem, params, tokens);
-  return { g: tf.sum(g), p: tf.sum(pass.probs) };
+  return { g: tf.sum(g), p: tf.sum(pass.output.logSoftmax().exp()) };
 });
 async function forward() {
   for (let first = 0; first + B <= rows.count; first += B) {
-    const tokens = nano.tokenBatch(
+    const tokens = nano.inputBatch(
       rows,
       Array.from({ length: B }, (_, i) => first + i),
     );
@@ -53,11 +54,11 @@ async function forward() {
     tf.dispose([tokens, out]);
   }
 }
-const pass = nano.harvestPass(problem, params);
+const pass = harvestPass(problem, params);
 const options = { pass, engine, modules, vocabSize: target.arch.vocab, rows, tokenText: String, passages: [] };
 let firings = 0;
 async function harvest() {
-  const { components, positions } = await nano.harvest(options);
+  const { components, positions } = await harvestAll(options);
   firings = components.reduce((sum, c) => sum + c.firings, 0) / positions;
 }
 async function seconds(job: () => Promise<void>) {

@@ -14,6 +14,7 @@ import { fileURLToPath } from 'node:url';
 import { parseArgs } from 'node:util';
 import * as tf from '@tensorflow/tfjs';
 import { readArchitecture } from '../io/models.ts';
+import { PRESETS } from '../io/presets.ts';
 import * as nano from '../nano-param-decomp.ts';
 
 interface Result {
@@ -39,7 +40,7 @@ const simple = (d: number, heads: number, kvHeads: number, mlp: number, vocab: n
 const SIZES: Record<string, Size> = {
   toy: {
     target: simple(48, 4, 4, 192, 88, 1),
-    config: { ...nano.PRESETS.toy!.config, seqLen: 32 },
+    config: { ...PRESETS.toy!.config, seqLen: 32 },
     ...{ steps: 60, engines: ['tensorflow', 'tensorflow-xla', 'wasm'] },
   },
   stories260K: {
@@ -52,18 +53,18 @@ const SIZES: Record<string, Size> = {
   },
   'simplestories-2L': {
     target: simple(192, 6, 3, 768, 4019, 2),
-    config: { ...nano.PRESETS['simplestories-2L']!.config, batchSize: 4, seqLen: 128 },
+    config: { ...PRESETS['simplestories-2L']!.config, batchSize: 4, seqLen: 128 },
     ...{ steps: 8, engines: ['tensorflow', 'tensorflow-xla'] },
   },
   'pile-4L-block': {
     target: simple(768, 6, 6, 3072, 50277, 1),
-    config: { ...nano.PRESETS['pile-4L']!.config, ciNBlocks: 1, batchSize: 1, seqLen: 128 },
+    config: { ...PRESETS['pile-4L']!.config, ciNBlocks: 1, batchSize: 1, seqLen: 128 },
     ...{ steps: 3, engines: ['tensorflow', 'tensorflow-xla'] },
   },
 };
 
 /** A target of the given architecture with random weights. */
-function randomTarget(config: Record<string, unknown>): nano.Target {
+function randomTarget(config: Record<string, unknown>) {
   const arch = readArchitecture(config, 'bench', nano.NAMES);
   const linears = nano.linearLayers(arch);
   const weights = new Map<string, tf.Variable>();
@@ -83,7 +84,7 @@ function randomTarget(config: Record<string, unknown>): nano.Target {
     for (const part of ['norm1', 'norm2'] as const) ones(`${arch.names.blocks}.${i}.${arch.names[part]}.weight`);
   }
   ones(`${arch.names.last}.weight`);
-  return { arch, linears, weights, dir: '', config, sha256: '' };
+  return nano.languageModel({ arch, linears, weights });
 }
 
 /** One process's measurement: the median time of a step. */

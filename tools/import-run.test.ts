@@ -4,7 +4,7 @@ import { readFileSync } from 'node:fs';
 import { test } from 'node:test';
 import { fileURLToPath } from 'node:url';
 import * as tf from '@tensorflow/tfjs';
-import { importances, maskedLogits, openRun, targetForward, tokenBatch } from '../nano-param-decomp.ts';
+import { importances, inputBatch, maskedForward, openRun, ownLinear } from '../nano-param-decomp.ts';
 
 const fixture = (file: string) => fileURLToPath(new URL(`fixtures/original/${file}`, import.meta.url));
 
@@ -12,12 +12,12 @@ test('an imported checkpoint: importances, the target and the masked logits are 
   const places = { model: fixture('target'), data: fixture('rows.json'), evalData: fixture('rows.json') };
   const { problem, params, data } = await openRun(fixture(''), { ...places, engine: 'wasm' });
   const expected = JSON.parse(readFileSync(fixture('expected.json'), 'utf8')) as Record<string, number[]>;
-  const tokens = tokenBatch(data.heldOut, [0, 1]);
+  const tokens = inputBatch(data.heldOut, [0, 1]);
   const { g } = importances(problem, params, tokens);
   const found = {
     g,
-    logits: targetForward(problem.target, tokens),
-    maskedLogits: maskedLogits(problem, params, tokens, { mask: g }),
+    logits: problem.target.forward(tokens, ownLinear(problem.target)),
+    maskedLogits: maskedForward(problem, params, tokens, { mask: g }),
   };
   for (const [name, tensor] of Object.entries<tf.Tensor>(found)) {
     const values = await tensor.data();

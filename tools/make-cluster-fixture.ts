@@ -6,13 +6,13 @@
  */
 import { writeFileSync } from 'node:fs';
 import * as tf from '@tensorflow/tfjs';
-import { importances, openRun, tokenBatch } from '../nano-param-decomp.ts';
+import { importances, inputBatch, openRun } from '../nano-param-decomp.ts';
 
 const FIRES_ABOVE = 0.1;
 
 const { problem, params, data } = await openRun(process.argv[2] ?? '');
 const rows = Array.from({ length: data.heldOut.count }, (_, i) => i);
-const g = tf.tidy(() => importances(problem, params, tokenBatch(data.heldOut, rows)).g);
+const g = tf.tidy(() => importances(problem, params, inputBatch(data.heldOut, rows)).g);
 const values = await g.data();
 const [N = 0, columns = 0] = g.shape;
 const leaves: [string, number][] = [];

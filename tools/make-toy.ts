@@ -25,11 +25,12 @@ import {
   DEFAULTS,
   type Engine,
   NAMES as FAMILIES,
+  languageModel,
   linearLayers,
   loadTarget,
+  ownLinear,
   startEngine,
   type Target,
-  targetForward,
 } from '../nano-param-decomp.ts';
 
 // ---- A. The grammar ---------------------------------------------------------------------------------------
@@ -264,7 +265,7 @@ const BETAS = { beta1: 0.9, beta2: 0.98, eps: 1e-8 };
 const WEIGHT_DECAY = 0.2;
 
 /** The network before training. Its weights are trainable here; the product's are frozen. */
-function newTarget(random: () => number): Target {
+function newTarget(random: () => number) {
   const arch = readArchitecture(CONFIG, 'config.json', FAMILIES);
   const linears = linearLayers(arch);
   const normal = () => Math.sqrt(-2 * Math.log(1 - random())) * Math.cos(2 * Math.PI * random());
@@ -279,12 +280,12 @@ function newTarget(random: () => number): Target {
   for (const { path, dIn, dOut } of linears) weights.set(path, matrix(dIn, dOut, 0.5 / Math.sqrt(dIn)));
   for (const norm of ['h.0.rms_1', 'h.0.rms_2', 'ln_f'])
     weights.set(`${norm}.weight`, tf.variable(tf.ones([arch.dModel])));
-  return { arch, linears, weights, dir: '', config: CONFIG, sha256: '' };
+  return languageModel({ arch, linears, weights });
 }
 
 /** Mean loss in nats over all words but the first of each row. */
 export const nextWordLoss = (target: Target, rows: tf.Tensor2D) =>
-  crossEntropy(tf.logSoftmax(targetForward(target, rows)), rows) as tf.Scalar;
+  crossEntropy(tf.logSoftmax(target.forward(rows, ownLinear(target))), rows) as tf.Scalar;
 
 /** AdamW with a warm-up and a cosine, on stories that are hardly ever seen twice. */
 async function train(engine: Engine, random: () => number): Promise<Target> {

@@ -4,9 +4,12 @@
 
 hostile.json is the list of texts; <family>/expected.json has, for each text and for all of them joined by newlines,
 the ids without and with the special tokens, the text decoded from the latter without and with them, and the text
-of every three ids (characters cut in the middle).
+of every three ids (characters cut in the middle). variants.json has families with some parts exchanged, and of what
+they make of each text the first digits of a hash.
 """
 
+import copy
+import hashlib
 import json
 import random
 from pathlib import Path
@@ -24,6 +27,18 @@ from tokenizers import (
 )
 
 OUT = Path(__file__).parent / "fixtures" / "tokenizers"
+
+MIXED = list("abcABthe .,!'\"\n\r\t  0123 _") + [
+    "\u00e9", "e\u0301", "\u200b", "\u200d", "\ufeff", "\u0085", "\u00a0", "\u2028", "\u3000", "\U0001f600",
+    "\U0001f469\u200d\U0001f467", "\U0001d4b3", "\U00020000", "\u6f22", "\u5b57", "\u2581", "\u0120", "\u00df", "\u0130",
+    "\u03a3", "\u0661", "\u2167", "\u00bd", "\x00", "\u180e", "\ue000", "\U0010fffd", "<mask>", "<s>", "</s>", "<unk>",
+    "<|endoftext|>", " the ", "'s", "\u0345", "\ufb01", "\u1161", "\uac01", "\u0903", "\u2060", "\ufe0f", "$&",
+]  # fmt: skip
+
+
+def mixed(rng: random.Random) -> str:
+    return "".join(rng.choice(MIXED) for _ in range(50))
+
 
 HOSTILE = [
     "",
@@ -65,7 +80,13 @@ HOSTILE = [
     "constructor __proto__ toString hasOwnProperty valueOf",
     "``quoted'' and ''twice'' `once'",
     "the end",
-]
+    # characters beyond U+FFFF and of no width, where a splitter may count halves or see a border
+    "\U0001d4b3\U00020000\u200b\U0001f469\u200d\U0001f467a\u200bb\u200cc\ufeffd \U0002f868\U0002a6e1 \U0001d7d9\U0001d7da2",
+    "\ufeff\ufeffx \ufeffy z\ufeff \u200b \u200b\u200b\u2060w \U0001f600\ufeff\U0001f600 \u0085\ufeff\u0085",
+    "\u0085 \ufeff\u3000both ends \u3000\ufeff \u0085",
+    "\u0085<mask>\u0085 \ufeff<mask>\ufeff\u3000<mask>\u2028x\U00020000<mask>\u00e9 <mask>_ <mask>. a<mask>",
+    "$& $1 $$ a$b $` $' $<x> \\1 \\$",
+] + [mixed(random.Random(seed)) for seed in range(12)]
 
 
 def corpus() -> list[str]:
@@ -312,6 +333,35 @@ def word_level() -> Tokenizer:
     return t
 
 
+def gemma() -> Tokenizer:
+    """Gemma's: spaces become letters first, so that its splitter finds none, and a document is one piece."""
+    saved = json.loads(llama2().to_str())
+    space = {"String": " "}
+    saved["normalizer"] = {"type": "Replace", "pattern": space, "content": "\u2581"}
+    saved["pre_tokenizer"] = {
+        "type": "Split", "pattern": space, "behavior": "MergedWithPrevious", "invert": False
+    }  # fmt: skip
+    return Tokenizer.from_str(json.dumps(saved))
+
+
+def roberta() -> Tokenizer:
+    """RoBERTa's and BLOOM's: a space is put before the text."""
+    args = {"vocab_size": 1200, "special_tokens": ["<s>", "</s>", "<mask>"]}
+    t = byte_level(args, pre_tokenizers.ByteLevel(add_prefix_space=True))
+    t.post_processor = processors.RobertaProcessing(("</s>", 1), ("<s>", 0), add_prefix_space=True)
+    return t
+
+
+def fixed_length() -> Tokenizer:
+    """A token for every three characters, of those that are common."""
+    t = Tokenizer(models.BPE(unk_token="<unk>"))
+    t.pre_tokenizer = pre_tokenizers.FixedLength(length=3)
+    t.train_from_iterator(
+        TEXT, trainers.BpeTrainer(vocab_size=900, special_tokens=["<unk>", "</s>"], show_progress=False)
+    )
+    return t
+
+
 def word_level_split() -> Tokenizer:
     """One token a word between spaces, as the tokenizers of toy languages have."""
     t = Tokenizer(models.WordLevel(unk_token="<unk>"))
@@ -383,6 +433,9 @@ FAMILIES = {  # name: (tokenizer, tokenizer_config.json)
         simplestories,
         {"tokenizer_class": "PreTrainedTokenizerFast", "unk_token": "[UNK]", "eos_token": "[EOS]"},
     ),
+    "gemma": (gemma, {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}),
+    "roberta": (roberta, {"bos_token": "<s>", "eos_token": "</s>"}),
+    "fixed-length": (fixed_length, {"unk_token": "<unk>", "eos_token": "</s>"}),
     "word-level": (
         word_level,
         {
@@ -397,6 +450,110 @@ FAMILIES = {  # name: (tokenizer, tokenizer_config.json)
         {"tokenizer_class": "PreTrainedTokenizerFast", "unk_token": "<unk>", "eos_token": "<|endoftext|>"},
     ),
 }
+
+
+def variants() -> list[dict]:
+    """Changes of families: what they put in place of a part, into the model, or behind the added tokens."""
+
+    def level(**more) -> dict:
+        return {
+            "type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True, **more
+        }  # fmt: skip
+
+    def before_bytes(*pre) -> dict:
+        return {"type": "Sequence", "pretokenizers": [*pre, level(use_regex=False)]}
+
+    def split(behavior: str, invert: bool, **pattern) -> dict:
+        return {"type": "Split", "pattern": pattern, "behavior": behavior, "invert": invert}
+
+    def metaspace(**more) -> dict:
+        return {"type": "Metaspace", "replacement": "\u2581", **more}
+
+    def bert_normalizer(clean: bool, lower: bool, strip: bool | None) -> dict:
+        return {
+            "type": "BertNormalizer", "clean_text": clean, "handle_chinese_chars": clean, "strip_accents": strip,
+            "lowercase": lower,
+        }  # fmt: skip
+
+    pre: list[tuple[str, dict | None]] = [
+        ("gpt2", level(add_prefix_space=True, use_regex=False)),
+        ("gpt-neox", level(add_prefix_space=True)),
+        (
+            "gpt2",
+            {
+                "type": "Sequence",
+                "pretokenizers": [{"type": "Digits", "individual_digits": True}, level(add_prefix_space=True)],
+            },
+        ),
+        ("gpt2", before_bytes({"type": "FixedLength", "length": 2})),
+        ("word-level-split", {"type": "FixedLength", "length": 1}),
+        ("bert", {"type": "FixedLength", "length": 5}),
+        ("word-level-split", {"type": "CharDelimiterSplit", "delimiter": "a"}),
+        ("llama2-metaspace", metaspace(add_prefix_space=True)),
+        ("unigram", metaspace(prepend_scheme="first", split=False)),
+        (
+            "unigram",
+            {"type": "Sequence", "pretokenizers": [{"type": "WhitespaceSplit"}, metaspace(prepend_scheme="always")]},
+        ),
+        ("llama2-metaspace", None),
+        ("unigram", None),
+    ]
+    for scheme in ("always", "first", "never"):
+        for whole in (True, False):
+            pre.append(("llama2-metaspace", metaspace(prepend_scheme=scheme, split=not whole)))
+    for behavior in ("Removed", "Isolated", "MergedWithPrevious", "MergedWithNext", "Contiguous"):
+        for invert in (False, True):
+            pre.append(("gpt2", before_bytes(split(behavior, invert, Regex="[\\s.0-9]|\u00e9"))))
+            pre.append(("gpt2", before_bytes(split(behavior, invert, String=" "))))
+        pre.append(("gpt2", before_bytes({"type": "Punctuation", "behavior": behavior})))
+    for name in ("Whitespace", "WhitespaceSplit", "BertPreTokenizer"):
+        pre.append(("gpt2", before_bytes({"type": name})))
+    found = [{"base": base, "pre_tokenizer": part} for base, part in pre]
+
+    words = {"pre_tokenizer": {"type": "Whitespace"}}  # unknown words beside each other
+    plain = {"base": "llama2-metaspace", "model": {"byte_fallback": False}}
+    found += [plain, {**plain, **words}, {**plain, "model": {"byte_fallback": False, "fuse_unk": False}}]
+    found += [{**plain, "model": {"byte_fallback": False, "unk_token": None}}]
+    found += [{"base": "unigram", "normalizer": None}, {"base": "gpt2", "model": {"end_of_word_suffix": "</w>"}}]
+
+    norms = [{"type": name} for name in ("NFC", "NFD", "NFKC", "NFKD", "StripAccents", "Lowercase")]
+    norms += [{"type": "Strip", "strip_left": left, "strip_right": True} for left in (True, False)]
+    norms += [{"type": "Replace", "pattern": {"String": "$"}, "content": "$& a$$b"}]
+    norms += [{"type": "Replace", "pattern": {"Regex": "\\s+"}, "content": " $1 "}]
+    norms += [bert_normalizer(True, True, None), bert_normalizer(False, True, False)]
+    norms += [bert_normalizer(True, False, True), bert_normalizer(True, False, None)]
+    found += [{"base": "gpt2", "normalizer": norm} for norm in norms]
+
+    flags = [{}, {"lstrip": True}, {"rstrip": True}, {"normalized": True, "lstrip": True, "rstrip": True}]
+    flags += [{"special": True}, {"single_word": True}, {"normalized": True, "single_word": True}]
+    for base in ("gpt2", "llama2", "gpt-neox", "llama2-metaspace", "bert"):
+        for flag in flags:
+            standard = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": False}
+            words = ["<mask>"] if base != "gpt-neox" else []
+            words += ["the ", "\U0001d4b3\U00020000"]  # none in the vocabulary
+            added = [{"content": word, **standard, **flag} for word in words]
+            found.append({"base": base, "added_tokens": added})
+    return found
+
+
+def varied(change: dict) -> Tokenizer:
+    saved = json.loads((OUT / change["base"] / "tokenizer.json").read_text())
+    for part, value in copy.deepcopy(change).items():
+        if part == "model":
+            saved["model"] |= value
+        elif part == "added_tokens":
+            top = max([*saved["model"]["vocab"].values(), *(t["id"] for t in saved["added_tokens"])]) + 1
+            for i, token in enumerate(value):
+                saved["added_tokens"].append({**token, "id": top + i})
+        elif part != "base":
+            saved[part] = value
+    return Tokenizer.from_str(json.dumps(saved))
+
+
+def digests(t: Tokenizer) -> str:
+    """Eight digits a text."""
+    ids = (json.dumps(t.encode(text).ids, separators=(",", ":")) for text in HOSTILE)
+    return "".join(hashlib.sha256(line.encode()).hexdigest()[:8] for line in ids)
 
 
 def expected(t: Tokenizer, text: str) -> dict:
@@ -428,3 +585,5 @@ if __name__ == "__main__":
             *(f"{f.name} {f.stat().st_size}" for f in sorted(folder.iterdir())),
         )
     (OUT / "hostile.json").write_text(json.dumps(HOSTILE, indent=1) + "\n")
+    changes = [{**change, "digests": digests(varied(change))} for change in variants()]
+    (OUT / "variants.json").write_text("[\n" + ",\n".join(json.dumps(change) for change in changes) + "\n]\n")

@@ -2,4 +2,4 @@
 import { loadTarget } from '../nano-param-decomp.ts';
 
 const target = await loadTarget(process.argv[2] ?? '');
-console.log(JSON.stringify({ type: target.arch.type, sha256: target.sha256, context: target.arch.context }));
+console.log(JSON.stringify({ type: target.arch.type, sha256: target.source.sha256, context: target.arch.context }));

@@ -1,0 +1,191 @@
+/**
+ * Checks a compiled function against TFJS's own kernels, so that no engine's mistake goes into a run unseen.
+ *
+ * Node by node: the compiled form computes every node of the recording, TFJS computes the same node from the very same
+ * inputs (those that the compiled form had), and the two may differ by the rounding of that one node. So neither rounding
+ * nor a flipped indicator spreads, and what is a step function (g > 0.1, sign, floor, top-k) must agree but for inputs
+ * that lie on the step. Then the function as a whole, as it will run: its results are held to `tolerance`, and what a
+ * step function or a division by nearly nothing may have moved a lot (results behind a step, state) only to its size.
+ */
+import * as tf from '@tensorflow/tfjs';
+import { bytesOf, type Node, type Numbers, type Recording, runNode, type Value } from './record.ts';
+
+/** The compiled form of some nodes: what they give for `given`, the values made before them. The caller disposes. */
+export type Evaluate = (nodes: Node[], given: Map<Value, tf.Tensor>, wanted: Value[]) => Promise<tf.Tensor[]>;
+export interface CheckOptions {
+  /** allowed relative error of an output as a whole, in the Euclidean norm */
+  tolerance: number;
+  /** rounding of a matrix product, relative to the product of the factors' sizes: 2⁻¹⁶ of float32 sums, more below it */
+  products: number;
+}
+
+const UNIT = 2 ** -16; // of one kernel: some roundings, and approximations such as that of erf
+const TINY = 1e-35; // below it engines may flush to zero
+const CHUNK_BYTES = 2 ** 28; // of values that are in memory at once
+const SAMPLE = 2 ** 13; // elements of a large tensor that are compared
+
+const words = (names: string) => new Set(names.split(' '));
+/** Step functions, with the distance of their inputs to the step, relative to their size. */
+const STEPS = words('Equal NotEqual Greater GreaterEqual Less LessEqual Step Sign Floor Ceil Round Cast TopK OneHot');
+/** Sums of many terms: as exact as the sum of the terms' sizes allows. */
+const SUMS = words('AddN BatchMatMul Cumsum Mean Sum UnsortedSegmentSum');
+/** Functions that are computed to so many parts of 1, not of their value. */
+const OF_ONE = words('Cos Erf Log Sigmoid Sin Softplus Tanh Elu');
+
+/** Whether the node's results hang on a step function, by itself or through its inputs. */
+export function stepped({ nodes }: Recording): Set<Value> {
+  const found = new Set<Value>();
+  for (const { kernel, inputs, outputs, attrs } of nodes) {
+    const steps = STEPS.has(kernel) && !(kernel === 'Cast' && attrs.dtype === 'float32');
+    if (steps || inputs.some(x => found.has(x))) for (const output of outputs) found.add(output);
+  }
+  return found;
+}
+
+/** At most SAMPLE numbers of a tensor: all, or a run of them from a place that hangs on `salt`. */
+function sample(x: tf.Tensor, salt: number): Numbers {
+  if (x.size <= SAMPLE) return x.dataSync() as Numbers;
+  const begin = (Math.imul(salt, 0x9e3779b1) >>> 0) % (x.size - SAMPLE);
+  const part = tf.tidy(() => tf.slice(x.reshape([x.size]), begin, SAMPLE));
+  const numbers = part.dataSync() as Numbers;
+  part.dispose();
+  return numbers;
+}
+
+/** Where the compiled form's result is not the node's, in words; undefined if it is. */
+function differs(node: Node, k: number, inputs: tf.Tensor[], wanted: tf.Tensor, got: tf.Tensor, products: number) {
+  const { kernel, outputs } = node;
+  const { id, shape, dtype } = outputs[k]!;
+  if (`${got.shape}` !== `${shape}` || got.dtype !== dtype) return `${got.dtype}[${got.shape}] for ${dtype}[${shape}]`;
+  const [a, b] = [sample(wanted, id), sample(got, id)];
+  const like = (i: number) => (inputs[i]?.size === wanted.size ? sample(inputs[i]!, id) : undefined);
+  let allowed = (i: number) => TINY + UNIT * Math.abs(a[i]!);
+  if (kernel === 'TopK' && k === 1) {
+    const [x, all, n] = [inputs[0]!.dataSync(), got.dataSync(), inputs[0]!.shape.at(-1)!];
+    const [per, mine] = [shape.at(-1)!, wanted.dataSync()];
+    const at = (of: ArrayLike<number>, i: number) => x[Math.floor(i / per) * n + of[i]!];
+    const bad = all.findIndex((_, i) => at(all, i) !== at(mine, i));
+    return bad < 0 ? undefined : `${all[bad]} for ${mine[bad]}`;
+  }
+  if (SUMS.has(kernel)) {
+    const whole = tf.tidy(
+      () =>
+        runNode(
+          node,
+          inputs.map((x, i) => (isIds(node, i) ? x : x.abs())),
+        )[k]!,
+    );
+    const sizes = sample(whole, id);
+    whole.dispose();
+    const { transposeA } = node.attrs as { transposeA?: boolean };
+    const x = inputs[0]!;
+    const terms = kernel === 'BatchMatMul' ? x.shape.at(transposeA ? -2 : -1)! : (x.size * inputs.length) / wanted.size;
+    // n terms added one after another are off by at most n roundings
+    const unit = (kernel === 'BatchMatMul' ? products : UNIT) + Math.min(2 ** -6, terms * 2 ** -24);
+    allowed = i => TINY + unit * Math.abs(sizes[i]!);
+  } else if (OF_ONE.has(kernel)) allowed = i => UNIT * (1 + Math.abs(a[i]!));
+  else if (STEPS.has(kernel) && !(kernel === 'Cast' && dtype === 'float32')) {
+    const [x, y] = [like(0), like(1) ?? (inputs[1]?.size === 1 ? inputs[1]!.dataSync() : undefined)];
+    const step = (i: number): number => {
+      if (!x) return Infinity; // not here: broadcasts must agree to the bit
+      if (['Floor', 'Ceil', 'Cast'].includes(kernel)) return x[i]! - Math.round(x[i]!);
+      if (kernel === 'Round') return x[i]! - Math.floor(x[i]!) - 0.5;
+      return x[i]! - (y ? y[y.length === 1 ? 0 : i]! : 0);
+    };
+    allowed = i => (Math.abs(step(i)) <= TINY + 2 ** -22 * Math.abs(x?.[i] ?? 0) ? 2 : 0);
+  }
+  for (let i = 0; i < a.length; i++)
+    if (Number.isFinite(a[i]!) && !(Math.abs(b[i]! - a[i]!) <= allowed(i)))
+      return `${b[i]} for ${a[i]}${like(0) ? ` of ${like(0)![i]}` : ''}`;
+  return undefined;
+}
+/** Inputs that are no terms of the sum. */
+const isIds = ({ kernel }: Node, i: number) => kernel === 'UnsortedSegmentSum' && i === 1;
+
+/**
+ * Computes the recording node by node, in both ways. @param given its feeds and variables
+ * @returns what differed, a line for each node; `result` is told each value of `wanted` as soon as it is there
+ */
+export async function checkNodes(
+  { nodes }: Recording,
+  given: ReadonlyMap<Value, tf.Tensor>,
+  evaluate: Evaluate,
+  { products }: CheckOptions,
+  wanted: ReadonlySet<Value>,
+  result: (value: Value, tensor: tf.Tensor) => void,
+): Promise<string[]> {
+  const wrong: string[] = [];
+  const have = new Map(given);
+  const uses = new Map<Value, number>(); // still to come
+  const used = (x: Value, n: number) => {
+    uses.set(x, (uses.get(x) ?? 0) + n);
+    if (uses.get(x) || given.has(x)) return;
+    have.get(x)?.dispose();
+    have.delete(x);
+  };
+  const tensorOf = (x: Value) => {
+    if (x.constant && !have.has(x)) have.set(x, tf.keep(tf.tensor(x.constant, x.shape, x.dtype)));
+    return have.get(x)!;
+  };
+  for (const { inputs } of nodes) for (const x of inputs) uses.set(x, (uses.get(x) ?? 0) + 1);
+  for (const [value, tensor] of given) if (wanted.has(value)) result(value, tensor);
+  for (const value of wanted) if (value.constant) result(value, tensorOf(value));
+  for (let from = 0; from < nodes.length; ) {
+    let [to, bytes] = [from, 0];
+    while (to < nodes.length && (to === from || bytes < CHUNK_BYTES))
+      for (const output of nodes[to++]!.outputs) bytes += bytesOf(output);
+    const chunk = nodes.slice(from, to);
+    const values = chunk.flatMap(({ outputs }) => outputs);
+    const made = await evaluate(chunk, have, values);
+    for (const [i, value] of values.entries()) have.set(value, tf.keep(made[i]!));
+    for (const node of chunk) {
+      const inputs = node.inputs.map(tensorOf);
+      const expected = tf.tidy(() => runNode(node, inputs));
+      for (const [k, output] of node.outputs.entries()) {
+        const how = differs(node, k, inputs, expected[k]!, have.get(output)!, products);
+        if (how) wrong.push(`${node.kernel} gives ${how}`);
+        if (wanted.has(output)) result(output, have.get(output)!);
+      }
+      tf.dispose(expected);
+      for (const x of node.inputs) used(x, -1);
+      for (const output of node.outputs) used(output, 0);
+    }
+    from = to;
+  }
+  for (const [value, tensor] of have) if (!given.has(value)) tensor.dispose();
+  return wrong;
+}
+
+/** Euclidean distance of two tensors, or the norm of one; equal infinities and NaNs are no distance. */
+function distance(a: Numbers, b?: Numbers): number {
+  let sum = 0;
+  for (let i = 0; i < a.length; i++) {
+    const [x, y] = [a[i]!, b ? b[i]! : 0];
+    if (!Object.is(x, y)) sum += (x - y) ** 2;
+  }
+  return Math.sqrt(sum);
+}
+
+/**
+ * The relative error of a result of the whole function, in the Euclidean norm, if it is more than allowed. An output may be
+ * the small difference of large numbers: below 0.01 it is held to an absolute error. What `mayMove` (state, and what hangs on
+ * a step function) is held to the size of its change alone, within a factor of 4: Adam's first step is hardly more than
+ * the gradient's sign, which rounding flips where the gradient is nearly 0; a lost assignment is a change of 0.
+ */
+export function resultError(
+  got: Numbers,
+  wanted: Numbers,
+  before: Numbers | undefined,
+  mayMove: boolean,
+  tolerance: number,
+) {
+  const size = distance(wanted);
+  if (!Number.isFinite(size)) return undefined; // the caller sees that it diverged
+  const floor = before ? 1e-5 * size + 1e-9 : 0.01 * Math.sqrt(wanted.length) + 1e-9;
+  const [change, error] = [distance(wanted, before), distance(got, wanted) / (distance(wanted, before) + floor)];
+  if (tolerance >= 0 && mayMove) {
+    const mine = distance(got, before);
+    return mine + floor >= change / 4 && mine <= 4 * (change + floor) ? undefined : error;
+  }
+  return error <= tolerance ? undefined : error;
+}

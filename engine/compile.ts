@@ -1,0 +1,118 @@
+/**
+ * `compile`, for every engine that runs recordings: a function with the meaning of `fn`, recorded at its first call for
+ * each set of feed shapes. That call is checked (engine/check.ts); the next one records again with its new feeds, and what
+ * was baked in shows as a difference of the two recordings. Later calls do not run the JavaScript.
+ */
+import * as tf from '@tensorflow/tfjs';
+import { type CheckOptions, checkNodes, type Evaluate, resultError, stepped } from './check.ts';
+import { type Numbers, type Recording, record, type Tensors, UnknownKernel, type Value } from './record.ts';
+
+/** What an engine does with a recording. Calls come one at a time. */
+export interface Runtime<Loaded> {
+  /** @throws UnknownKernel */
+  load(recording: Recording): Promise<Loaded>;
+  /** Gives the outputs and moves the state on. */
+  run(loaded: Loaded, feeds: Tensors): Promise<Tensors>;
+  /** see engine/check.ts: in a small model of its own */
+  evaluate: Evaluate;
+}
+export interface CompileOptions extends CheckOptions {
+  /** check the first two calls of each function, see above (default true) */
+  verify?: boolean;
+  log?: (line: string) => void;
+}
+/** What a function became: kernels called, and nodes without duplicates and dead ones. */
+export type FunctionStats = { name: string; calls: number; nodes: number };
+
+export function compiler<Loaded>(runtime: Runtime<Loaded>, options: CompileOptions) {
+  const { verify = true, log = () => {}, tolerance } = options;
+  const functions: FunctionStats[] = [];
+  let last: Promise<unknown> = Promise.resolve(); // a function that is called while another runs waits
+
+  /** Records, loads and checks one call. @returns its outputs */
+  async function first(
+    fn: (feeds: Tensors) => Tensors,
+    feeds: Tensors,
+    known?: { recording: Recording; loaded: Loaded },
+  ) {
+    const recording = record(feeds, fn, known?.recording);
+    const before = new Map([...recording.variables.keys()].map(v => [v, tf.keep(v.clone())]));
+    try {
+      const loaded = known?.loaded ?? (await runtime.load(recording));
+      const outputs = await runtime.run(loaded, feeds);
+      if (verify && !known) {
+        const wrong = await check(recording, feeds, before, outputs);
+        if (wrong.length > 0) {
+          for (const variable of recording.assigned.keys()) variable.assign(before.get(variable)!);
+          tf.dispose(outputs);
+          const [shown, more] = [
+            wrong.slice(0, 5).join(', '),
+            wrong.length > 5 ? `, and ${wrong.length - 5} more` : '',
+          ];
+          throw new Error(`the graph and the run op by op disagree: ${shown}${more}`);
+        }
+      }
+      return { recording, loaded, outputs };
+    } finally {
+      for (const copy of before.values()) copy.dispose();
+    }
+  }
+
+  async function check(recording: Recording, feeds: Tensors, before: Map<tf.Variable, tf.Tensor>, outputs: Tensors) {
+    const given = new Map<Value, tf.Tensor>();
+    for (const [key, value] of recording.feeds) given.set(value, feeds[key]!);
+    for (const [variable, value] of recording.variables) given.set(value, before.get(variable)!);
+    const behindSteps = stepped(recording);
+    const wrong: string[] = [];
+    const read = (tensor: tf.Tensor) => tensor.dataSync() as Numbers;
+    const result = (value: Value, tensor: tf.Tensor) => {
+      const judge = (name: string, got: tf.Tensor, old?: tf.Tensor) => {
+        const mild = old !== undefined || behindSteps.has(value);
+        const error = resultError(read(got), read(tensor), old && read(old), mild, tolerance);
+        if (error !== undefined) wrong.push(`${name} by ${error.toPrecision(2)}`);
+      };
+      for (const [key, output] of recording.outputs) if (output === value) judge(key, outputs[key]!);
+      for (const [variable, moved] of recording.assigned)
+        if (moved === value) judge(variable.name, variable, before.get(variable)!);
+    };
+    const wanted = new Set([...recording.outputs.values(), ...recording.assigned.values()]);
+    return [
+      ...(await checkNodes(recording, given, (...args) => runtime.evaluate(...args), options, wanted, result)),
+      ...wrong,
+    ];
+  }
+
+  function compile<F extends Tensors, O extends Tensors>(name: string, fn: (feeds: F) => O): (feeds: F) => Promise<O> {
+    const plain = fn as unknown as (feeds: Tensors) => Tensors;
+    const ready = new Map<string, { recording?: Recording | undefined; loaded: Loaded }>(); // by shapes
+    let opByOp = false;
+    const call = async (feeds: Tensors): Promise<Tensors> => {
+      if (opByOp) return tf.tidy(() => plain(feeds));
+      const entries = Object.entries(feeds).sort(([a], [b]) => (a < b ? -1 : 1));
+      const shapes = entries.map(([key, { dtype, shape }]) => `${key}: ${dtype}[${shape}]`).join(', ');
+      const known = ready.get(shapes);
+      if (known && !known.recording) return runtime.run(known.loaded, feeds);
+      ready.delete(shapes); // until this call has succeeded
+      try {
+        const { recording, loaded, outputs } = await first(plain, feeds, known as never);
+        const { calls, nodes } = recording;
+        if (!known) functions.push({ name: `${name}(${shapes})`, calls, nodes: nodes.length });
+        if (!known) log(`${name}(${shapes}): ${calls} kernels became ${nodes.length} nodes`);
+        ready.set(shapes, { loaded, recording: known || !verify ? undefined : recording });
+        return outputs;
+      } catch (error) {
+        const { message } = error as Error;
+        if (!(error instanceof UnknownKernel)) throw new Error(`${name}(${shapes}): ${message}`, { cause: error });
+        process.stderr.write(`engine   ${name} runs op by op: the kernel ${message} is not known to the recorder\n`);
+        opByOp = true;
+        return tf.tidy(() => plain(feeds));
+      }
+    };
+    return feeds => {
+      const done = last.then(() => call(feeds));
+      last = done.catch(() => {});
+      return done as Promise<O>;
+    };
+  }
+  return { compile, functions };
+}

@@ -1,0 +1,95 @@
+import assert from 'node:assert/strict';
+import { test } from 'node:test';
+import * as tf from '@tensorflow/tfjs';
+import type { BackendWasm } from '@tensorflow/tfjs-backend-wasm';
+import { graphCases, network, values } from './graph.cases.ts';
+import { loadOnnxRuntime, onnxCompiler } from './onnxruntime.ts';
+import { registerUniform } from './random.ts';
+import { startWasm } from './wasm.ts';
+
+await startWasm();
+registerUniform();
+const ort = await loadOnnxRuntime().catch((error: Error) => error);
+const options = { skip: ort instanceof Error && ort.message };
+const make = (given: object = {}) =>
+  onnxCompiler(ort as Exclude<typeof ort, Error>, { threads: 1, tolerance: 1e-3, products: 2 ** -16, ...given });
+graphCases(make, options);
+
+test('a run repeats bit for bit, with one thread and with two', options, async () => {
+  for (const threads of [1, 2]) {
+    const runs: number[][] = [];
+    for (let i = 0; i < 2; i++) {
+      const { variables, step, feeds } = network();
+      const graph = make({ threads });
+      const compiled = graph.compile('step', step);
+      for (let t = 1; t <= 4; t++) await compiled(feeds(t));
+      runs.push(variables.flatMap(values));
+      await graph.dispose();
+    }
+    assert.deepEqual(runs[0], runs[1]);
+  }
+});
+
+test('who holds a clone of a variable keeps its value; one that was assigned outside is used', options, async () => {
+  const w = tf.variable(tf.tensor1d([0.1, 1, 2, 3]), false);
+  const graph = make();
+  const double = graph.compile('double', () => {
+    w.assign(w.mul(2));
+    return {};
+  });
+  const held: tf.Tensor[] = [];
+  for (let i = 0; i < 5; i++) {
+    held.push(w.clone());
+    await double({});
+  }
+  assert.deepEqual(
+    held.map(x => x.dataSync()[1]),
+    [1, 2, 4, 8, 16],
+  );
+  w.assign(tf.tensor1d([1, 1, 1, 7]));
+  await double({});
+  assert.deepEqual(values(w), [2, 2, 2, 14]);
+  await graph.dispose();
+});
+
+test('a kernel that the recorder does not know runs op by op, and one line says so', options, async () => {
+  const graph = make();
+  const w = tf.variable(tf.scalar(1), false);
+  const lines: string[] = [];
+  const { write } = process.stderr;
+  process.stderr.write = (line => lines.push(String(line)) > 0) as typeof write;
+  const f = graph.compile('f', ({ x }) => {
+    w.assign(w.add(1));
+    return { y: tf.mod(x!, tf.scalar(3)) };
+  });
+  const results: number[][] = [];
+  try {
+    for (let i = 0; i < 3; i++) results.push(values((await f({ x: tf.tensor1d([4, 5]) })).y!));
+  } finally {
+    process.stderr.write = write;
+  }
+  assert.deepEqual(results, Array(3).fill([1, 2]));
+  assert.deepEqual(values(w), [4]);
+  assert.deepEqual(lines, ['engine   f runs op by op: the kernel Mod is not known to the recorder\n']);
+  await graph.dispose();
+});
+
+test('memory stays flat, also while functions are called at the same time', options, async () => {
+  const { variables, step, feeds } = network();
+  const graph = make();
+  const compiled = graph.compile('step', step);
+  const fed = feeds(1);
+  const together = async (n: number) => tf.dispose(await Promise.all(Array.from({ length: n }, () => compiled(fed))));
+  for (let i = 0; i < 4; i++) await together(1);
+  const backend = tf.backend() as BackendWasm;
+  const { wasm } = backend as unknown as { wasm: { HEAPU8: Uint8Array } };
+  const [held, heap] = [[tf.memory().numTensors, backend.numDataIds()], wasm.HEAPU8.length];
+  for (let i = 0; i < 60; i++) {
+    await together(3);
+    if (i % 10 === 0) variables[0]!.dataSync();
+  }
+  assert.deepEqual([tf.memory().numTensors, backend.numDataIds()], held);
+  assert.equal(wasm.HEAPU8.length, heap);
+  await graph.dispose();
+  assert.equal(tf.memory().numTensors, held[0]! - variables.length); // the second buffers
+});

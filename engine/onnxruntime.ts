@@ -1,0 +1,162 @@
+/**
+ * ONNX Runtime (onnxruntime-node: native libraries inside the npm package) as the engine of compiled functions. The state
+ * and all else stay tensors of TFJS's WebAssembly backend; a run reads and writes them where they lie in its heap. What
+ * a run assigns goes into a second buffer of the variable, and the two change places.
+ */
+import os from 'node:os';
+import * as tf from '@tensorflow/tfjs';
+import type { BackendWasm } from '@tensorflow/tfjs-backend-wasm';
+import { type CompileOptions, compiler } from './compile.ts';
+import { type Model, nameOf, onnxModel } from './onnx.ts';
+import { type Dtype, type Recording, runNode, type Tensors, type Value } from './record.ts';
+
+/** The parts of onnxruntime-node that are used: its own types can't be, the package is optional. */
+type OrtTensors = Record<string, { dispose?(): void }>;
+interface Session {
+  run(feeds: OrtTensors, fetches: OrtTensors): Promise<OrtTensors>;
+  release(): Promise<void>;
+}
+interface Ort {
+  env: { versions: { node?: string; common: string } };
+  Tensor: new (type: Dtype, data: ArrayBufferView, dims: number[]) => OrtTensors[string];
+  InferenceSession: { create(model: Uint8Array, options: object): Promise<Session> };
+}
+interface Loaded extends Model {
+  session: Session;
+  recording: Recording;
+}
+
+/** Loads the package. @throws Error where it isn't installed, or has no binary for this machine */
+export async function loadOnnxRuntime(): Promise<Ort> {
+  const name: string = 'onnxruntime-node'; // a plain string, so that types are checked without the package
+  try {
+    const module = (await import(name)) as Ort & { default?: Ort };
+    return module.default ?? module;
+  } catch (error) {
+    const { message, code } = error as NodeJS.ErrnoException;
+    const missing = code?.endsWith('MODULE_NOT_FOUND') && message.includes(`'${name}'`);
+    const [, , binary] = /(bin.napi-v\d+.)(\w+.\w+)/.exec(code === 'MODULE_NOT_FOUND' ? message : '') ?? [];
+    const broken = binary ? `has no binary for ${binary}` : `does not load (${message.split('\n')[0]})`;
+    const problem = missing ? 'is not installed' : broken;
+    throw new Error(`ONNX Runtime ${problem}`, { cause: error });
+  }
+}
+
+/** `compile` on ONNX Runtime. TFJS's backend must be WASM, with a kernel Uniform. */
+export function onnxCompiler(ort: Ort, { threads, ...options }: CompileOptions & { threads: number }) {
+  const backend = tf.backend() as BackendWasm;
+  const heap = backend.wasm as unknown as { HEAPU8: Uint8Array };
+  const sessionOptions = {
+    executionProviders: ['cpu'],
+    intraOpNumThreads: threads || os.availableParallelism(),
+    graphOptimizationLevel: 'all',
+    logSeverityLevel: 3,
+    // threads that spin while they wait gain a tenth on a quiet machine, and double a step's time on a busy one
+    extra: { session: { intra_op: { allow_spinning: '0' } } },
+  };
+  const spares = new Map<tf.Variable, tf.Tensor>(); // the second buffers
+  const sessions: Session[] = [];
+
+  const empty = (shape: number[], dtype: tf.DataType): tf.Tensor =>
+    tf.engine().makeTensorFromTensorInfo(backend.makeOutput(shape, dtype));
+  const spareOf = (variable: tf.Variable): tf.Tensor => {
+    const spare = spares.get(variable) ?? tf.keep(empty(variable.shape, variable.dtype));
+    spares.set(variable, spare);
+    return spare;
+  };
+  /** The tensor's own memory. Valid until something is allocated: the heap may then grow, which detaches all views. */
+  const view = (x: tf.Tensor) => {
+    const Kind = { float32: Float32Array, int32: Int32Array, bool: Uint8Array }[x.dtype as Dtype];
+    const data = new Kind(heap.HEAPU8.buffer as ArrayBuffer, backend.getMemoryOffset(x.dataId), x.size);
+    return new ort.Tensor(x.dtype as Dtype, data, x.shape);
+  };
+  /** A value computed here: the keys of random numbers. */
+  const onHost = (value: Value, given: ReadonlyMap<Value, tf.Tensor>): tf.Tensor => {
+    const { constant, shape, dtype, node } = value;
+    if (constant) return tf.tensor(constant, shape, dtype);
+    return (
+      given.get(value) ??
+      runNode(
+        node!,
+        node!.inputs.map(x => onHost(x, given)),
+      )[node!.outputs.indexOf(value)]!
+    );
+  };
+  async function runModel(
+    session: Session,
+    { inputs, drawn }: Model,
+    given: ReadonlyMap<Value, tf.Tensor>,
+    fetches: [string, tf.Tensor][],
+  ): Promise<void> {
+    const random = tf.tidy(() => drawn.map(({ outputs: [value] }) => onHost(value!, given)));
+    const made = new Map(drawn.map(({ outputs: [value] }, i) => [value!, random[i]!]));
+    const views = (pairs: (readonly [string, tf.Tensor])[]) =>
+      Object.fromEntries(pairs.map(([key, x]) => [key, view(x)]));
+    const ins = inputs.map(value => [nameOf(value), made.get(value) ?? given.get(value)!] as const);
+    await session.run(views(ins), views(fetches));
+    tf.dispose(random);
+  }
+
+  const load = async (recording: Recording): Promise<Loaded> => {
+    const given = [...recording.feeds.values(), ...recording.variables.values()];
+    const results: [string, Value][] = [...recording.outputs].map(([key, value]) => [`out/${key}`, value]);
+    for (const [k, value] of [...recording.assigned.values()].entries()) results.push([`new/${k}`, value]);
+    const model = onnxModel(recording.nodes, given, results);
+    const session = await ort.InferenceSession.create(model.bytes, sessionOptions);
+    sessions.push(session);
+    return { ...model, recording, session };
+  };
+  const run = async ({ session, recording, ...model }: Loaded, feeds: Tensors): Promise<Tensors> => {
+    const { outputs, assigned, variables } = recording;
+    const given = new Map<Value, tf.Tensor>();
+    for (const [key, value] of recording.feeds) given.set(value, feeds[key]!);
+    for (const [variable, value] of variables) given.set(value, variable);
+    const made: Tensors = Object.fromEntries([...outputs].map(([key, { shape, dtype }]) => [key, empty(shape, dtype)]));
+    const fetches: [string, tf.Tensor][] = Object.entries(made).map(([key, tensor]) => [`out/${key}`, tensor]);
+    for (const [k, variable] of [...assigned.keys()].entries()) fetches.push([`new/${k}`, spareOf(variable)]);
+    await runModel(session, model, given, fetches);
+    for (const variable of assigned.keys()) {
+      const [old, spare] = [tf.keep(variable.clone()), spares.get(variable)!];
+      variable.assign(spare);
+      spare.dispose();
+      // who holds a clone of the old value keeps it
+      if (backend.refCount(old.dataId) > 1) {
+        old.dispose();
+        spares.delete(variable);
+      } else spares.set(variable, old);
+    }
+    return made;
+  };
+  const compiled = compiler<Loaded>(
+    {
+      load,
+      run,
+      evaluate: async (nodes, given, wanted) => {
+        // a value that is given or drawn comes through unchanged
+        const outputs = wanted.map((value): [string, Value] => [
+          value.node?.kernel === 'Uniform' ? `out/${value.id}` : nameOf(value),
+          value,
+        ]);
+        const model = onnxModel(nodes, given.keys(), outputs);
+        const plain = { ...sessionOptions, graphOptimizationLevel: 'disabled' }; // each node by itself
+        const session = await ort.InferenceSession.create(model.bytes, plain);
+        const made = wanted.map(({ shape, dtype }) => empty(shape, dtype));
+        await runModel(
+          session,
+          model,
+          given,
+          outputs.map(([name], i) => [name, made[i]!]),
+        );
+        await session.release();
+        return made;
+      },
+    },
+    options,
+  ); /** Frees the sessions: the compiled functions no longer work. The variables keep their values. */
+  const dispose = async (): Promise<void> => {
+    await Promise.all(sessions.splice(0).map(session => session.release()));
+    tf.dispose([...spares.values()]);
+    spares.clear();
+  };
+  return { ...compiled, dispose };
+}

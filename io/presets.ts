@@ -1,0 +1,40 @@
+import { fileURLToPath } from 'node:url';
+
+const bundled = (file: string) => fileURLToPath(new URL(`../assets/toy/${file}`, import.meta.url));
+
+/** Named settings: their source, what differs from the defaults, and the target that they are meant for. */
+export interface Preset {
+  source: string;
+  target?: Record<string, number>;
+  config: Record<string, string | number | boolean>;
+}
+// biome-ignore format: kept on few lines
+export const PRESETS: Readonly<Record<string, Preset>> = {
+  toy: {
+    source: 'ours: the bundled one-layer target with known rules',
+    config: {
+      model: bundled(''), data: bundled('corpus.txt'), evalData: bundled('eval.json'), labels: bundled('labels.json'),
+      components: '*.attn.*=48,*.mlp.*=128', seqLen: 32, batchSize: 16, nSteps: 2000, mainLr: 7e-3,
+      coeffFaith: 1e4, coeffImp: 5e-4, impBeta: 4, ppgdLr: 0.05, seed: 0,
+      faithfulnessWarmupLr: 5e-3, faithfulnessWarmupLrFinalFrac: 0.05,
+      ciDModel: 64, ciNBlocks: 1, ciNHeads: 4, ciMlpHidden: 256,
+      evalFreq: 1000, slowEvalFreq: 0, evalBatchSize: 128, saveEvery: 1000,
+    },
+  },
+  'simplestories-2L': {
+    source: "the original's small public preset for its 2-layer SimpleStories target",
+    target: { nLayers: 2, dModel: 192, nHeads: 6, vocab: 4019 },
+    config: {
+      components: '*.q_proj=288,*.k_proj=288,*.v_proj=384,*.o_proj=480,*.c_fc=1152,*.down_proj=960',
+      ciDModel: 512, ciNBlocks: 4, ciNHeads: 8, ciMlpHidden: 2048, coeffImp: 1e-3, mainLr: 3e-4,
+    },
+  },
+  'pile-4L': {
+    source: "the paper's run on its 4-layer Pile target, 400k steps of 64 x 512 tokens",
+    target: { nLayers: 4, dModel: 768, nHeads: 6, dMlp: 3072, vocab: 50_277 },
+    config: {
+      components: '*.q_proj=512,*.k_proj=512,*.v_proj=1024,*.o_proj=1024,*.c_fc=3072,*.down_proj=3584',
+      batchSize: 64, seqLen: 512, ciDModel: 2048, ciNBlocks: 8, ciNHeads: 16, ciMlpHidden: 8192,
+    },
+  },
+};
