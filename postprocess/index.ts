@@ -66,7 +66,11 @@ export const JOBS: Record<string, Job> = {
   cluster: onRun('groups of components by minimum description length', CLUSTER, cluster),
   interpret: onRun('labels and their scores, through a chat-completions endpoint or files', INTERPRET, interpret),
   postprocess: onRun('harvest, attributions, clusters, labels, page: what is missing of them', PIPELINE, (run, flags) =>
-    postprocess(run, flags, { harvest: harvestAgain, attributions }),
+    postprocess(run, flags, {
+      harvest: harvestAgain,
+      attributions,
+      page: async () => writePage(run.problem.config.out, await score(run)),
+    }),
   ),
   serve: onRun('the page with a live text box, on 127.0.0.1', SERVE, serve),
 };

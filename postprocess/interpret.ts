@@ -422,6 +422,7 @@ function readLines(file: string): Record<string, unknown>[] {
 function openStore(dir: string) {
   const file = path.join(dir, ANSWERS);
   const answers = new Map<string, StoredAnswer>();
+  const components = new Set<string>(); // of which there is any answer
   const whole: string[] = [];
   const keep = (value: Record<string, unknown>, where: string): string | undefined => {
     const { id, content, model, tokensIn, tokensOut } = value;
@@ -435,6 +436,7 @@ function openStore(dir: string) {
       tokensOut: tokens(tokensOut),
     };
     answers.set(id, answer);
+    components.add(id.split('/', 1)[0]!);
     return JSON.stringify({ id, ...answer });
   };
   if (fs.existsSync(file)) {
@@ -446,6 +448,7 @@ function openStore(dir: string) {
   }
   return {
     answers,
+    components,
     add(value: Record<string, unknown>, where: string): void {
       fs.appendFileSync(file, `${keep(value, where)}\n`);
     },
@@ -709,7 +712,7 @@ interface Settings {
 /** Answers from the store, else from the endpoint, else the question is written down. */
 function makeAsker(dir: string, store: Store, settings: Settings) {
   const { endpoint, budget, promptsOnly } = settings;
-  const state = { asked: 0, open: 0, tokensIn: 0, tokensOut: 0, stopped: '' };
+  const state = { asked: 0, open: 0, untouched: 0, tokensIn: 0, tokensOut: 0, stopped: '' };
   const prompts: string[] = [];
   const written = path.join(dir, `${PROMPTS}.${process.pid}.tmp`);
   const flush = () => {
@@ -809,6 +812,10 @@ export async function interpret(job: files.Run, flags: files.Flags): Promise<num
   };
   process.once('SIGINT', onSignal);
   const perComponent = await inParallel(material.components, settings.concurrency, async component => {
+    if (state.stopped && !store.components.has(`${component.module}:${component.index}`)) {
+      state.untouched++;
+      return [];
+    }
     const lines = await interpretComponent(component, material, asker);
     show(() => `interpret ${++done} of ${material.components.length} components, ${state.asked} answers`);
     return lines;
@@ -834,7 +841,12 @@ export async function interpret(job: files.Run, flags: files.Flags): Promise<num
       labelWindows: LABEL_WINDOWS,
       neighbours: NEIGHBOURS,
     },
-    bounds: { components: material.components.length, alive: harvest.components.length, open: state.open },
+    bounds: {
+      components: material.components.length,
+      alive: harvest.components.length,
+      open: state.open,
+      notBegun: state.untouched,
+    },
   };
   files.writeAtomic(
     path.join(dir, 'interpretations.jsonl'),
@@ -848,6 +860,7 @@ export async function interpret(job: files.Run, flags: files.Flags): Promise<num
     const where = promptsOnly ? `; they are in ${path.join(dir, PROMPTS)}, then --answers FILE` : '';
     console.log(`${state.open} questions open${where} (what waits for a label is not counted)`);
   }
+  if (state.untouched > 0) console.log(`${state.untouched} components not begun`);
   if (!state.stopped) return 0;
   files.talk(`stopped: ${state.stopped}; what is answered is kept, the same command goes on`);
   return state.stopped === 'interrupted' ? 130 : 1;

@@ -1,6 +1,6 @@
 /** The pipeline: in order, what is there is left alone, and what belongs to other components is made anew. */
 import assert from 'node:assert/strict';
-import { mkdtempSync, readFileSync, rmSync, writeFileSync } from 'node:fs';
+import { mkdtempSync, readFileSync, rmSync, utimesSync, writeFileSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { test } from 'node:test';
@@ -42,6 +42,8 @@ test('stages run in order, once; other components make them run again', async ()
   assert.deepEqual(await called(), [0, 'attributions undefined', 'page']);
   assert.deepEqual(await called(), [0]);
   rmSync(join(dir, 'report.html'));
+  assert.deepEqual(await called(), [0, 'page']);
+  utimesSync(join(dir, 'report.html'), 1, 1); // an earlier start ended before the page
   assert.deepEqual(await called(), [0, 'page']);
   write('harvest.json', { formatVersion: 1, changed: true });
   assert.deepEqual(await called(), [0, 'harvest', 'page']);

@@ -44,18 +44,23 @@ function isHarvested(dir: string, components: string): boolean {
   return JSON.parse(fs.readFileSync(path.join(dir, HARVESTED), 'utf8')).harvest === hashFile(file);
 }
 
+/** Whether a file is there and no older than what it is made of, even if an earlier start ended before it was made. */
+function isNewest(dir: string, name: string): boolean {
+  const timeOf = (file: string) => fs.statSync(path.join(dir, file), { throwIfNoEntry: false })?.mtimeMs ?? 0;
+  return timeOf(name) > 0 && SHOWN.every(file => timeOf(file) <= timeOf(name));
+}
+const SHOWN = ['harvest.json', 'attributions.json', 'clusters.json', 'interpretations.jsonl'];
+
 /** @returns the exit code: that of the first stage that did not end well */
 export async function postprocess(run: files.Run, flags: files.Flags, steps: Steps): Promise<number> {
   const dir = run.problem.config.out;
   const components = files.componentsHash(dir);
   const pick = (...names: string[]) => Object.fromEntries(names.map(name => [name, flags[name]]));
-  let done = 0;
   const stage = async (name: string, ready: boolean, job: () => Promise<number>): Promise<number> => {
     files.talk(`${name.padEnd(13)}${ready ? 'is there' : '…'}`);
     if (ready) return 0;
     const started = performance.now();
     const code = await job();
-    if (code === 0) done++;
     files.talk(`${name.padEnd(13)}${((performance.now() - started) / 1000).toFixed(1)} s`);
     return code;
   };
@@ -88,7 +93,7 @@ export async function postprocess(run: files.Run, flags: files.Flags, steps: Ste
   if (!asking)
     files.talk('             no labels: give --api-url and --api-model, or --prompts-only, or --answers FILE');
   const page = path.join(dir, 'report.html');
-  await stage('page', done === 0 && fs.existsSync(page), async () => {
+  await stage('page', isNewest(dir, 'report.html'), async () => {
     await (steps.page?.(run) ?? writePage(dir));
     return 0;
   });
