@@ -37,6 +37,7 @@ export interface Options {
   seed: number;
   steps: number;
   threads: number; // of the engine; 0 = all cores
+  share: number; // of the target's training: less than 1 where `steps` is shorter than the lesson's own
   out: string; // the run folder, with the trained target and the page
 }
 /**
@@ -67,8 +68,10 @@ export function optionsOf(lesson: string, flag: string, steps: Readonly<Record<s
     return Number.isInteger(n) && n >= least ? n : wrong(`--${name}: got ${values[name]}, takes a whole number`);
   };
   const seed = count('seed', 0, 0);
+  const usual = steps[which]!;
+  const asked = count('steps', usual, 1);
   const out = values.out ?? path.join('runs', `${lesson}-${which}-seed${seed}`);
-  return { which, seed, steps: count('steps', steps[which]!, 1), threads: count('threads', 0, 0), out };
+  return { which, seed, steps: asked, threads: count('threads', 0, 0), share: Math.min(1, asked / usual), out };
 }
 
 /** Decomposes and evaluates a target in the lesson's folder, and writes the page there. */
@@ -121,9 +124,9 @@ export async function trainTarget(
   weights: ReadonlyMap<string, tf.Variable>,
   loss: (inputs: T) => T,
   stages: Training[],
-  { threads, out }: Options,
+  { threads, share, out }: Options,
 ): Promise<void> {
-  const file = path.join(out, 'target.json');
+  const file = path.join(out, share < 1 ? `target-${share}.json` : 'target.json');
   const engine = await startEngine({ ...DEFAULTS, threads, xla: 'off' });
   if (fs.existsSync(file)) {
     const stored: Record<string, number[]> = JSON.parse(fs.readFileSync(file, 'utf8'));
@@ -145,7 +148,8 @@ export async function trainTarget(
     return { loss: value };
   };
   let t = 0; // of Adam, all stages together
-  for (const { rows, batch, steps, lr, finalFrac = 0.01 } of stages) {
+  for (const { rows, batch, lr, finalFrac = 0.01, ...stage } of stages) {
+    const steps = Math.ceil(stage.steps * share);
     const step = engine.compile(`target ${rows.seqLen}`, update);
     for (const i of range(0, steps)) {
       t++;

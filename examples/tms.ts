@@ -11,16 +11,7 @@
  *   npx tsx examples/tms.ts --size 5-2|40-10|5-2-id|40-10-id [--seed N] [--steps N] [--out DIR]
  */
 import * as tf from '@tensorflow/tfjs';
-import {
-  type Config,
-  makeVariable,
-  matmul,
-  mse,
-  numbers,
-  sum,
-  type T,
-  type Target,
-} from '../nano-param-decomp.ts';
+import { type Config, makeVariable, matmul, mse, numbers, sum, type T, type Target } from '../nano-param-decomp.ts';
 import { ciPerModule } from './ci-mlp.ts';
 import { decomposeTarget, normal, optionsOf, printMarks, sparseFeatures, trainTarget } from './lesson.ts';
 import { ciOnOneHot, factors, identityCiError, matchFeatures, rowsOf } from './metrics.ts';
