@@ -1,20 +1,18 @@
 /**
  * Induction heads: an attention-only network of two layers with one head each, which answers "what came after S before?".
- * A row is 64 random tokens; early in it stands the pair (S, M), S is one fixed token, and the row ends in S again: predict
- * M. The known solution takes two heads: in layer 0 a head by which the token after S learns that S is before it
- * (previous token), in layer 1 one by which the last S finds that token and copies it (induction).
+ * A row is 64 tokens, random but for S, one fixed token: it stands once in the first half, before M, and at the end, and
+ * M is the answer. It takes two heads: in layer 0 the token M learns that S is before it (previous token); in layer 1 the
+ * last S finds that token and copies it (induction).
  *
- * What must be found: few components, at the two places that do the work: layer 0 at M, layer 1 at the last S (q, o) and
- * at M (k, v). How it is marked: the accuracy under CI masks and under a fresh adversary's; and what is left when only
- * those components are deleted, beside as many others, with the attention of both heads as a picture.
+ * What must be found: few components, where the heads work: layer 0 at M (k and v at the S before it), layer 1 at the end
+ * (k and v at M). How it is marked: the accuracy under CI masks and under a fresh adversary's; and the accuracy when
+ * exactly those components are deleted, beside that without as many others, with the attention of both heads.
  *
- *   npx tsx examples/induction-heads.ts [--seed N] [--steps N] [--out DIR --page]
+ *   npx tsx examples/induction-heads.ts [--rows 64|32] [--seed N] [--steps N] [--out DIR]
  */
-import * as path from 'node:path';
 import * as tf from '@tensorflow/tfjs';
 import {
   type Config,
-  decompose,
   importances,
   inputBatch,
   interpolate,
@@ -25,29 +23,25 @@ import {
   maskedForward,
   maskedLinear,
   matmul,
-  newRun,
   numbers,
   ownLinear,
   pgdStep,
   type Rows,
   range,
-  sum,
   type T,
   type Target,
-  toHeads,
   totalC,
   uniformArray,
 } from '../nano-param-decomp.ts';
-import { finish } from '../postprocess/index.ts';
-import { normal, optionsOf, trainTarget } from './lesson.ts';
+import { decomposeTarget, normal, optionsOf, printMarks, trainTarget } from './lesson.ts';
 
-const TRY = JSON.parse(process.env.TRY ?? '{}');
-const options = optionsOf(process.argv.slice(2), 'layers', ['2'], 3000);
-const { seed, threads, out } = options;
 const started = performance.now();
-const [D, RANDOM, BEGIN, S, VOCAB, LENGTH] = [16, 128, 128, 129, 130, 64];
+const options = optionsOf('induction-heads', 'rows', { 64: 2000, 32: 2000 });
+const { seed } = options;
+const LENGTH = Number(options.which);
+const [D, RANDOM, BEGIN, S, VOCAB] = [16, 128, 128, 129, 130];
 
-/** Rows: begin, random tokens with (S, M) in the first half, S. */
+// 1. The data: a source of rows without an end.
 const rows = (seqLen: number, first: number): Rows => ({
   count: Number.POSITIVE_INFINITY,
   seqLen,
@@ -60,200 +54,163 @@ const rows = (seqLen: number, first: number): Rows => ({
     return tokens;
   },
 });
-const placeOfM = (row: ArrayLike<number>) => Array.from(row).indexOf(S) + 1;
 
-// The target: embedding, two layers of q, k, v, o, unembedding. Sinusoidal positions are added to q and k.
+// 2. The target. Sinusoidal positions are added to q and k, so they are no part of the residual stream.
 const linears = [0, 1].flatMap(l => [...'qkvo'].map(p => ({ path: `layers.${l}.${p}`, dIn: D, dOut: D })));
-const matrix = (dIn: number, dOut: number, purpose: number) =>
-  makeVariable(normal(dIn * dOut, 1 / Math.sqrt(dIn), seed, purpose), [dIn, dOut]);
-const embed = makeVariable(normal(VOCAB * D, 1, seed, 1), [VOCAB, D]);
+const matrix = (dIn: number, dOut: number, purpose: number, deviation = 1 / Math.sqrt(dIn)) =>
+  makeVariable(normal(dIn * dOut, deviation, seed, purpose), [dIn, dOut]);
+const embed = matrix(VOCAB, D, 1, 1);
 const unembed = matrix(D, VOCAB, 2);
 const weights = new Map(linears.map(({ path, dIn, dOut }, i) => [path, matrix(dIn, dOut, 3 + i)]));
+const angle = (s: number, i: number) => s / 10_000 ** ((i >> 1) / (D / 2)) + (i % 2) * (Math.PI / 2);
 const sinusoids = (length: number) =>
-  tf.tensor2d(
-    range(0, length).map(s =>
-      range(0, D).map(i => Math.sin(s / 10_000 ** ((i >> 1) / (D / 2)) + (i % 2) * (Math.PI / 2))),
-    ),
-  );
-/** The logits at the last position [B,VOCAB], and the attention of both layers [B,S,S]. */
+  tf.tensor2d(range(0, length).map(s => range(0, D).map(i => Math.sin(angle(s, i)))));
+/** The logits at the end of each row [B,vocab], and the attention of both layers [B,S,S]. */
 function network(tokens: T<'B S'>, linear: Linear) {
   const [B = 0, length = 0] = tokens.shape;
-  let x: T<'N d'> = matmul(tf.oneHot(tokens.flatten() as tf.Tensor1D, VOCAB).cast('float32'), embed);
   const position = tf.range(0, length, 1, 'float32');
   const later = position
     .reshape([1, length])
     .greater(position.reshape([length, 1]))
-    .cast('float32')
-    .mul(-1e9);
-  const places = sinusoids(length);
+    .cast('float32');
+  let x: T<'N d'> = matmul(tf.oneHot(tokens.flatten() as tf.Tensor1D, VOCAB).cast('float32'), embed);
   const attention = [0, 1].map(l => {
-    const project = (p: string) => linear(`layers.${l}.${p}`, x).reshape([B, length, D]);
-    const scores = tf.matMul(project('q').add(places), project('k').add(places), false, true).mul(1 / Math.sqrt(D));
-    const pattern = scores.add(later).softmax();
-    x = x.add(linear(`layers.${l}.o`, tf.matMul(pattern, project('v')).reshape([B * length, D])));
+    const [q, k, v] = [...'qkv'].map(p => linear(`layers.${l}.${p}`, x).reshape([B, length, D])) as [T, T, T];
+    const places = sinusoids(length);
+    const scores = tf.matMul(q.add(places), k.add(places), false, true).mul(1 / Math.sqrt(D));
+    const pattern: T<'B S S'> = scores.add(later.mul(-1e9)).softmax();
+    x = x.add(linear(`layers.${l}.o`, tf.matMul(pattern, v).reshape([B * length, D])));
     return pattern;
   });
-  const last = tf.slice(x.reshape([B, length, D]), [0, length - 1, 0], [B, 1, D]).reshape([B, D]);
-  return { logits: matmul(last, unembed), attention };
+  const end = tf.slice(x.reshape([B, length, D]), [0, length - 1, 0], [B, 1, D]).reshape([B, D]);
+  return { logits: matmul(end, unembed), attention };
 }
 const target: Target = { linears, weights, compare: kl, forward: (tokens, linear) => network(tokens, linear).logits };
-/** M of each row: the token that follows the first S. */
-const answers = (tokens: T<'B S'>): tf.Tensor1D => {
+
+/** M of each row: the token after the S that is not the last. */
+function answers(tokens: T<'B S'>): tf.Tensor1D {
   const [B = 0, length = 0] = tokens.shape;
-  const before = tf
+  const isS = tf
     .slice(tokens, [0, 0], [B, length - 1])
     .equal(S)
     .cast('int32');
-  return before
+  return isS
     .mul(tf.slice(tokens, [0, 1], [B, length - 1]))
     .sum(1)
     .cast('int32') as tf.Tensor1D;
+}
+const loss = (tokens: T) => {
+  const right = tf.oneHot(answers(tokens), VOCAB).mul(network(tokens, ownLinear(target)).logits.logSoftmax());
+  return right.sum().div(-tokens.shape[0]!);
 };
-const loss = (tokens: T) =>
-  target
-    .forward(tokens, ownLinear(target))
-    .logSoftmax()
-    .mul(tf.oneHot(answers(tokens), VOCAB))
-    .sum()
-    .div(-tokens.shape[0]!);
-const all = new Map([...weights, ['embed', embed], ['unembed', unembed]]);
-// Short rows first: the heads form there at a fraction of the cost, and then learn to look further.
-const stages = (
-  TRY.stages ?? [
-    [12, 256, 6000, 5e-3],
-    [32, 128, 1500, 3e-3],
-    [LENGTH, 128, 1500, 3e-3],
-  ]
-).map(([length, batch, steps, lr]: number[]) => ({
-  rows: rows(length!, 0),
-  batch: batch!,
-  steps: steps!,
-  lr: lr!,
-  finalFrac: length === LENGTH ? 0.01 : 0.5,
-}));
-const file = process.env.CACHE
-  ? path.join(process.env.CACHE, `ind-${seed}.json`)
-  : out && path.join(out, 'target.json');
-await trainTarget(all, loss, stages, { threads, file });
+// On short rows first: the heads form there at a fraction of the cost, and then learn to look further.
+const stages = [
+  { rows: rows(12, 0), batch: 256, steps: 1200, lr: 5e-3, finalFrac: 0.5 },
+  { rows: rows(32, 0), batch: 128, steps: 400, lr: 3e-3, finalFrac: 0.5 },
+  { rows: rows(LENGTH, 0), batch: 64, steps: 600, lr: 3e-3 },
+];
+await trainTarget(new Map([...weights, ['embed', embed], ['unembed', unembed]]), loss, stages, options);
 
+// 3. The decomposition, with the method's own CI function: it sees the row.
+const changes: Partial<Config> = {
+  ...{ components: '*=32', batchSize: 16, mainLr: 2e-3, gradClipComponents: 0, gradClipCi: 1 },
+  ...{ coeffFaith: 1e3, coeffImp: 2e-4, pStart: 1, pEnd: 0.5, ppgdInnerSteps: 1 },
+  ...{ ciDModel: 64, ciNBlocks: 1, ciMlpHidden: 128, evalBatchSize: 64, harvestRows: 256 },
+};
 const held = rows(LENGTH, 2 ** 30);
-const testTokens = inputBatch(held, range(0, 512));
-/** The share of right answers. */
-const accuracy = async (logits: (tokens: T) => T) => {
-  const right = tf.tidy(() => logits(testTokens).argMax(1).equal(answers(testTokens)).cast('float32').mean());
-  return (await numbers(right))[0]!;
-};
-const targetAccuracy = await accuracy(tokens => target.forward(tokens, ownLinear(target)));
-console.error('target accuracy', targetAccuracy);
-if (TRY.targetOnly) process.exit(0);
-
-const config: Partial<Config> = {
-  ...{ out, seed, threads, nSteps: options.steps, batchSize: 32, components: '*=32', xla: 'off' },
-  ...{ mainLr: 2e-3, gradClipComponents: 0, coeffFaith: 1e3, coeffImp: 2e-4, pStart: 1, pEnd: 0.5, impBeta: 0.5 },
-  ...{ ciDModel: 64, ciNBlocks: 1, ciMlpHidden: 128, ppgdInnerSteps: 1, evalFreq: 0, saveEvery: 0, harvestRows: 256 },
-  ...TRY.config,
-};
-const run = await newRun(target, { train: rows(LENGTH, 2 ** 29), heldOut: held }, config);
-const metrics = (await decompose(run))!;
-await finish(run, metrics);
-
-// The marks. Accuracy under masks:
-const { problem, params } = run;
-const M = problem.modules.length;
-const sumC = totalC(problem.modules);
-const masked = (masks: (g: T) => Masks) =>
-  accuracy(tokens => maskedForward(problem, params, tokens, masks(importances(problem, params, tokens).g)));
-let source: T = tf.tensor2d(uniformArray(sumC + M, seed, 0, 1002), [1, sumC + M]);
-for (const _ of range(0, 20)) source = tf.tidy(() => pgdStep(problem, params, testTokens, source).next);
-const accuracyCi = await masked(g => ({ mask: g }));
-const accuracyAdversary = await masked(g => {
-  const [s, delta] = tf.split(source, [sumC, M], 1) as [T, T];
-  return { mask: interpolate(g, s), delta };
-});
-
-// The heads' components: important (mean CI above 0.5) where the solution needs them.
-const places = range(0, 512).map(i => placeOfM(held.row(i)));
-const g3 = tf.tidy(() => importances(problem, params, testTokens).g.reshape([512, LENGTH, sumC]));
-const meanAt = async (at: (row: number) => number) => {
-  const onePlace = tf.tidy(() =>
-    g3
-      .mul(tf.oneHot(range(0, 512).map(at), LENGTH).reshape([512, LENGTH, 1]))
-      .sum([0, 1])
-      .div(512),
-  );
-  return numbers(onePlace);
-};
-const atM = await meanAt(i => places[i]!);
-const atS = await meanAt(i => places[i]! - 1);
-const atEnd = await meanAt(() => LENGTH - 1);
-const anywhere = await numbers(tf.tidy(() => g3.mean([0, 1])));
-const whereOf: Record<string, Float32Array> = {
-  'layers.0.q': atM,
-  'layers.0.k': atS,
-  'layers.0.v': atS,
-  'layers.0.o': atM,
-  'layers.1.q': atEnd,
-  'layers.1.k': atM,
-  'layers.1.v': atM,
-  'layers.1.o': atEnd,
-};
-const heads = problem.modules.flatMap(m =>
-  range(m.offset, m.offset + m.C)
-    .filter(c => whereOf[m.path]![c]! > 0.5)
-    .map(c => ({ c, name: `${m.path}:${c - m.offset}`, layer: Number(m.path[7]) })),
+const { run, metrics } = await decomposeTarget(
+  target,
+  { train: rows(LENGTH, 2 ** 29), heldOut: held },
+  options,
+  changes,
 );
-const alive = range(0, sumC).filter(c => anywhere[c]! > 1e-6);
-const others = alive.filter(c => !heads.some(h => h.c === c));
+const { problem, params } = run;
+
+// 4. The marks, on other rows than those of training.
+const B = 256;
+const tokens = inputBatch(held, range(0, B));
+const accuracyOf = (logits: () => T) =>
+  tf.tidy(() => logits().argMax(1).equal(answers(tokens)).cast('float32').mean().dataSync()[0]!);
+const accuracy = (masks: Masks) => accuracyOf(() => maskedForward(problem, params, tokens, masks));
+const targetAccuracy = accuracyOf(() => target.forward(tokens, ownLinear(target)));
+const [sumC, M] = [totalC(problem.modules), problem.modules.length];
+const g = tf.tidy(() => importances(problem, params, tokens).g);
+let source: T = tf.tensor2d(uniformArray(sumC + M, seed, 0, 1002), [1, sumC + M]);
+for (const _ of range(0, 20)) source = tf.tidy(() => pgdStep(problem, params, tokens, source).next);
+const [s, delta] = tf.split(source, [sumC, M], 1) as [T, T];
+
+// The components of the heads: important (g above 0.5 on average) where the heads work.
+const all = await numbers(g); // [B·S,ΣC]
+const placeOfS = range(0, B).map(i => held.row(i).indexOf(S));
+const meanAt = (c: number, place: (row: number) => number) =>
+  range(0, B).reduce((total, i) => total + all[(i * LENGTH + place(i)) * sumC + c]! / B, 0);
+const places = { S: (i: number) => placeOfS[i]!, M: (i: number) => placeOfS[i]! + 1, end: () => LENGTH - 1 };
+const worksAt = {
+  '0.q': 'M',
+  '0.k': 'S',
+  '0.v': 'S',
+  '0.o': 'M',
+  '1.q': 'end',
+  '1.k': 'M',
+  '1.v': 'M',
+  '1.o': 'end',
+} as const;
+const heads = problem.modules.flatMap(({ path, C, offset }) => {
+  const place = places[worksAt[path.slice('layers.'.length) as '0.q']];
+  const found = range(offset, offset + C).filter(c => meanAt(c, place) > 0.5);
+  return found.map(c => ({ c, name: `${path}:${c - offset}`, layer: path.startsWith('layers.0') ? 0 : 1 }));
+});
+const ofLayer = (layer: number) => heads.filter(h => h.layer === layer).map(h => h.c);
 const without = (deleted: number[]): Masks => ({
   mask: tf.tensor2d(
     Float32Array.from({ length: sumC }, (_, c) => Number(!deleted.includes(c))),
     [1, sumC],
   ),
 });
-const ofLayer = (l: number) => heads.filter(h => h.layer === l).map(h => h.c);
-const accuracyWithoutPrevious = await masked(() => without(ofLayer(0)));
-const accuracyWithoutInduction = await masked(() => without(ofLayer(1)));
-const accuracyWithoutOthers = await masked(() => without(others.slice(0, Math.max(heads.length, 1))));
-console.log(`the heads: ${heads.map(h => h.name).join(' ')}`);
-console.log(`alive ${alive.length}`);
+// The control: as many others, those that are important most often.
+const meanCi = range(0, sumC).map(c => range(0, B * LENGTH).reduce((total, n) => total + all[n * sumC + c]!, 0));
+const rest = range(0, sumC).filter(c => !heads.some(h => h.c === c));
+const others = rest.sort((a, b) => meanCi[b]! - meanCi[a]!).slice(0, heads.length);
 
-/** Attention as text: of the token M in layer 0 and of the last S in layer 1, in tenths. */
-function picture(title: string, linear: Linear, i: number) {
-  const tokens = inputBatch(held, [i]);
-  const line = (l: number, at: number) => {
-    const pattern = tf.tidy(() =>
-      tf.slice(network(tokens, linear).attention[l]!, [0, at, 0], [1, 1, LENGTH]).dataSync(),
-    );
-    return Array.from(pattern, p => (p < 0.05 ? '·' : Math.min(9, Math.round(10 * p)))).join('');
-  };
-  console.log(`${title}\n  M looks at   ${line(0, places[i]!)}\n  end looks at ${line(1, LENGTH - 1)}`);
+/** The attention of the first held-out row in tenths: M's in layer 0, that of the last S in layer 1. */
+function showAttention(title: string, linear: Linear) {
+  const { attention } = tf.tidy(() => network(tf.slice(tokens, [0, 0], [1, LENGTH]), linear));
+  const line = (layer: number, at: number) =>
+    Array.from(tf.slice(attention[layer]!, [0, at, 0], [1, 1, LENGTH]).dataSync(), p =>
+      p < 0.05 ? '·' : `${Math.min(9, Math.round(10 * p))}`,
+    ).join('');
+  console.log(`  ${title}\n    layer 0, M    ${line(0, places.M(0))}\n    layer 1, end  ${line(1, LENGTH - 1)}`);
 }
-const marks = Array.from({ length: LENGTH }, (_, s) =>
-  s === places[0]! - 1 || s === LENGTH - 1 ? 'S' : s === places[0] ? 'M' : ' ',
-).join('');
-console.log(`               ${marks}`);
-picture('the target', ownLinear(target), 0);
-picture('without the previous-token components', maskedLinear(problem, params, without(ofLayer(0))), 0);
-picture('without the induction components', maskedLinear(problem, params, without(ofLayer(1))), 0);
-const cpu = process.cpuUsage();
-void sum;
-void toHeads;
+const row = range(0, LENGTH).map(k => (k === places.S(0) || k === LENGTH - 1 ? 'S' : k === places.M(0) ? 'M' : ' '));
+console.log(`\n  Where the heads look, in tenths\n                  ${row.join('')}`);
+showAttention('the target', ownLinear(target));
+showAttention('without the previous-token components', maskedLinear(problem, params, without(ofLayer(0))));
+showAttention('without the induction components', maskedLinear(problem, params, without(ofLayer(1))));
 console.log(
-  JSON.stringify({
+  `  previous token: ${heads
+    .filter(h => h.layer === 0)
+    .map(h => h.name)
+    .join(' ')}`,
+);
+console.log(
+  `  induction:      ${heads
+    .filter(h => h.layer === 1)
+    .map(h => h.name)
+    .join(' ')}`,
+);
+printMarks({
+  ...{
     seed,
     targetAccuracy,
-    accuracyCi,
-    accuracyAdversary,
-    accuracyWithoutPrevious,
-    accuracyWithoutInduction,
-    accuracyWithoutOthers,
-    deleted: heads.length,
-    alive: alive.length,
-    l0: Object.fromEntries(problem.modules.map(m => [m.path, metrics[`eval/l0/0.0_${m.path}`]])),
-    reconstruction: metrics['eval/ce_kl/kl_ci_masked'],
-    adversarial: metrics['eval/loss/PGDReconLoss'],
-    seconds: (performance.now() - started) / 1000,
-    cpu: (cpu.user + cpu.system) / 1e6,
-    TRY,
-  }),
-);
+    accuracyCi: accuracy({ mask: g }),
+    accuracyAdversary: accuracy({ mask: interpolate(g, s), delta }),
+  },
+  ...{ componentsOfHeads: heads.length, accuracyWithoutPrevious: accuracy(without(ofLayer(0))) },
+  ...{ accuracyWithoutInduction: accuracy(without(ofLayer(1))), accuracyWithoutOthers: accuracy(without(others)) },
+  ...{
+    l0: metrics['eval/l0/0.0_total']!,
+    alive: metrics['eval/n_alive']!,
+    reconstruction: metrics['eval/ce_kl/kl_ci_masked']!,
+  },
+  ...{ adversarial: metrics['eval/loss/PGDReconLoss']!, seconds: (performance.now() - started) / 1000 },
+});

@@ -4,55 +4,97 @@
  */
 import * as fs from 'node:fs';
 import * as path from 'node:path';
-import { parseArgs } from 'node:util';
 import * as tf from '@tensorflow/tfjs';
 import {
   adam,
+  type CiFunction,
+  type Config,
   cosine,
+  type Data,
   DEFAULTS,
+  decompose,
   inputBatch,
+  type Metrics,
   makeVariable,
+  newRun,
   numbers,
   type Rows,
+  type Run,
   range,
-  refuse,
   say,
   startEngine,
   type T,
+  type Target,
   tidyAsync,
   uniformArray,
   writeAtomic,
 } from '../nano-param-decomp.ts';
+import { finish } from '../postprocess/index.ts';
 
-/** What a lesson takes: its own flags and those of all. Numbers stay numbers. */
-export type Options = { size: string; seed: number; steps: number; threads: number; out: string; page: boolean };
-/** @throws UsageError on an unknown flag or a value that is not accepted */
-export function optionsOf(argv: string[], flag: string, sizes: readonly string[], steps: number): Options {
-  const string = { type: 'string' } as const;
-  const options = {
-    [flag]: string,
-    seed: string,
-    steps: string,
-    threads: string,
-    out: string,
-    page: { type: 'boolean' },
+/** What every lesson takes: which target, and the numbers of the run. */
+export interface Options {
+  which: string;
+  seed: number;
+  steps: number;
+  threads: number; // of the engine; 0 = all cores
+  share: number; // of the target's training: less than 1 where `steps` is shorter than the lesson's own
+  out: string; // the run folder, with the trained target and the page
+}
+/**
+ * The flags of a lesson; `flag` chooses among targets, the first one by default, and `steps` are the default of each. A
+ * wrong one ends the program: one line, exit code 2.
+ */
+export function optionsOf(lesson: string, flag: string, steps: Readonly<Record<string, number>>): Options {
+  const wrong = (message: string): never => {
+    say(`${lesson}: ${message}`);
+    process.exit(2);
   };
-  let values: Record<string, unknown>;
-  try {
-    values = parseArgs({ args: argv, options: options as never }).values;
-  } catch (error) {
-    return refuse((error as Error).message.split('\n')[0]!);
+  const names = [flag, 'seed', 'steps', 'threads', 'out'];
+  const values: Record<string, string> = {};
+  for (const arg of process.argv
+    .slice(2)
+    .join('=')
+    .replaceAll(/=(?=--)/g, ' ')
+    .split(' ')
+    .filter(Boolean)) {
+    const [, name = '', value = ''] = /^--([a-z]+)=(.+)$/.exec(arg) ?? [];
+    if (!names.includes(name)) wrong(`got ${arg}, takes ${names.map(n => `--${n} VALUE`).join(' ')}`);
+    values[name] = value;
   }
-  const count = (name: string, usual: number, least = 0) => {
+  const which = values[flag] ?? Object.keys(steps)[0]!;
+  if (!Object.hasOwn(steps, which)) wrong(`--${flag}: got ${which}, takes ${Object.keys(steps).join(' | ')}`);
+  const count = (name: string, usual: number, least: number): number => {
     const n = Number(values[name] ?? usual);
-    return Number.isInteger(n) && n >= least ? n : refuse(`--${name}: got ${values[name]}, takes a whole number`);
+    return Number.isInteger(n) && n >= least ? n : wrong(`--${name}: got ${values[name]}, takes a whole number`);
   };
-  const size = `${values[flag] ?? sizes[0]}`;
-  if (!sizes.includes(size)) refuse(`--${flag}: got ${size}, takes ${sizes.join(' | ')}`);
-  const out = (values.out as string) ?? '';
-  const page = Boolean(values.page);
-  if (page && !out) refuse('--page: takes --out DIR, the run folder that the page is written into');
-  return { size, seed: count('seed', 0), steps: count('steps', steps, 1), threads: count('threads', 0), out, page };
+  const seed = count('seed', 0, 0);
+  const usual = steps[which]!;
+  const asked = count('steps', usual, 1);
+  const out = values.out ?? path.join('runs', `${lesson}-${which}-seed${seed}`);
+  return { which, seed, steps: asked, threads: count('threads', 0, 0), share: Math.min(1, asked / usual), out };
+}
+
+/** Decomposes and evaluates a target in the lesson's folder, and writes the page there. */
+export async function decomposeTarget(
+  target: Target,
+  data: Data,
+  { seed, steps, threads, out }: Options,
+  changes: Partial<Config>,
+  ci?: CiFunction,
+): Promise<{ run: Run; metrics: Metrics }> {
+  fs.rmSync(path.join(out, 'metrics.jsonl'), { force: true }); // of an earlier run of the lesson
+  const same = { out, seed, threads, nSteps: steps, evalFreq: 0, saveEvery: 0, xla: 'off', evalBatchSize: 1024 };
+  const run = await newRun(target, data, { ...same, ...changes }, ci);
+  const metrics = (await decompose(run))!;
+  await finish(run, metrics);
+  return { run, metrics };
+}
+
+/** Prints the marks: a table for people, and as the last line the same as one JSON object. */
+export function printMarks(marks: Readonly<Record<string, string | number>>): void {
+  const shown = (x: string | number) => (typeof x === 'number' && !Number.isInteger(x) ? x.toPrecision(4) : `${x}`);
+  console.log(['', ...Object.entries(marks).map(([name, x]) => `  ${name.padEnd(28)}${shown(x)}`)].join('\n'));
+  console.log(JSON.stringify(marks));
 }
 
 /** Rows without an end, S = 1: a feature is there with probability p, and then uniform between `low` and 1. */
@@ -75,17 +117,18 @@ export type Training = { rows: Rows; batch: number; steps: number; lr: number; f
 const BETAS = { beta1: 0.9, beta2: 0.999, eps: 1e-8 };
 const DECAY = 0.01;
 /**
- * Trains weights with AdamW on the loss of a batch of inputs, in one stage after another; with `file`, once: from then on
- * they are read from there. The steps of a stage follow a cosine from `lr` to `finalFrac` of it.
+ * Trains weights with AdamW on the loss of a batch of inputs, in one stage after another once: from then on they
+ * are read from the lesson's folder. The steps of a stage follow a cosine from `lr` to `finalFrac` of it.
  */
 export async function trainTarget(
   weights: ReadonlyMap<string, tf.Variable>,
   loss: (inputs: T) => T,
   stages: Training[],
-  { threads, file }: { threads: number; file: string },
+  { threads, share, out }: Options,
 ): Promise<void> {
+  const file = path.join(out, share < 1 ? `target-${share}.json` : 'target.json');
   const engine = await startEngine({ ...DEFAULTS, threads, xla: 'off' });
-  if (file && fs.existsSync(file)) {
+  if (fs.existsSync(file)) {
     const stored: Record<string, number[]> = JSON.parse(fs.readFileSync(file, 'utf8'));
     for (const [name, w] of weights) tf.tidy(() => w.assign(tf.tensor(stored[name]!, w.shape)));
     return;
@@ -105,7 +148,8 @@ export async function trainTarget(
     return { loss: value };
   };
   let t = 0; // of Adam, all stages together
-  for (const { rows, batch, steps, lr, finalFrac = 0.01 } of stages) {
+  for (const { rows, batch, lr, finalFrac = 0.01, ...stage } of stages) {
+    const steps = Math.ceil(stage.steps * share);
     const step = engine.compile(`target ${rows.seqLen}`, update);
     for (const i of range(0, steps)) {
       t++;
@@ -123,7 +167,6 @@ export async function trainTarget(
     }
   }
   tf.dispose(moments);
-  if (!file) return;
   fs.mkdirSync(path.dirname(file), { recursive: true });
   const read = async ([name, w]: [string, tf.Variable]) => [name, Array.from(await numbers(w))];
   writeAtomic(file, JSON.stringify(Object.fromEntries(await Promise.all([...weights].map(read)))));

@@ -1,140 +1,77 @@
 /**
- * The toy model of superposition: more features than dimensions. x̂ = relu(Wᵀ W x + b) with W [hidden, features], trained
- * to give back its sparse input. Its two layers are W (`down`) and Wᵀ (`up`); "-id" puts a fixed identity between them.
+ * The toy model of superposition: more features than dimensions. x̂ = relu(Wᵀ W x + b) with W [hidden, features] is trained
+ * to give back its sparse input. As layers to decompose it has W (`down`) and Wᵀ (`up`); "-id" puts a fixed identity
+ * between them.
  *
- * What must be found: in `down` one component for each feature j, which reads x_j and writes W's column j, in `up` the
- * same backwards, and in the identity `hidden` components. How it is marked: MMCS and ML2R (metrics.ts) of `down`, and
- * the identity-CI error of `down` and `up`: for an input with one feature, one component of each layer is important.
+ * What must be found: in `down` one component for each feature j, which reads x_j alone and writes W's column j; in `up`
+ * the same backwards; in the identity no more than `hidden` components. How it is marked: by MMCS and ML2R of `down`
+ * (metrics.ts; 1 is perfect), and by the identity-CI error of `down` and `up`: for an input with one feature, one
+ * component of each is important, another one for each feature (0 is perfect).
  *
- *   npx tsx examples/tms.ts --size 5-2|40-10|5-2-id|40-10-id [--seed N] [--steps N] [--out DIR --page]
+ *   npx tsx examples/tms.ts --size 5-2|40-10|5-2-id|40-10-id [--seed N] [--steps N] [--out DIR]
  */
-import * as path from 'node:path';
 import * as tf from '@tensorflow/tfjs';
-import { type Config, decompose, makeVariable, mse, newRun, type Target } from '../nano-param-decomp.ts';
-import { finish } from '../postprocess/index.ts';
-import { ciPerComponent, ciPerModule } from './ci-mlp.ts';
-import { normal, optionsOf, sparseFeatures, trainTarget } from './lesson.ts';
+import { type Config, makeVariable, matmul, mse, numbers, sum, type T, type Target } from '../nano-param-decomp.ts';
+import { ciPerModule } from './ci-mlp.ts';
+import { decomposeTarget, normal, optionsOf, printMarks, sparseFeatures, trainTarget } from './lesson.ts';
 import { ciOnOneHot, factors, identityCiError, matchFeatures, rowsOf } from './metrics.ts';
 
-const TRY = JSON.parse(process.env.TRY ?? '{}');
-const SIZES = ['5-2', '40-10', '5-2-id', '40-10-id'] as const;
-const options = optionsOf(process.argv.slice(2), 'size', SIZES, 0 || 10000);
-const { size, seed } = options;
-const [n, hidden] = size.split('-').map(Number) as [number, number];
-const withIdentity = size.endsWith('id');
 const started = performance.now();
+const options = optionsOf('tms', 'size', { '5-2': 4000, '40-10': 6000, '5-2-id': 5000, '40-10-id': 6000 });
+const { which, seed } = options;
+const [n, hidden] = which.split('-').map(Number) as [number, number];
+const withIdentity = which.endsWith('-id');
+const small = n === 5;
 
-// The target, trained on W and b; as layers it has W twice.
+// 1. The target: W and b, trained on (x − x̂)². A feature is there with probability 0.05, then uniform in [0, 1).
 const w = makeVariable(normal(n * hidden, 1 / Math.sqrt(n), seed, 1), [n, hidden]); // Wᵀ
 const b = makeVariable(new Float32Array(n), [n]);
-const data = sparseFeatures(n, 0.05, 0, seed + 1);
-const loss = (inputs: tf.Tensor) => {
-  const x = inputs.reshape([-1, n]) as tf.Tensor2D;
-  const out = tf
-    .matMul(tf.matMul(x, w as tf.Tensor2D), w as tf.Tensor2D, false, true)
-    .add(b)
-    .relu();
-  return out.sub(x).square().mean();
+const features = (first: number) => sparseFeatures(n, 0.05, 0, seed + 1, first);
+const loss = (inputs: T) => {
+  const x = inputs.reshape([-1, n]);
+  const answer = matmul(matmul(x, w), w, true).add(b).relu();
+  return tf.squaredDifference(x, answer).mean();
 };
-const training = [{ rows: data, batch: 1024, steps: n < 40 ? 5000 : 3000, lr: 5e-3, finalFrac: 0.02 }];
-const file = process.env.CACHE
-  ? path.join(process.env.CACHE, `tms-${n}-${hidden}-${seed}.json`)
-  : options.out && path.join(options.out, 'target.json');
-await trainTarget(
-  new Map([
-    ['w', w],
-    ['b', b],
-  ]),
-  loss,
-  training,
-  { threads: options.threads, file },
-);
-const wDown = [...(await w.data())]; // [n][hidden]
-const wUp = [...(await tf.transpose(w).data())];
-const variable = (values: number[], shape: number[]) => makeVariable(Float32Array.from(values), shape);
-const identity = Array.from({ length: hidden ** 2 }, (_, i) => Number(i % (hidden + 1) === 0));
-const layers = [
-  { path: 'down', dIn: n, dOut: hidden },
-  ...(withIdentity ? [{ path: 'identity', dIn: hidden, dOut: hidden }] : []),
-  { path: 'up', dIn: hidden, dOut: n },
-];
+const trained = new Map([
+  ['w', w],
+  ['b', b],
+]);
+await trainTarget(trained, loss, [{ rows: features(0), batch: 1024, steps: small ? 5000 : 3000, lr: 5e-3 }], options);
+
+// 2. The same as a network of linear layers.
+const copy = async (x: tf.Tensor) => makeVariable(Float32Array.from(await numbers(x)), x.shape);
+const weights = new Map([
+  ['down', await copy(w)],
+  ['identity', await copy(tf.eye(hidden))],
+  ['up', await copy(w.transpose())],
+  ['up.bias', await copy(b)],
+]);
+const path = withIdentity ? ['down', 'identity', 'up'] : ['down', 'up'];
 const target: Target = {
-  linears: layers,
-  weights: new Map([
-    ['down', variable(wDown, [n, hidden])],
-    ['identity', variable(identity, [hidden, hidden])],
-    ['up', variable(wUp, [hidden, n])],
-    ['up.bias', variable([...(await b.data())], [n])],
-  ]),
-  forward(inputs, linear) {
-    let h = linear('down', inputs.reshape([-1, n]));
-    if (withIdentity) h = linear('identity', h);
-    return linear('up', h).relu();
-  },
+  linears: path.map(p => ({ path: p, dIn: weights.get(p)!.shape[0]!, dOut: weights.get(p)!.shape[1]! })),
+  weights,
+  forward: (inputs, linear) => path.reduce((x, p) => linear(p, x), inputs.reshape([-1, n])).relu(),
   compare: mse,
 };
 
-const config: Partial<Config> = {
-  out: options.out,
-  seed,
-  threads: options.threads,
-  nSteps: options.steps,
-  batchSize: n < 40 ? 256 : 1024,
-  components: n < 40 ? '*=20' : '*=100',
-  mainLr: 2e-3,
-  mainLrFinalFrac: 0.1,
-  gradClipComponents: 0,
-  gradClipCi: 0,
-  coeffFaith: 1,
-  coeffImp: 1.5e-3,
-  pStart: 1,
-  pEnd: 1,
-  impBeta: 0.5,
-  ciMlpHidden: 64,
-  ciDModel: 64,
-  ciNBlocks: 1,
-  evalFreq: 0,
-  saveEvery: 0,
-  logEvery: 1000,
-  xla: 'off',
-  coeffStoch: 0.5,
-  coeffPpgd: 0.5,
-  ...TRY.config,
+// 3. The decomposition. β: with less, one component serves several features.
+const changes: Partial<Config> = {
+  ...{ components: small ? '*=20' : '*=100', batchSize: small ? 256 : 512, mainLr: 2e-3, gradClipComponents: 0 },
+  ...{ coeffFaith: 1, coeffImp: small ? 3e-4 : 3e-5, impBeta: 2, pStart: 1, pEnd: 0.5, ciMlpHidden: 64 },
 };
-const ci = { module: ciPerModule, component: ciPerComponent, shared: undefined }[(TRY.ci ?? 'module') as 'module'];
-const run = await newRun(target, { train: data, heldOut: sparseFeatures(n, 0.05, 0, seed + 1, 2 ** 30) }, config, ci);
-const metrics = (await decompose(run))!;
-await finish(run, metrics);
+const data = { train: features(2 ** 29), heldOut: features(2 ** 30) };
+const { run, metrics } = await decomposeTarget(target, data, options, changes, ciPerModule);
 
-const down = run.problem.modules.find(m => m.path === 'down')!;
-const { v, u } = await factors(run, down);
-const { mmcs, ml2r } = matchFeatures(rowsOf(wDown, hidden), v, u);
-const ciMatrix = await ciOnOneHot(run, n);
-const errors = Object.fromEntries(
-  [...ciMatrix].filter(([m]) => m.path !== 'identity').map(([m, g]) => [m.path, identityCiError(g)]),
-);
-const l0 = Object.fromEntries(run.problem.modules.map(m => [m.path, metrics[`eval/l0/0.0_${m.path}`]]));
-if (process.env.SHOW)
-  for (const [m, g] of ciMatrix) {
-    console.log(m.path);
-    for (const r of g) console.log(r.map(x => x.toFixed(2)).join(' '));
-  }
-const cpu = process.cpuUsage();
-console.log(
-  JSON.stringify({
-    size,
-    seed,
-    mmcs,
-    ml2r,
-    identityCiError: errors,
-    l0,
-    reconstruction: metrics['eval/recon/mse_ci_masked'],
-    unmasked: metrics['eval/recon/mse_unmasked'],
-    adversarial: metrics['eval/loss/PGDReconLoss'],
-    faith: metrics['eval/loss/FaithfulnessLoss'],
-    zero: metrics['eval/recon/mse_zero_masked'],
-    seconds: (performance.now() - started) / 1000,
-    cpu: (cpu.user + cpu.system) / 1e6,
-    TRY,
-  }),
-);
+// 4. The marks.
+const [down] = run.problem.modules.filter(m => m.path === 'down');
+const { v, u } = await factors(run, down!);
+const { mmcs, ml2r } = matchFeatures(rowsOf(await numbers(w), hidden), v, u);
+const ci = [...(await ciOnOneHot(run, n))].filter(([m]) => m.path !== 'identity');
+const found: Record<string, number> = {};
+for (const { path } of run.problem.modules) found[`l0 ${path}`] = metrics[`eval/l0/0.0_${path}`]!;
+printMarks({
+  ...{ size: which, seed, mmcs, ml2r, identityCiError: sum(ci.map(([, g]) => identityCiError(g))) },
+  ...{ l0: metrics['eval/l0/0.0_total']!, ...found, reconstruction: metrics['eval/recon/mse_ci_masked']! },
+  ...{ adversarial: metrics['eval/loss/PGDReconLoss']!, nothingOn: metrics['eval/recon/mse_zero_masked']! },
+  seconds: (performance.now() - started) / 1000,
+});

@@ -111,12 +111,12 @@ async function harvestTokens({ engine, problem, params, data }: Run, rows: Rows)
   const { config, modules, target } = problem;
   const passages = Math.min(8, Math.ceil(1024 / rows.seqLen), data.heldOut.count);
   const show = startProgress(rows.count * rows.seqLen, 0, 'token');
-  const answerWidth = tf.tidy(() => target.forward(inputBatch(rows, [0]), ownLinear(target)).shape.at(-1)!);
+  const answerWidth = () => tf.tidy(() => target.forward(inputBatch(rows, [0]), ownLinear(target)).shape.at(-1)!);
   return harvest({
     pass: harvestPass(problem, params),
     engine,
     modules: [...modules],
-    vocabSize: (target as Partial<LanguageModel>).arch?.vocab ?? answerWidth,
+    vocabSize: (target as Partial<LanguageModel>).arch?.vocab ?? answerWidth(),
     rows,
     tokenText: id => tokenText(data.tokenizer, id),
     passages: range(0, passages).map(i => data.heldOut.row(i) as Int32Array),
