@@ -262,6 +262,85 @@ function closeParams(f: Fixture, key: string, names: string[]): void {
   }
 }
 
+// ---- The method finds what is there ---------------------------------------------------------------------------------
+
+/** A layer that is the sum of three known rank-one mechanisms v_i u_iᵀ, of which each input uses one: x is along one v_i. */
+function threeMechanisms(seed: number) {
+  const [dIn, dOut] = [3, 6];
+  const draws = nano.uniformArray(dIn * dIn + 3 * dOut, seed, 0, 99).map(x => 2 * x - 1);
+  const unit = (x: number[]) => x.map(value => value / Math.hypot(...x));
+  const dot = (x: number[], y: number[]) => x.reduce((sum, value, i) => sum + value * y[i]!, 0);
+  const read: number[][] = []; // v_i, orthonormal
+  for (let i = 0; i < 3; i++) {
+    let v = [...draws.subarray(i * dIn, (i + 1) * dIn)];
+    for (const other of read) v = v.map((x, k) => x - dot(v, other) * other[k]!);
+    read.push(unit(v));
+  }
+  const written = [0, 1, 2].map(i => unit([...draws.subarray(9 + i * dOut, 9 + (i + 1) * dOut)]));
+  const outer = (v: number[], u: number[]) => v.flatMap(a => u.map(b => a * b));
+  const mechanisms = read.map((v, i) => outer(v, written[i]!));
+  const W = mechanisms[0]!.map((_, k) => mechanisms.reduce((sum, m) => sum + m[k]!, 0));
+  const target: nano.Target = {
+    linears: [{ path: 'layer', dIn, dOut }],
+    weights: new Map([['layer', nano.makeVariable(Float32Array.from(W), [dIn, dOut])]]),
+    forward: (inputs, linear) => linear('layer', inputs.reshape([-1, dIn])),
+    compare: nano.mse,
+  };
+  const row = (i: number) => {
+    const [which, size] = nano.uniformArray(2, seed, i, 98);
+    return Float32Array.from(read[Math.floor(3 * which!)]!, v => v * (0.5 + size!));
+  };
+  /** How far a component V_c U_c lies along the mechanism that it is nearest to. */
+  const cosine = (v: number[], u: number[]) => Math.max(...mechanisms.map(m => dot(unit(outer(v, u)), m)));
+  return { target, rows: (count: number) => ({ count, seqLen: 1, row }), cosine };
+}
+
+for (const seed of [0, 1, 2])
+  test(`three known mechanisms in one layer come out as three components, seed ${seed}`, async () => {
+    const { target, rows, cosine } = threeMechanisms(seed);
+    const data = { train: rows(Number.POSITIVE_INFINITY), heldOut: rows(256) };
+    const run = await nano.newRun(target, data, {
+      ...{ engine: 'wasm', seed, nSteps: 500, batchSize: 32, components: '*=6', faithfulnessWarmupSteps: 100 },
+      ...{ faithfulnessWarmupLr: 1e-2, mainLr: 1e-2, gradClipComponents: 1, ppgdLr: 0.05, evalBatchSize: 256 },
+      ...{ coeffFaith: 10, coeffImp: 1e-2, coeffStoch: 1, coeffPpgd: 1, evalFreq: 0, slowEvalFreq: 0 },
+      ...{ ciDModel: 16, ciNBlocks: 1, ciNHeads: 2, ciMlpHidden: 32 },
+    });
+    const [module] = run.problem.modules;
+    const found = () => {
+      const all = tf.tidy(() =>
+        nano.importances(run.problem, run.params, nano.inputBatch(data.heldOut, [...Array(256).keys()])).g.max(0),
+      );
+      const g = numbers(all); // the largest of each component
+      const [V, U] = [nano.V, nano.U].map(part => part(run.params, module!).arraySync() as number[][]) as [
+        number[][],
+        number[][],
+      ];
+      return [...g.keys()]
+        .filter(c => g[c]! > 0.1)
+        .map(c =>
+          cosine(
+            V.map(line => line[c]!),
+            U[c]!,
+          ),
+        );
+    };
+    const before = found();
+    const metrics = (await nano.decompose(run))!;
+    const after = found();
+    assert.ok(
+      before.every(x => x < 0.99),
+      `untrained, none lies along a mechanism: ${before}`,
+    );
+    assert.ok(Math.abs(metrics['eval/l0/0.0_total']! - 1) < 0.05, `L0 ${metrics['eval/l0/0.0_total']}`);
+    assert.equal(after.length, 3, `alive: ${after}`);
+    assert.ok(
+      after.every(x => x > 0.99),
+      `cosines ${after}`,
+    );
+    const [zero, adversary] = ['recon/mse_zero_masked', 'loss/PGDReconLoss'].map(name => metrics[`eval/${name}`]!);
+    assert.ok(adversary! < 0.01 * zero!, `a fresh adversary gets ${adversary} of ${zero}`);
+  });
+
 // ---- B. Engine: random numbers --------------------------------------------------------------------------------------
 
 const mean = (x: Numbers) => Array.from(x).reduce((sum, value) => sum + value, 0) / x.length;

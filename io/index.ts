@@ -10,4 +10,4 @@ export { datasetCommit, resolveModel } from './hub.ts';
 export { openModel } from './models.ts';
 export { PRESETS } from './presets.ts';
 export { readRecord, runRecord } from './record.ts';
-export { loadTokenizer } from './tokenizer.ts';
+export { tokenizerOf as loadTokenizer } from './tokenizer.ts';

@@ -331,3 +331,7 @@ function repairByteFallback(tokenizer: Tokenizer, json: Json): void {
   for (const [i, part] of decoders.entries())
     if (json.decoder.decoders[i].type === 'ByteFallback') part.text_decoder = { decode };
 }
+
+/** The tokenizer of a model's folder; undefined where it has none, which is enough for rows of ids. */
+export const tokenizerOf = (dir: string): Tokenizer | undefined =>
+  fs.existsSync(path.join(dir, 'tokenizer.json')) ? loadTokenizer(dir) : undefined;
