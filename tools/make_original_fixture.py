@@ -220,6 +220,10 @@ def main() -> None:
             **{"hidden_act": "gelu_pytorch_tanh", "tie_word_embeddings": True},
         }
         (folder / "target" / "config.json").write_text(json.dumps(target))
+        vocabulary = {f"w{i}": i for i in range(VOCAB)}
+        words = {"type": "WordLevel", "vocab": vocabulary, "unk_token": "w0"}
+        tokenizer = {"version": "1.0", "added_tokens": [], "pre_tokenizer": {"type": "WhitespaceSplit"}, "model": words}
+        (folder / "target" / "tokenizer.json").write_text(json.dumps(tokenizer))
         (folder / "rows.json").write_text(json.dumps(tokens.tolist()))
         run = folder / "run"
         flags = ["--config", "final_config.yaml", "--target-config", "target", "--data", "rows.json", "--eval-data", "rows.json"]
