@@ -220,6 +220,13 @@ def main() -> None:
             **{"hidden_act": "gelu_pytorch_tanh", "tie_word_embeddings": True},
         }
         (folder / "target" / "config.json").write_text(json.dumps(target))
+        vocabulary = {f"w{i}": i for i in range(VOCAB)}
+        words = {"type": "WordLevel", "vocab": vocabulary, "unk_token": "w0"}
+        tokenizer = {
+            **{"version": "1.0", "truncation": None, "padding": None, "added_tokens": [], "normalizer": None},
+            **{"pre_tokenizer": {"type": "WhitespaceSplit"}, "post_processor": None, "decoder": None, "model": words},
+        }
+        (folder / "target" / "tokenizer.json").write_text(json.dumps(tokenizer))
         (folder / "rows.json").write_text(json.dumps(tokens.tolist()))
         run = folder / "run"
         flags = ["--config", "final_config.yaml", "--target-config", "target", "--data", "rows.json", "--eval-data", "rows.json"]
