@@ -33,6 +33,7 @@ import { finish } from '../postprocess/index.ts';
 
 /** What every lesson takes: which target, and the numbers of the run. */
 export interface Options {
+  lesson: string;
   which: string;
   seed: number;
   steps: number;
@@ -71,20 +72,21 @@ export function optionsOf(lesson: string, flag: string, steps: Readonly<Record<s
   const usual = steps[which]!;
   const asked = count('steps', usual, 1);
   const out = values.out ?? path.join('runs', `${lesson}-${which}-seed${seed}`);
-  return { which, seed, steps: asked, threads: count('threads', 0, 0), share: Math.min(1, asked / usual), out };
+  return { lesson, which, seed, steps: asked, threads: count('threads', 0, 0), share: Math.min(1, asked / usual), out };
 }
 
 /** Decomposes and evaluates a target in the lesson's folder, and writes the page there. */
 export async function decomposeTarget(
   target: Target,
   data: Data,
-  { seed, steps, threads, out }: Options,
+  { lesson, which, seed, steps, threads, out }: Options,
   changes: Partial<Config>,
   ci?: CiFunction,
 ): Promise<{ run: Run; metrics: Metrics }> {
   fs.rmSync(path.join(out, 'metrics.jsonl'), { force: true }); // of an earlier run of the lesson
   const same = { out, seed, threads, nSteps: steps, evalFreq: 0, saveEvery: 0, xla: 'off', evalBatchSize: 1024 };
-  const run = await newRun(target, data, { ...same, ...changes }, ci);
+  const source = { path: `${lesson} ${which}`, type: 'own network', sha256: '' };
+  const run = await newRun({ ...target, source }, data, { ...same, ...changes }, ci);
   const metrics = (await decompose(run))!;
   await finish(run, metrics);
   return { run, metrics };

@@ -55,7 +55,13 @@ test('own-network: three components a layer, each along one of the known mechani
   assert.equal(inputs, 'features');
   const alive = components.filter((c: { meanCi: number }) => c.meanCi > 0.01);
   assert.equal(alive.length, 6);
-  for (const c of alive) assert.equal(c.input.top.length, 1, `${c.module}:${c.index} goes with one feature`);
+  for (const { module, index, input } of alive) {
+    const [first, second] = input.top.map(([, , pmi]: [number, number, number]) => pmi);
+    assert.ok(
+      first > 1 && (second ?? 0) < 0.3,
+      `${module}:${index} goes with one feature: PMI ${first}, then ${second}`,
+    );
+  }
 });
 
 test('tms: a quarter of the steps finds the features', () => {
