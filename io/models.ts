@@ -319,6 +319,8 @@ export async function openModel(dir: string, own: OwnNames, say: (line: string) 
   const has = (name: string): boolean => {
     if (!name.endsWith('.bias')) return stored(name) !== undefined;
     const layer = name.slice(0, -'.bias'.length);
+    const { embed, positions, head } = arch.names;
+    if ([embed, positions, head].includes(layer)) return false; // gpt2 has biases everywhere else
     const isNorm = [arch.names.norm1, arch.names.norm2, arch.names.last].some(n => `.${layer}`.endsWith(`.${n}`));
     return isNorm ? arch.norm === 'layer' : arch.biased.test(layer);
   };

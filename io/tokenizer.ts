@@ -1,4 +1,5 @@
-import { readFileSync } from 'node:fs';
+import { existsSync, readFileSync } from 'node:fs';
+import path from 'node:path';
 import * as library from '@huggingface/tokenizers';
 import { encoderOf, trieOf } from './token-models.ts';
 import { orRefuse, refuse, UsageError } from './usage-error.ts';
@@ -334,4 +335,4 @@ function repairByteFallback(tokenizer: Tokenizer, json: Json): void {
 
 /** The tokenizer of a model's folder; undefined where it has none, which is enough for rows of ids. */
 export const tokenizerOf = (dir: string): Tokenizer | undefined =>
-  fs.existsSync(path.join(dir, 'tokenizer.json')) ? loadTokenizer(dir) : undefined;
+  existsSync(path.join(dir, 'tokenizer.json')) ? loadTokenizer(dir) : undefined;
