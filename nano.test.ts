@@ -131,6 +131,7 @@ interface Answers extends Record<'p' | 'lr' | 'lrPpgd' | 't' | 'sourcesT', numbe
   step1: StepNumbers;
   step2: StepNumbers;
   accum: StepNumbers;
+  whole: Losses & Record<'total' | 'ciNorm', number>;
   warmup: number[];
   schedules: Record<'nSteps' | 'step' | 'mainLr' | 'ppgdLr' | 'p', number>[];
   eval: nano.Metrics;
@@ -883,44 +884,61 @@ onEveryEngine('the warm-up follows its cosine, and stops when told to', async en
   assert.notDeepEqual(await afterSteps(3, {}), await afterSteps(2, {}));
 });
 
-onEveryTarget('a training step is that of PyTorch: losses, gradients, parameters, moments, sources', f => {
-  const state = midRun(f);
-  const names = Object.keys(f.params);
-  const step = trainStep(f, state, fixtureFeeds(f, 0), givenShards(f.tokens, f.draws('draws'), 1));
-  for (const [i, loss] of LOSSES.entries()) close([step.losses[i]!], [f.step1[loss]], LOSS, loss);
-  for (const name of names) close(step.gradients[name]!, f.get(`step1/grad/${name}`), GRADIENT, name);
-  close(step.norms.components, [f.step1.clipNorm], GRADIENT, 'gradient norm before clipping');
-  closeParams(f, 'step1/params', names);
-  close(state.sources.s, f.get('step1/sources/s'), SOURCE, 'sources', 1);
-  for (const moment of ['m', 'v'] as const) {
-    close(state.sources[moment], f.get(`step1/sources/${moment}`), GRADIENT, `${moment} of the sources`);
-    for (const group of f.name === 'simple_mlp' ? GROUPS : []) {
-      const rest = numbers(state[moment][group]); // in this target's fixture alone
-      for (const name of names.filter(name => name.startsWith(group))) {
-        const mine = rest.splice(0, f.params[name]!.size);
-        close(mine, f.get(`step1/${moment}/${name}`), GRADIENT, `${moment} of ${name}`);
+/** The steps of the fixture leave the importance loss out, so that a fork which changes it keeps these tests. */
+const WITHOUT_IMP = { coeffImp: 0 };
+const OTHERS = LOSSES.filter(loss => loss !== 'imp');
+const closeOthers = (actual: Numbers, expected: Losses) => {
+  for (const loss of OTHERS) close([actual[LOSSES.indexOf(loss)]!], [expected[loss]], LOSS, loss);
+};
+
+onEveryTarget(
+  'a training step is that of PyTorch: losses, gradients, parameters, moments, sources',
+  async ({ name }) => {
+    const f = await fixture(name, WITHOUT_IMP);
+    const state = midRun(f);
+    const names = Object.keys(f.params);
+    const step = trainStep(f, state, fixtureFeeds(f, 0), givenShards(f.tokens, f.draws('draws'), 1));
+    closeOthers(step.losses, f.step1);
+    for (const name of names) close(step.gradients[name]!, f.get(`step1/grad/${name}`), GRADIENT, name);
+    close(step.norms.components, [f.step1.clipNorm], GRADIENT, 'gradient norm before clipping');
+    closeParams(f, 'step1/params', names);
+    close(state.sources.s, f.get('step1/sources/s'), SOURCE, 'sources', 1);
+    for (const moment of ['m', 'v'] as const) {
+      close(state.sources[moment], f.get(`step1/sources/${moment}`), GRADIENT, `${moment} of the sources`);
+      for (const group of f.name === 'simple_mlp' ? GROUPS : []) {
+        const rest = numbers(state[moment][group]); // in this target's fixture alone
+        for (const name of names.filter(name => name.startsWith(group))) {
+          const mine = rest.splice(0, f.params[name]!.size);
+          close(mine, f.get(`step1/${moment}/${name}`), GRADIENT, `${moment} of ${name}`);
+        }
+        assert.deepEqual(rest, []);
       }
-      assert.deepEqual(rest, []);
     }
-  }
+  },
+);
+
+onEveryTarget(`a step with the importance loss is that of PyTorch, ${PINNED}`, f => {
+  const step = trainStep(f, midRun(f), fixtureFeeds(f, 0), givenShards(f.tokens, f.draws('draws'), 1));
+  for (const [i, loss] of LOSSES.entries()) close([step.losses[i]!], [f.whole[loss]], LOSS, loss);
+  close(step.norms.ci_fn, [f.whole.ciNorm], GRADIENT, "norm of the CI function's gradient");
 });
 
 onEveryEngine('and so is the step after it', async () => {
-  const f = await fixture('simple_mlp');
+  const f = await fixture('simple_mlp', WITHOUT_IMP);
   const state = midRun(f);
   trainStep(f, state, fixtureFeeds(f, 0), givenShards(f.tokens, f.draws('draws'), 1));
   const step = trainStep(f, state, fixtureFeeds(f, 1), givenShards(f.tokens2, f.draws('draws2'), 1));
-  for (const [i, loss] of LOSSES.entries()) close([step.losses[i]!], [f.step2[loss]], LOSS, loss);
+  closeOthers(step.losses, f.step2);
   close(step.norms.components, [f.step2.clipNorm], GRADIENT, 'gradient norm before clipping');
   closeParams(f, 'step2/params', Object.keys(f.params));
   close(state.sources.s, f.get('step2/sources/s'), SOURCE, 'sources', 1);
 });
 
 onEveryEngine('a batch in three shards has the averaged gradients and the sources of PyTorch', async () => {
-  const f = await fixture('simple_mlp', { microBatches: 3 });
+  const f = await fixture('simple_mlp', { microBatches: 3, ...WITHOUT_IMP });
   const state = midRun(f);
   const step = trainStep(f, state, fixtureFeeds(f, 0), givenShards(f.tokens, f.draws('draws'), 3));
-  for (const [i, loss] of LOSSES.entries()) close([step.losses[i]!], [f.accum[loss]], LOSS, loss);
+  closeOthers(step.losses, f.accum);
   for (const name of Object.keys(f.params)) close(step.gradients[name]!, f.get(`accum/grad/${name}`), GRADIENT, name);
   close(step.norms.components, [f.accum.clipNorm], GRADIENT, 'gradient norm before clipping');
   close(state.sources.s, f.get('accum/sources/s'), SOURCE, 'sources', 1);
@@ -1086,13 +1104,21 @@ const evaluate = async (f: Fixture, engine: nano.Engine, rows = f.data, slow = t
   return nano.compileEvaluation(engine, problem, f.params)(rows, 1, slow);
 };
 
+const IMP_METRIC = 'eval/loss/ImportanceMinimalityLoss';
+/** It has a test of its own, so that a fork which changes the importance loss keeps the others. */
+const withoutImp = ({ [IMP_METRIC]: _, ...others }: nano.Metrics): nano.Metrics => others;
+onEveryTarget(`the metric of the importance loss is that of PyTorch, ${PINNED}`, async (f, engine) => {
+  const { metrics } = await evaluate(await fixture(f.name, { evalBatchSize: 3, pgdEvalNSteps: 0 }), engine);
+  close([metrics[IMP_METRIC]!], [f.eval[IMP_METRIC]!], LOSS, IMP_METRIC);
+});
+
 for (const name of TARGETS)
   onEveryEngine(`every deterministic metric is that of PyTorch, by name and value (${name})`, async engine => {
     const f = await fixture(name, { evalBatchSize: 3 });
     const { metrics, meanCi } = await evaluate(f, engine);
     const { 'eval/n_alive': alive, ...named } = metrics;
     assert.deepEqual(Object.keys(named).sort(), Object.keys(f.eval).sort());
-    closeRecords(deterministic(named), deterministic(f.eval), LOSS);
+    closeRecords(withoutImp(deterministic(named)), withoutImp(deterministic(f.eval)), LOSS);
     const expected = numbers(tf.mean(f.get('ci/g'), 0));
     close(meanCi, expected, FORWARD, 'mean CI');
     assert.equal(alive, expected.filter(ci => ci >= 1e-6).length);
@@ -1121,7 +1147,7 @@ onEveryTarget('metrics with random masks are those of PyTorch, given its random 
   const { active: _, meanCi: __, ...scalars } = given as Record<string, T>;
   const values = Object.entries(scalars).map(([name, x]) => [`eval/${name}`, number(x)] as const);
   assert.ok(values.filter(([name]) => isRandom(name)).length >= 5);
-  for (const [name, value] of values) close([value], [f.eval[name]!], LOSS, name);
+  for (const [name, value] of values) if (name !== IMP_METRIC) close([value], [f.eval[name]!], LOSS, name);
 
   const hidden = nano.hiddenActsErrors(f.problem, f.params, f.tokens, f.draws('draws2'));
   for (const [kind, errors] of Object.entries(hidden))

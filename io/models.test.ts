@@ -207,11 +207,7 @@ test('weights that do not fit the config are refused by the name of the tensor',
     t[`${q}.weight`] = { dtype: 'F16', shape: [24, 23], bytes: bytes.subarray(0, 24 * 23 * 2) };
   });
   await refused('llama', /embed_tokens.*\[61,24\].*\[62,24\]/, { vocab_size: 62 });
-  await refused(
-    'llama',
-    /no lm_head, and tie_word_embeddings is false/,
-    t => delete t['lm_head.weight'],
-  );
+  await refused('llama', /no lm_head, and tie_word_embeddings is false/, t => delete t['lm_head.weight']);
   await refused('pythia', /embed_out|lm_head/, t => delete t['embed_out.weight']);
   await refused('gpt2-prefixed', /lm_head/, t => delete t['lm_head.weight']);
   await refused('llama', /no tensor model\.layers\.2\..*there is, for example, model\.layers\./, {

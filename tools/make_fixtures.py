@@ -23,7 +23,7 @@ fixture.json
   t, sourcesT         AdamW steps and source steps taken before step1
   losses              at the stored state, without coefficients: faith, imp (R = 1), imp3 (R = 3, the
                       whole batch), stoch, ppgd
-  step1, step2*, accum*  {faith, imp, stoch, ppgd, total, clipNorm}: the losses inside that step (ppgd
+  step1, step2*, accum*  {faith, imp, stoch, ppgd, total, clipNorm}, coeffImp 0: the losses inside that step (ppgd
                         after its inner source steps), and the norm of the gradients of all V and U
                         together before clipping
   warmup              the faithfulness before each of 3 warm-up steps (AdamW on V, U from zero moments,
@@ -75,6 +75,7 @@ StochasticReconSubsetLoss draws2 with its routes.
 import argparse
 import dataclasses
 import json
+import math
 from pathlib import Path
 
 import reference as ref
@@ -335,9 +336,13 @@ def answers(d: Decomposition, given: Inputs) -> tuple[dict[str, Tensor], dict]:
         return {**step.losses, "clipNorm": step.clip_norm}
 
     state = State(given.params, given.m, given.v, T, given.sources)
-    step1 = ref.train_step(d, state, given.tokens, given.draws, LR, LR_PPGD, P)
-    step2 = ref.train_step(d, step1.state, given.tokens2, given.draws2, LR, LR_PPGD, P)
-    split = dataclasses.replace(d, cfg=dataclasses.replace(d.cfg, micro_batches=3))
+    whole = ref.train_step(d, state, given.tokens, given.draws, LR, LR_PPGD, P)
+    ci_norm = math.sqrt(sum(g.double().square().sum().item() for n, g in whole.grads.items() if n.startswith("ci_fn")))
+    # without the importance loss, so that a fork which changes it keeps the tests of a step
+    others = dataclasses.replace(d, cfg=dataclasses.replace(d.cfg, coeff_imp=0.0))
+    step1 = ref.train_step(others, state, given.tokens, given.draws, LR, LR_PPGD, P)
+    step2 = ref.train_step(others, step1.state, given.tokens2, given.draws2, LR, LR_PPGD, P)
+    split = dataclasses.replace(others, cfg=dataclasses.replace(others.cfg, micro_batches=3))
     accum = ref.train_step(split, state, given.tokens, given.draws, LR, LR_PPGD, P)
     for name in given.params:
         tensors[f"step1/grad/{name}"] = step1.grads[name]
@@ -350,6 +355,7 @@ def answers(d: Decomposition, given: Inputs) -> tuple[dict[str, Tensor], dict]:
     tensors |= {f"step1/sources/{name}": getattr(step1.state.sources, name) for name in ("s", "m", "v")}
     tensors["step2/sources/s"] = step2.state.sources.s
     tensors["accum/sources/s"] = accum.state.sources.s
+    numbers["whole"] = {**whole.losses, "ciNorm": ci_norm}
     numbers |= {"step1": step_numbers(step1), "step2": step_numbers(step2), "accum": step_numbers(accum)}
 
     warm, numbers["warmup"] = ref.faithfulness_warmup(d, given.params)
@@ -464,7 +470,7 @@ def float32_error(d: Decomposition, given: Inputs, tensors: dict, numbers: dict)
         group = f"{first}/{second}" if first in ("grad", "step1", "step2", "accum") else first
         error = (tensors32[name].double() - true.double()).abs().max()
         note(group, error.item(), true.double().abs().max().item())
-    for group in ("losses", "step1", "step2", "accum", "eval"):
+    for group in ("losses", "whole", "step1", "step2", "accum", "eval"):
         for name, true in numbers[group].items():
             note(f"numbers/{group}", numbers32[group][name] - true, true)
     return worst

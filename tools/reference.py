@@ -337,7 +337,9 @@ def lower_leaky(z: Tensor, alpha: float) -> Tensor:
 
 
 def upper_leaky(z: Tensor, alpha: float) -> Tensor:
-    return torch.where(z > 1, 1 + alpha * (z - 1), z.clamp(0, 1))
+    # The slope of clamp at its bounds is 1, as it was in PyTorch until 2.15 made it 0.
+    clamped = torch.where((z >= 0) & (z <= 1), z, z.detach().clamp(0, 1))
+    return torch.where(z > 1, 1 + alpha * (z - 1), clamped)
 
 
 def ci_logits(d: Decomposition, params: Params, inputs: dict[str, Tensor], B: int) -> Tensor:
