@@ -54,10 +54,11 @@ const target: Target = {
   compare: mse,
 };
 
-// 3. The decomposition. β: with less, one component serves several features.
+// 3. The decomposition. Importance is priced well below what a feature's reconstruction is worth; the frequency
+//    term (impBeta) makes it dear that one component serves several features.
 const changes: Partial<Config> = {
   ...{ components: small ? '*=20' : '*=100', batchSize: small ? 256 : 512, mainLr: 2e-3, gradClipComponents: 0 },
-  ...{ coeffFaith: 1, coeffImp: small ? 3e-4 : 3e-5, impBeta: 2, pStart: 1, pEnd: 0.5, ciMlpHidden: 64 },
+  ...{ coeffFaith: 1, coeffImp: small ? 1.5e-3 : 1e-4, impBeta: 0.5, pStart: 1, pEnd: 1, ciMlpHidden: 64 },
 };
 const data = { train: features(2 ** 29), heldOut: features(2 ** 30) };
 const { run, metrics } = await decomposeTarget(target, data, options, changes, ciPerModule);
