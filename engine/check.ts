@@ -8,7 +8,7 @@
  * step function or a division by nearly nothing may have moved a lot (results behind a step, state) only to its size.
  */
 import * as tf from '@tensorflow/tfjs';
-import { bytesOf, type Node, type Numbers, type Recording, runNode, type Value } from './record.ts';
+import { bytesOf, type Node, type Numbers, type Recording, runNode, type Tensors, type Value } from './record.ts';
 
 /** The compiled form of some nodes: what they give for `given`, the values made before them. The caller disposes. */
 export type Evaluate = (nodes: Node[], given: Map<Value, tf.Tensor>, wanted: Value[]) => Promise<tf.Tensor[]>;
@@ -22,6 +22,9 @@ export interface CheckOptions {
 const UNIT = 2 ** -16; // of one kernel: some roundings, and approximations such as that of erf
 const TINY = 1e-35; // below it engines may flush to zero
 const CHUNK_BYTES = 2 ** 28; // of values that are in memory at once
+// The state's change may be off by that share of it: a few components that rounding turned round, as Adam's first step does
+// where the gradient is nothing but rounding; a change in another direction is off by 1.4.
+const STRAY = 0.75;
 const SAMPLE = 2 ** 13; // elements of a large tensor that are compared
 
 const words = (names: string) => new Set(names.split(' '));
@@ -33,7 +36,7 @@ const SUMS = words('AddN BatchMatMul Cumsum Mean Sum UnsortedSegmentSum');
 const OF_ONE = words('Cos Erf Log Sigmoid Sin Softplus Tanh Elu');
 
 /** Whether the node's results hang on a step function, by itself or through its inputs. */
-export function stepped({ nodes }: Recording): Set<Value> {
+function stepped({ nodes }: Recording): Set<Value> {
   const found = new Set<Value>();
   for (const { kernel, inputs, outputs, attrs } of nodes) {
     const steps = STEPS.has(kernel) && !(kernel === 'Cast' && attrs.dtype === 'float32');
@@ -52,14 +55,24 @@ function sample(x: tf.Tensor, salt: number): Numbers {
   return numbers;
 }
 
-/** Where the compiled form's result is not the node's, in words; undefined if it is. */
+/**
+ * Where `got`, the compiled form's results of a node, are not what TFJS computes from the same inputs, in words; undefined
+ * if they are. `products`: see CheckOptions.
+ */
+export function nodeError(node: Node, inputs: tf.Tensor[], got: tf.Tensor[], products: number): string | undefined {
+  const wanted = tf.tidy(() => runNode(node, inputs));
+  let how: string | undefined;
+  for (const k of wanted.keys()) how ??= differs(node, k, inputs, wanted[k]!, got[k]!, products);
+  tf.dispose(wanted);
+  return how && `${node.kernel} gives ${how}`;
+}
 function differs(node: Node, k: number, inputs: tf.Tensor[], wanted: tf.Tensor, got: tf.Tensor, products: number) {
   const { kernel, outputs } = node;
   const { id, shape, dtype } = outputs[k]!;
   if (`${got.shape}` !== `${shape}` || got.dtype !== dtype) return `${got.dtype}[${got.shape}] for ${dtype}[${shape}]`;
   const [a, b] = [sample(wanted, id), sample(got, id)];
   const like = (i: number) => (inputs[i]?.size === wanted.size ? sample(inputs[i]!, id) : undefined);
-  let allowed = (i: number) => TINY + UNIT * Math.abs(a[i]!);
+  let allowed = (i: number) => (dtype === 'float32' ? TINY + UNIT * Math.abs(a[i]!) : 0);
   if (kernel === 'TopK' && k === 1) {
     const [x, all, n] = [inputs[0]!.dataSync(), got.dataSync(), inputs[0]!.shape.at(-1)!];
     const [per, mine] = [shape.at(-1)!, wanted.dataSync()];
@@ -67,7 +80,7 @@ function differs(node: Node, k: number, inputs: tf.Tensor[], wanted: tf.Tensor, 
     const bad = all.findIndex((_, i) => at(all, i) !== at(mine, i));
     return bad < 0 ? undefined : `${all[bad]} for ${mine[bad]}`;
   }
-  if (SUMS.has(kernel)) {
+  if (SUMS.has(kernel) && dtype === 'float32') {
     const whole = tf.tidy(
       () =>
         runNode(
@@ -106,7 +119,7 @@ const isIds = ({ kernel }: Node, i: number) => kernel === 'UnsortedSegmentSum' &
  * Computes the recording node by node, in both ways. @param given its feeds and variables
  * @returns what differed, a line for each node; `result` is told each value of `wanted` as soon as it is there
  */
-export async function checkNodes(
+async function checkNodes(
   { nodes }: Recording,
   given: ReadonlyMap<Value, tf.Tensor>,
   evaluate: Evaluate,
@@ -140,13 +153,10 @@ export async function checkNodes(
     for (const [i, value] of values.entries()) have.set(value, tf.keep(made[i]!));
     for (const node of chunk) {
       const inputs = node.inputs.map(tensorOf);
-      const expected = tf.tidy(() => runNode(node, inputs));
-      for (const [k, output] of node.outputs.entries()) {
-        const how = differs(node, k, inputs, expected[k]!, have.get(output)!, products);
-        if (how) wrong.push(`${node.kernel} gives ${how}`);
-        if (wanted.has(output)) result(output, have.get(output)!);
-      }
-      tf.dispose(expected);
+      const outputs = node.outputs.map(tensorOf);
+      const how = nodeError(node, inputs, outputs, products);
+      if (how) wrong.push(how);
+      for (const [k, output] of node.outputs.entries()) if (wanted.has(output)) result(output, outputs[k]!);
       for (const x of node.inputs) used(x, -1);
       for (const output of node.outputs) used(output, 0);
     }
@@ -188,4 +198,49 @@ export function resultError(
     return mine + floor >= change / 4 && mine <= 4 * (change + floor) ? undefined : error;
   }
   return error <= tolerance ? undefined : error;
+}
+
+/**
+ * Checks a call: every node, then its results.
+ * @param before the variables' values when it began
+ * @param outputs what it gave; its variables are already assigned
+ * @returns what differs, a phrase for each; none if all is well
+ */
+export async function checkCall(
+  recording: Recording,
+  feeds: Tensors,
+  before: ReadonlyMap<tf.Variable, tf.Tensor>,
+  outputs: Tensors,
+  evaluate: Evaluate,
+  options: CheckOptions,
+): Promise<string[]> {
+  const given = new Map<Value, tf.Tensor>();
+  for (const [key, value] of recording.feeds) given.set(value, feeds[key]!);
+  for (const [variable, value] of recording.variables) given.set(value, before.get(variable)!);
+  const behindSteps = stepped(recording);
+  const wrong: string[] = [];
+  const strayed = { sum: 0, size: 0 }; // of the state's numbers, and how many there are
+  const read = (tensor: tf.Tensor) => tensor.dataSync() as Numbers;
+  const result = (value: Value, tensor: tf.Tensor) => {
+    const judge = (name: string, got: tf.Tensor, old?: tf.Tensor) => {
+      const mild = old !== undefined || behindSteps.has(value);
+      const error = resultError(read(got), read(tensor), old && read(old), mild, options.tolerance);
+      if (error !== undefined) wrong.push(`${name} by ${error.toPrecision(2)}`);
+    };
+    for (const [key, output] of recording.outputs) if (output === value) judge(key, outputs[key]!);
+    for (const [variable, moved] of recording.assigned)
+      if (moved === value) {
+        const old = before.get(variable)!;
+        judge(variable.name, variable, old);
+        const [was, mine, wanted] = [read(old), read(variable), read(tensor)];
+        const share = Math.min(2, distance(mine, wanted) / (distance(wanted, was) + 1e-5 * distance(was) + 1e-9));
+        strayed.sum += (Number.isFinite(share) ? share : 0) ** 2 * variable.size;
+        strayed.size += variable.size;
+      }
+  };
+  const wanted = new Set([...recording.outputs.values(), ...recording.assigned.values()]);
+  wrong.unshift(...(await checkNodes(recording, given, evaluate, options, wanted, result)));
+  const share = Math.sqrt(strayed.sum / Math.max(1, strayed.size));
+  if (share > STRAY) wrong.push(`the state's change as a whole by ${share.toPrecision(2)}`);
+  return wrong;
 }

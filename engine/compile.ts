@@ -4,8 +4,8 @@
  * was baked in shows as a difference of the two recordings. Later calls do not run the JavaScript.
  */
 import * as tf from '@tensorflow/tfjs';
-import { type CheckOptions, checkNodes, type Evaluate, resultError, stepped } from './check.ts';
-import { type Numbers, type Recording, record, type Tensors, UnknownKernel, type Value } from './record.ts';
+import { type CheckOptions, checkCall, type Evaluate } from './check.ts';
+import { type Recording, record, type Tensors, UnknownKernel } from './record.ts';
 
 /** What an engine does with a recording. Calls come one at a time. */
 export interface Runtime<Loaded> {
@@ -25,7 +25,7 @@ export interface CompileOptions extends CheckOptions {
 export type FunctionStats = { name: string; calls: number; nodes: number };
 
 export function compiler<Loaded>(runtime: Runtime<Loaded>, options: CompileOptions) {
-  const { verify = true, log = () => {}, tolerance } = options;
+  const { verify = true, log = () => {} } = options;
   const functions: FunctionStats[] = [];
   let last: Promise<unknown> = Promise.resolve(); // a function that is called while another runs waits
 
@@ -41,7 +41,8 @@ export function compiler<Loaded>(runtime: Runtime<Loaded>, options: CompileOptio
       const loaded = known?.loaded ?? (await runtime.load(recording));
       const outputs = await runtime.run(loaded, feeds);
       if (verify && !known) {
-        const wrong = await check(recording, feeds, before, outputs);
+        const evaluate: Evaluate = (...args) => runtime.evaluate(...args);
+        const wrong = await checkCall(recording, feeds, before, outputs, evaluate, options);
         if (wrong.length > 0) {
           for (const variable of recording.assigned.keys()) variable.assign(before.get(variable)!);
           tf.dispose(outputs);
@@ -56,30 +57,6 @@ export function compiler<Loaded>(runtime: Runtime<Loaded>, options: CompileOptio
     } finally {
       for (const copy of before.values()) copy.dispose();
     }
-  }
-
-  async function check(recording: Recording, feeds: Tensors, before: Map<tf.Variable, tf.Tensor>, outputs: Tensors) {
-    const given = new Map<Value, tf.Tensor>();
-    for (const [key, value] of recording.feeds) given.set(value, feeds[key]!);
-    for (const [variable, value] of recording.variables) given.set(value, before.get(variable)!);
-    const behindSteps = stepped(recording);
-    const wrong: string[] = [];
-    const read = (tensor: tf.Tensor) => tensor.dataSync() as Numbers;
-    const result = (value: Value, tensor: tf.Tensor) => {
-      const judge = (name: string, got: tf.Tensor, old?: tf.Tensor) => {
-        const mild = old !== undefined || behindSteps.has(value);
-        const error = resultError(read(got), read(tensor), old && read(old), mild, tolerance);
-        if (error !== undefined) wrong.push(`${name} by ${error.toPrecision(2)}`);
-      };
-      for (const [key, output] of recording.outputs) if (output === value) judge(key, outputs[key]!);
-      for (const [variable, moved] of recording.assigned)
-        if (moved === value) judge(variable.name, variable, before.get(variable)!);
-    };
-    const wanted = new Set([...recording.outputs.values(), ...recording.assigned.values()]);
-    return [
-      ...(await checkNodes(recording, given, (...args) => runtime.evaluate(...args), options, wanted, result)),
-      ...wrong,
-    ];
   }
 
   function compile<F extends Tensors, O extends Tensors>(name: string, fn: (feeds: F) => O): (feeds: F) => Promise<O> {

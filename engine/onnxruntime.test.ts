@@ -52,6 +52,21 @@ test('who holds a clone of a variable keeps its value; one that was assigned out
   await graph.dispose();
 });
 
+test('products op by op see what a run has moved', options, async () => {
+  const w = tf.variable(tf.ones([8, 8]), false);
+  const graph = make();
+  const double = graph.compile('double', () => {
+    w.assign(w.mul(2));
+    return {};
+  });
+  for (let i = 0; i < 6; i++) {
+    const product = tf.matMul(tf.ones([4, 8]), w); // the backend keeps a packed copy of its right factor
+    assert.deepEqual(values(product), Array(32).fill(8 * 2 ** i));
+    await double({});
+  }
+  await graph.dispose();
+});
+
 test('a kernel that the recorder does not know runs op by op, and one line says so', options, async () => {
   const graph = make();
   const w = tf.variable(tf.scalar(1), false);

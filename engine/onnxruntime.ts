@@ -45,7 +45,10 @@ export async function loadOnnxRuntime(): Promise<Ort> {
 /** `compile` on ONNX Runtime. TFJS's backend must be WASM, with a kernel Uniform. */
 export function onnxCompiler(ort: Ort, { threads, ...options }: CompileOptions & { threads: number }) {
   const backend = tf.backend() as BackendWasm;
-  const heap = backend.wasm as unknown as { HEAPU8: Uint8Array };
+  const heap = backend.wasm as unknown as {
+    HEAPU8: Uint8Array;
+    tfjs: { registerTensor(id: number, size: number, at: number): void; disposeData(id: number): void };
+  };
   const sessionOptions = {
     executionProviders: ['cpu'],
     intraOpNumThreads: threads || os.availableParallelism(),
@@ -69,6 +72,16 @@ export function onnxCompiler(ort: Ort, { threads, ...options }: CompileOptions &
     const Kind = { float32: Float32Array, int32: Int32Array, bool: Uint8Array }[x.dtype as Dtype];
     const data = new Kind(heap.HEAPU8.buffer as ArrayBuffer, backend.getMemoryOffset(x.dataId), x.size);
     return new ort.Tensor(x.dtype as Dtype, data, x.shape);
+  };
+  /**
+   * The numbers in this memory are about to be others. TFJS's never are: it keeps XNNPACK's packed copy of a right factor
+   * for as long as the number by which it knows the memory, which is therefore given up and taken again.
+   */
+  const forget = ({ dataId, size }: tf.Tensor): void => {
+    const { dataIdMap } = backend as unknown as { dataIdMap: { get(dataId: object): { id: number } } };
+    const { id } = dataIdMap.get(dataId);
+    heap.tfjs.disposeData(id);
+    heap.tfjs.registerTensor(id, size, backend.getMemoryOffset(dataId));
   };
   /** A value computed here: the keys of random numbers. */
   const onHost = (value: Value, given: ReadonlyMap<Value, tf.Tensor>): tf.Tensor => {
@@ -114,6 +127,7 @@ export function onnxCompiler(ort: Ort, { threads, ...options }: CompileOptions &
     const made: Tensors = Object.fromEntries([...outputs].map(([key, { shape, dtype }]) => [key, empty(shape, dtype)]));
     const fetches: [string, tf.Tensor][] = Object.entries(made).map(([key, tensor]) => [`out/${key}`, tensor]);
     for (const [k, variable] of [...assigned.keys()].entries()) fetches.push([`new/${k}`, spareOf(variable)]);
+    for (const variable of assigned.keys()) forget(spareOf(variable));
     await runModel(session, model, given, fetches);
     for (const variable of assigned.keys()) {
       const [old, spare] = [tf.keep(variable.clone()), spares.get(variable)!];
@@ -152,7 +166,8 @@ export function onnxCompiler(ort: Ort, { threads, ...options }: CompileOptions &
       },
     },
     options,
-  ); /** Frees the sessions: the compiled functions no longer work. The variables keep their values. */
+  );
+  /** Frees the sessions: the compiled functions no longer work. The variables keep their values. */
   const dispose = async (): Promise<void> => {
     await Promise.all(sessions.splice(0).map(session => session.release()));
     tf.dispose([...spares.values()]);
