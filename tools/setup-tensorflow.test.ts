@@ -166,7 +166,7 @@ test('bf16 products', { skip: absent }, async t => {
     assert.equal(tf.memory().numTensors, before);
   });
   await t.test('become a graph, forward and backward', async () => {
-    const graph = new Graph({ tolerance: 0.03 });
+    const graph = new Graph({ bf16: true, tolerance: 0.03, products: 2 ** -6 });
     const w = tf.variable(tf.randomNormal([64, 16], 0, 1, 'float32', 5), false);
     const step = graph.compile('step', ({ x }) => {
       const [gradient] = tf.grads(w => tf.sum(tf.square(tf.matMul(x as tf.Tensor2D, w as tf.Tensor2D))))([w]);
