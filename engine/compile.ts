@@ -36,11 +36,12 @@ export function compiler<Loaded>(runtime: Runtime<Loaded>, options: CompileOptio
     known?: { recording: Recording; loaded: Loaded },
   ) {
     const recording = record(feeds, fn, known?.recording);
-    const before = new Map([...recording.variables.keys()].map(v => [v, tf.keep(v.clone())]));
+    const checked = verify && !known;
+    const before = new Map((checked ? [...recording.variables.keys()] : []).map(v => [v, tf.keep(v.clone())]));
     try {
       const loaded = known?.loaded ?? (await runtime.load(recording));
       const outputs = await runtime.run(loaded, feeds);
-      if (verify && !known) {
+      if (checked) {
         const evaluate: Evaluate = (...args) => runtime.evaluate(...args);
         const wrong = await checkCall(recording, feeds, before, outputs, evaluate, options);
         if (wrong.length > 0) {

@@ -1,6 +1,6 @@
 // Whole runs as child processes: interrupted, killed, resumed, changed, diverged. Whatever happens in between, the end
 // must be the same bytes as in a run left alone. NANO_LONG_TESTS=1 kills 40 runs instead of
-// 4 and does on TensorFlow, whose graphs take seconds to trace, all that is done on WASM.
+// 4 and does on ONNX Runtime and TensorFlow, whose graphs take seconds to trace, all that is done on WASM.
 
 import assert from 'node:assert/strict';
 import { type ChildProcess, spawn } from 'node:child_process';
@@ -30,12 +30,11 @@ const small = [
   ...['--eval-batch-size=2', '--pgd-eval-n-steps=2', '--log-every=1'],
 ];
 // a step of a traced graph takes 2 ms, so such a run has more of them
+const traced = ['--threads=1', '--n-steps=150', '--save-every=4', '--eval-freq=40', '--faithfulness-warmup-steps=0'];
 const engines = {
   wasm: [...small, '--engine=wasm', '--n-steps=14', '--save-every=1', '--eval-freq=4', '--faithfulness-warmup-steps=3'],
-  tensorflow: [
-    ...[...small, '--engine=tensorflow', '--threads=1', '--n-steps=150', '--save-every=4', '--eval-freq=40'],
-    '--faithfulness-warmup-steps=0',
-  ],
+  onnx: [...small, '--engine=onnx', ...traced],
+  tensorflow: [...small, '--engine=tensorflow', ...traced],
 };
 type EngineName = keyof typeof engines;
 
@@ -97,18 +96,19 @@ function assertSame(out: string, engine: EngineName, what: string) {
 // ---- the runs left alone, that all others are compared with ----
 
 const missing: Partial<Record<EngineName, string>> = {};
-const duration = { wasm: 0, tensorflow: 0 };
+const duration = { wasm: 0, onnx: 0, tensorflow: 0 };
+const names = Object.keys(engines) as EngineName[];
 before(async () => {
-  for (const engine of ['wasm', 'tensorflow'] as const) {
+  for (const engine of names) {
     const started = performance.now();
     const { code, talk } = await begin(engine, inRoot(engine)).ended;
     duration[engine] = performance.now() - started;
-    if (engine === 'tensorflow' && code === 2) missing.tensorflow = talk.trim();
+    if (engine !== 'wasm' && code === 2) missing[engine] = talk.trim();
     else assert.equal(code, 0, talk);
   }
 });
 
-for (const engine of ['wasm', 'tensorflow'] as const) {
+for (const engine of names) {
   const onEngine = (name: string, run: () => Promise<void>) =>
     test(`${engine}: ${name}`, async t => (missing[engine] ? t.skip(missing[engine]) : run()));
   const all = long || engine === 'wasm';
