@@ -4,8 +4,8 @@
  * VPD writes every weight matrix of a trained network as a sum of rank-one subcomponents, and a
  * small transformer, the causal-importance (CI) function, learns which few of them each token
  * really needs. What it calls unimportant may be removed, at random or by an adversary, and the
- * network must still give the same answer. What is left are small mechanisms that a person can look
- * at one by one.
+ * network must still give the same answer. What is left are small mechanisms, to be looked at one by
+ * one.
  *
  *   npm install && npm start                         the bundled toy: decompose, evaluate, page
  *   npx tsx nano-param-decomp.ts --model M --data D  a Hugging Face folder or hub id, a text file
@@ -28,7 +28,7 @@
  *   J. Language models   one decoder for all of them, and its loading
  *   K. Data              rows, batches, random numbers
  *   L. Rooms             engine/ and io/, and plain ways to do without
- *   M. Command line      decompose, eval, harvest; more in postprocess/
+ *   M. Command line      decompose; jobs on finished runs are in postprocess/
  *
  * Symbols, with their shapes and the original's names
  *   N = B·S positions    B rows of S tokens; activations are matrices [N, ·]
@@ -51,16 +51,16 @@ import * as tf from '@tensorflow/tfjs';
 export type T<_Axes extends string = string> = tf.Tensor;
 export type Tensors = Record<string, tf.Tensor>;
 
-/** Wrong input: reported in one line, exit code 2. */
+/** Wrong input: one line, exit code 2. */
 export class UsageError extends Error {
   override readonly name = 'UsageError';
 }
 export function refuse(message: string): never {
   throw new UsageError(message);
 }
-/** Progress and warnings; standard output is for results. */
+/** Progress and warnings go to stderr, results to stdout. */
 export function say(line: string) {
-  io.endLiveLine(); // a progress line, on a terminal
+  io.endLiveLine(); // of progress
   process.stderr.write(`${line}\n`);
 }
 
@@ -134,7 +134,7 @@ const GROUPS = {
   Evaluation: {
     evalFreq: int(1000, 'steps between evaluations; 0 = only at the end'),
     slowEvalFreq: int(5000, 'steps between slow ones; 0 = only at the end'),
-    evalBatchSize: int(0, 'rows in its batches; 0 = auto: the batch size'),
+    evalBatchSize: int(0, 'rows it reads; 0 = auto: the batch size'),
     ciAliveThreshold: real(0, 'a component counts in L0 where g is above', 0, 1),
     roundingThreshold: real(0, 'rounded masks are 1 where g is above', 0, 1),
     pgdEvalStepSize: real(0.1, 'step of a fresh sign-PGD adversary'),
@@ -398,7 +398,7 @@ export function faithfulnessLoss({ target, modules }: Problem, params: Tensors):
  * Importance minimality: Σ_c [ μ_c + β μ_c log2(1 + R σ_c) ] with μ_c = σ_c / N and
  *   σ_c = Σ over positions of (g⁺ + ε)^p.
  * The first term wants few components at each position (p < 1 prefers exact zeros), the second
- * rarely used ones. R: a shard's σ is about 1/R of the batch's, so R σ stands for that.
+ * rarely used ones. R: a shard's σ is about 1/R of the batch's, R σ estimates it.
  */
 export function importanceLoss(gUpper: T<'N ΣC'>, p: T, config: Config, R: number): T {
   // With p < 1 the slope of g^p at 0 is infinite; ε makes it finite.
@@ -445,12 +445,12 @@ export const kl: Comparison = {
   },
 };
 
-/** A component may be removed exactly as far as its importance allows. */
+/** m = g + (1 − g) u with u in [0, 1]: a mask may fall to g, and no further. */
 export const interpolate = (g: T<'N ΣC'>, u: T<'N ΣC'>): T<'N ΣC'> => g.add(tf.sub(1, g).mul(u));
 
 /**
- * Routing of the stochastic loss: at each position a number k uniform in {1..M}, and a uniformly
- * random k-subset of the modules, which runs through components: where the k largest draws are.
+ * Routing: at each position, k uniform in {1..M}; the k modules with the largest draws run through
+ * components, the others by W.
  */
 export function randomRouting(draws: T<'N M'>, countDraw: T<'N 1'>): T<'N M'> {
   const M = draws.shape[1]!;
@@ -509,7 +509,7 @@ interface LossInputs {
   feeds: StepFeeds;
 }
 type Loss = { coefficient: keyof Config; of: (inputs: LossInputs) => T };
-/** total = Σ coefficient × loss. A further loss is one entry here, and its field in A. */
+/** total = Σ coefficient × loss. A further one: an entry here, a field in A; only ppgd reads s. */
 export const LOSSES = {
   faith: { coefficient: 'coeffFaith', of: x => faithfulnessLoss(x.problem, x.params) },
   imp: {
@@ -531,9 +531,9 @@ export const LOSSES = {
 const lossList: [string, Loss][] = Object.entries(LOSSES);
 
 // ---- E. The adversary ----
-// Persistent PGD: the sources s live on from step to step, so that the adversary need not begin
-// anew each time. In each training step it makes `ppgdInnerSteps` moves before the losses are taken
-// and one after; its Adam counts all of them.
+// Persistent PGD (projected gradient ascent): s has a row for each batch slot and position, which
+// lives on from step to step while its tokens change. In each step the adversary makes
+// `ppgdInnerSteps` moves before the losses are taken and one after; its Adam counts all.
 
 /** The sources s [N,ΣC+M] in [0, 1], and the moments of their Adam. */
 type Sources<X extends T = T> = { s: X; m: X; v: X };
@@ -590,8 +590,8 @@ export function lossesAndGradients(
     sources = ascend(sources, grad!, config, feeds.lrPpgd, c1[k]!, c2[k]!);
   }
 
-  // 3. The losses. TFJS differentiates with respect to the tensors that 4 names, wherever the
-  //    function takes them from: so this function of V, U, z and s needs no arguments.
+  // 3. The losses, of V, U, z and s. TFJS differentiates by the tensors listed in 4, wherever the
+  //    function finds them. g is made anew here: no gradient would reach z through the one of 1.
   const losses = () => {
     const g = lowerLeaky(z, config.leakyAlpha);
     const inputs = { problem, params, pass, z, g, draws, sources: sources.s, feeds };
@@ -599,7 +599,7 @@ export function lossesAndGradients(
   };
 
   // 4. The gradients of total = Σ coefficient × loss: the coefficients are the upstream gradient of
-  //    the vector of losses. They end at z; from there dz goes on through the CI function. Its
+  //    the vector of losses. They reach down to z; dz goes on through the CI function. Its
   //    forward in 1 ran outside of the tape, since the moves in 2 need no gradient of it, so it
   //    runs again here (a traced graph merges the two).
   const components = ofGroup(params, 'components');
@@ -741,12 +741,12 @@ const mainCorrections = (step: number) => ({
 export function schedule(config: Config, step: number) {
   const { nSteps, ppgdInnerSteps } = config;
   const warmup = Math.floor(config.ppgdWarmupPct * nSteps);
-  const constant = cosine(step - warmup, nSteps - warmup, config.ppgdLrFinalFrac);
+  const decayed = cosine(step - warmup, nSteps - warmup, config.ppgdLrFinalFrac);
   const t = range(1, ppgdInnerSteps + 2).map(k => step * (ppgdInnerSteps + 1) + k);
   return {
     ...mainCorrections(step),
     lrMain: config.mainLr * cosine(step, nSteps, config.mainLrFinalFrac),
-    lrPpgd: config.ppgdLr * (step < warmup ? step / warmup : constant),
+    lrPpgd: config.ppgdLr * (step < warmup ? step / warmup : decayed),
     p: config.pStart + (config.pEnd - config.pStart) * progress(step, nSteps),
     ppgdC1: t.map(n => 1 - config.ppgdBeta1 ** n),
     ppgdC2: t.map(n => 1 - config.ppgdBeta2 ** n),
@@ -778,7 +778,7 @@ export function initialParams(problem: Problem): Params {
   }
   const shapes = ci.shapes(problem);
   for (const [name, shape] of Object.entries(shapes)) {
-    const fanIn = shapes[name.replace(/bias$/, 'weight')]![1]!;
+    const fanIn = shapes[name.replace(/bias$/, 'weight')]?.[1] ?? shape[0]!;
     const bound = 1 / Math.sqrt(fanIn);
     const values = draws(sizeOf(shape)).map(u => bound * (2 * u - 1));
     params[name] = makeVariable(values, shape);
@@ -826,7 +826,7 @@ export function crossEntropy(logProbs: T<'N vocab'>, tokens: T<'B S'>): T {
   return total.div(B * (S - 1)).neg();
 }
 
-/** Random numbers of an evaluation; `subset`: for stochastic loss and hidden activations. */
+/** Random numbers of an evaluation; `stoch`: of the strategy; `subset`: loss, hidden acts. */
 function evaluationDraws(problem: Problem, N: number, key: T) {
   const draws = (i: number) => stochasticDraws(problem, N, key.add(tf.tensor1d([0, i], 'int32')));
   const random: T<'N ΣC'> = uniform([N, totalC(problem.modules)], key, PURPOSE.randomMask);
@@ -978,6 +978,7 @@ export interface Run<Net extends Target = Target> {
   problem: Problem<Net>;
   params: Params;
   data: Data;
+  trained?: boolean; // and saved
 }
 
 /** A run on any network. Fields not given have their defaults; without `out` nothing is written. */
@@ -1062,9 +1063,10 @@ export async function decompose(
       const time = { 'time/ms_per_step': performance.now() - started };
       log({ ...metrics, ...rates, ...time, ...memory });
     }
-    // The last step is saved before its evaluation, which may fail; other steps after it, so that a
-    // resumed run finds all of its lines in metrics.jsonl.
+    // The last step is saved before its evaluation, which may fail; others after it, so that a
+    // resumed run finds all of its lines.
     if (last) await save();
+    run.trained = last;
     if (due(c.evalFreq)) {
       evaluated = await evaluate(due(c.slowEvalFreq));
       log(evaluated);
@@ -1074,7 +1076,8 @@ export async function decompose(
     if (stop) return undefined;
   }
   if (evaluated) return evaluated;
-  // A run resumed after its last step: it may have a line of its evaluation already.
+  run.trained = true;
+  // A run resumed after its last step may have this line already.
   evaluated = await evaluate(true);
   const isOfNow = (line: Metrics) => line.step === done && 'eval/n_alive' in line;
   if (!io.readMetrics(metricsFile).some(isOfNow)) log(evaluated);
@@ -1616,7 +1619,7 @@ const plainIo: Partial<Io> = {
     const documents = lines.filter(line => line.trim());
     // Documents are joined by end-of-text, unless the tokenizer starts each with begin-of-text.
     const marksItself = tokenizer.encode('').ids.length > 0;
-    const mark = marksItself ? [] : ([config.eos_token_id].flat().slice(0, 1) as number[]);
+    const mark = marksItself ? [] : ([config.eos_token_id ?? []].flat().slice(0, 1) as number[]);
     const pack = (texts: string[]) => {
       const ids = texts.flatMap(text => [...tokenizer.encode(text).ids, ...mark]);
       const row = (i: number) => Int32Array.from(ids.slice(i * seqLen, (i + 1) * seqLen));
@@ -1791,9 +1794,10 @@ export interface Job {
   run(dir: string, changes: Partial<Config>, flags: Flags): Promise<number>; // the exit code
 }
 
-/** postprocess/: jobs on finished runs, and what follows on a training. */
+/** Jobs on finished runs, and what follows on a training. */
 interface Postprocess {
   JOBS: Record<string, Job>;
+  prepare?(run: Run): void; // may refuse a run
   finish(run: Run, metrics: Metrics): Promise<void>;
 }
 const plainPostprocess: Postprocess = {
@@ -1823,7 +1827,7 @@ export async function main(argv: string[], post = plainPostprocess) {
   const { out } = config;
   if (!old && fs.existsSync(path.join(out, 'config.json')))
     refuse(`${out}: holds a run; --resume goes on with it, or take another --out`);
-  const run = await openModelRun(config, new Set(Object.keys(given)));
+  const run: Run<LanguageModel> = await openModelRun(config, new Set(Object.keys(given)));
   const { engine, problem, params, data } = run;
   const { arch } = problem.target;
   io.warnOfTarget(arch, meantFor, say);
@@ -1833,18 +1837,21 @@ export async function main(argv: string[], post = plainPostprocess) {
     await io.dryRun(problem, async n => void (await step(n, data.train)));
     return 0;
   }
+  post.prepare?.(run);
   const { interrupted, stop } = io.watchSignals(say);
-  const metrics = await decompose(run, { old, stopped: interrupted });
-  stop();
-  if (!metrics) {
-    say(`stopped; go on with --resume --out ${out}`);
-    return (await interrupted()) ?? 1;
-  }
   try {
+    const metrics = await decompose(run, { old, stopped: interrupted });
+    if (!metrics) {
+      say(`stopped; go on with --resume --out ${out}`);
+      return (await interrupted()) ?? 1;
+    }
     await post.finish(run, metrics);
   } catch (error) {
-    say(`nano-param-decomp: ${oneLine(error)}; the run is saved: go on with harvest --run ${out}`);
+    if (!run.trained) throw error;
+    say(`nano-param-decomp: ${oneLine(error)}; it is saved: go on with --resume --out ${out}`);
     return 1;
+  } finally {
+    stop();
   }
   const peak = (process.resourceUsage().maxRSS / 2 ** 20).toFixed(2);
   console.log(`\nRun folder: ${out}   peak memory: ${peak} GiB`);
@@ -1853,7 +1860,7 @@ export async function main(argv: string[], post = plainPostprocess) {
 
 if (process.argv[1] && fs.realpathSync(process.argv[1]) === fileURLToPath(import.meta.url)) {
   const failed = (error: NodeJS.ErrnoException) => {
-    // What the system says (a full disk …) is no bug of ours: its stack tells nothing.
+    // A full disk is no bug of ours: its stack tells nothing.
     const known = /^E[A-Z]+$|^(Usage|Divergence)Error$/.test(error.code ?? error.name);
     say(known ? `nano-param-decomp: ${oneLine(error)}` : String(error.stack));
     return error.name === 'UsageError' ? 2 : 1;

@@ -75,6 +75,12 @@ export const JOBS: Record<string, Job> = {
   serve: onRun('the page with a live text box, on 127.0.0.1', SERVE, serve),
 };
 
+/** Refuses labels that do not fit the held-out rows before a training starts. */
+export function prepare({ problem, data }: Run): void {
+  const { labels } = problem.config;
+  if (labels) readLabels(labels, data.heldOut);
+}
+
 /** What follows on the training of a run: summary, scoreboard, harvest and page. */
 export async function finish(run: Run, metrics: Metrics): Promise<void> {
   const { config, modules } = run.problem;

@@ -2,7 +2,7 @@
  * Times the same training step here and in PyTorch (bench_torch.py, written the way the original writes it), in turn,
  * on the same machine with the same threads and sizes.
  *
- *   npm run bench                                    all sizes, 2 threads, TensorFlow with and without XLA, WASM at toy
+ *   npm run bench                                    all sizes, 2 threads, ONNX Runtime, TensorFlow with and without XLA, WASM at toy
  *   npm run bench -- --sizes toy,stories260K --rounds 5 --steps 30 --threads 2
  *   PYTHON=/path/to/python npm run bench             the Python that has PyTorch (default python3)
  *
@@ -41,7 +41,7 @@ const SIZES: Record<string, Size> = {
   toy: {
     target: simple(48, 4, 4, 192, 88, 1),
     config: { ...PRESETS.toy!.config, seqLen: 32 },
-    ...{ steps: 60, engines: ['tensorflow', 'tensorflow-xla', 'wasm'] },
+    ...{ steps: 60, engines: ['onnx', 'tensorflow', 'tensorflow-xla', 'wasm'] },
   },
   stories260K: {
     target: { ...simple(64, 8, 4, 172, 512, 5), model_type: 'llama', tie_word_embeddings: true },
@@ -49,17 +49,17 @@ const SIZES: Record<string, Size> = {
       ...{ components: '*=64', batchSize: 8, seqLen: 64 },
       ...{ ciDModel: 128, ciNBlocks: 2, ciNHeads: 4, ciMlpHidden: 512 },
     },
-    ...{ steps: 20, engines: ['tensorflow', 'tensorflow-xla'] },
+    ...{ steps: 20, engines: ['onnx', 'tensorflow', 'tensorflow-xla'] },
   },
   'simplestories-2L': {
     target: simple(192, 6, 3, 768, 4019, 2),
     config: { ...PRESETS['simplestories-2L']!.config, batchSize: 4, seqLen: 128 },
-    ...{ steps: 8, engines: ['tensorflow', 'tensorflow-xla'] },
+    ...{ steps: 8, engines: ['onnx', 'tensorflow', 'tensorflow-xla'] },
   },
   'pile-4L-block': {
     target: simple(768, 6, 6, 3072, 50277, 1),
     config: { ...PRESETS['pile-4L']!.config, ciNBlocks: 1, batchSize: 1, seqLen: 128 },
-    ...{ steps: 3, engines: ['tensorflow', 'tensorflow-xla'] },
+    ...{ steps: 3, engines: ['onnx', 'tensorflow', 'tensorflow-xla'] },
   },
 };
 
