@@ -5,16 +5,9 @@
  *
  *   npx tsx examples/own-network.ts [run folder]      the folder gets a checkpoint, the metrics and the page
  */
+// biome-ignore format: kept on few lines
 import {
-  compileEvaluation,
-  decompose,
-  firstRows,
-  makeVariable,
-  mse,
-  newRun,
-  type Rows,
-  type Target,
-  uniformArray,
+  compileEvaluation, decompose, firstRows, makeVariable, mse, newRun, type Rows, type Target, uniformArray,
 } from '../nano-param-decomp.ts';
 import { finish } from '../postprocess/index.ts';
 import { factors } from './metrics.ts';
@@ -28,13 +21,7 @@ const target: Target = {
   ],
   weights: new Map([
     ['in', weight([0.8, 0.6, 0, 0, 0, 0], [0, 0, 0.8, 0.6, 0, 0], [0, 0, 0, 0, 0.8, 0.6])],
-    [
-      'in.bias',
-      makeVariable(
-        new Float32Array(6).map((_, i) => (i % 2 ? -0.12 : -0.16)),
-        [6],
-      ),
-    ],
+    ['in.bias', makeVariable(Float32Array.of(-0.16, -0.12, -0.16, -0.12, -0.16, -0.12), [6])],
     ['out', weight([0.8, 0, 0], [0.6, 0, 0], [0, 0.8, 0], [0, 0.6, 0], [0, 0, 0.8], [0, 0, 0.6])],
   ]),
   forward: (inputs, linear) => linear('out', linear('in', inputs.reshape([-1, 3])).relu()),
@@ -52,15 +39,12 @@ const features = (seed: number): Rows => ({
 });
 
 // 3. The run: what is not given has the method's default. `data`, `params`, `problem` and `engine` are its parts.
-const run = await newRun(
-  target,
-  { train: features(1), heldOut: features(2) },
-  {
-    ...{ out: process.argv[2] ?? '', components: '*=8', nSteps: 2000, batchSize: 256, evalFreq: 0, saveEvery: 0 },
-    ...{ mainLr: 5e-3, gradClipComponents: 0, coeffFaith: 1, coeffImp: 1.5e-3, pStart: 1, pEnd: 1 },
-    ...{ ciDModel: 32, ciNBlocks: 1, ciMlpHidden: 64 },
-  },
-);
+// biome-ignore format: kept on few lines
+const run = await newRun(target, { train: features(1), heldOut: features(2) }, {
+  out: process.argv[2] ?? '', components: '*=8', nSteps: 2000, batchSize: 256, evalFreq: 0, saveEvery: 0,
+  mainLr: 5e-3, gradClipComponents: 0, coeffFaith: 1, coeffImp: 1.5e-3, pStart: 1, pEnd: 1,
+  ciDModel: 32, ciNBlocks: 1, ciMlpHidden: 64,
+});
 const metrics = await decompose(run);
 await finish(run, metrics!);
 
