@@ -60,7 +60,7 @@ export function refuse(message: string): never {
 }
 /** Progress and warnings go to stderr, results to stdout. */
 export function say(line: string) {
-  io.endLiveLine(); // of progress
+  io.endLiveLine();
   process.stderr.write(`${line}\n`);
 }
 
@@ -786,7 +786,6 @@ export function initialParams(problem: Problem): Params {
   return params;
 }
 
-/** Moments 0, sources U(0, 1). */
 export function initialState({ modules, config }: Problem, params: Params): State {
   const shape = [config.batchSize * config.seqLen, totalC(modules) + modules.length];
   const s = makeVariable(uniformArray(sizeOf(shape), config.seed, 0, PURPOSE.sources), shape);
@@ -1739,7 +1738,7 @@ export function resolveConfig(
 }
 
 /** Opens what a config names. The target's own loss reveals a wrongly loaded model. */
-async function openModelRun(config: Config, given: Set<string>) {
+async function openModelRun(config: Config, given: Set<string>, trains = false) {
   if (!config.model) refuse('--model: missing; takes a folder or a hub id (or a --preset)');
   if (!config.data) refuse('--data: missing; takes .txt, .jsonl, .json, .parquet or a hub id');
   const engine = await startEngine(config);
@@ -1763,6 +1762,8 @@ async function openModelRun(config: Config, given: Set<string>) {
       return (mean * indices.length) / rows.count;
     });
   say(`loss     ${loss.toFixed(4)} nats per token, its own on ${rows.count} held-out rows`);
+  const ciShapes = ciTransformer.shapes(problem);
+  if (trains) engines.checkSize({ ...problem, arch: target.arch, ciShapes }, engine, say);
   return { engine, problem, params: initialParams(problem), data };
 }
 
@@ -1827,11 +1828,9 @@ export async function main(argv: string[], post = plainPostprocess) {
   const { out } = config;
   if (!old && fs.existsSync(path.join(out, 'config.json')))
     refuse(`${out}: holds a run; --resume goes on with it, or take another --out`);
-  const run: Run<LanguageModel> = await openModelRun(config, new Set(Object.keys(given)));
+  const run: Run<LanguageModel> = await openModelRun(config, new Set(Object.keys(given)), true);
   const { engine, problem, params, data } = run;
-  const { arch } = problem.target;
-  io.warnOfTarget(arch, meantFor, say);
-  engines.checkSize({ ...problem, arch, ciShapes: ciTransformer.shapes(problem) }, engine, say);
+  io.warnOfTarget(problem.target.arch, meantFor, say);
   if (flags['dry-run']) {
     const step = compileStep(engine, problem, initialState(problem, params));
     await io.dryRun(problem, async n => void (await step(n, data.train)));

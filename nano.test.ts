@@ -1281,6 +1281,33 @@ test('a refused command line ends with exit code 2 and one line on standard erro
   }
 });
 
+test('what fails after the last step loses nothing: one line that says how to go on, exit code 1', async t => {
+  const said: string[] = [];
+  t.mock.method(process.stderr, 'write', (line: string) => said.push(line) > 0);
+  const out = path.join(temporary, 'fails-at-its-end');
+  const small =
+    '--n-steps=2 --faithfulness-warmup-steps=1 --components=*=4 --ci-d-model=16 --ci-n-heads=2 --ci-n-blocks=1';
+  const finish = async () => {
+    throw new Error('no page today\n    at somewhere');
+  };
+  const line = `${onToy} --out=${out} ${small} --pgd-eval-n-steps=1`;
+  assert.equal(await nano.main(line.split(' '), { ...post, finish }), 1);
+  assert.match(said.at(-1)!, /^nano-param-decomp: no page today[^\n]*; it is saved: go on with --resume --out .*\n$/);
+  assert.equal((await loadPair(out))?.step, 2);
+  const finished: nano.Metrics[] = [];
+  const go = { ...post, finish: async (_: nano.Run, metrics: nano.Metrics) => void finished.push(metrics) };
+  assert.equal(await nano.main(['--resume', `--out=${out}`], go), 0, 'and so it goes on');
+  assert.ok(finished[0]!['eval/n_alive']! > 0);
+});
+
+test('a step that does not fit into the heap of WASM is refused before it starts', async t => {
+  t.mock.method(process.stderr, 'write', () => true);
+  const wasm = await nano.startEngine({ ...nano.DEFAULTS, engine: 'wasm' });
+  assert.ok(wasm.memoryBytes!() <= 2 ** 32, `${wasm.memoryBytes!()}`);
+  const large = `${onToy} --batch-size=20000 --components=*=100000`.split(' ');
+  await refused(/a step takes about [\d.]+ GiB and there are [\d.]+ GiB/, () => nano.main(large, post));
+});
+
 test('--help lists every field with its flag, and --version prints the version', async t => {
   const log = t.mock.method(console, 'log', () => {});
   assert.equal(await nano.main(['--help'], post), 0);

@@ -1,10 +1,12 @@
 /** Dataset attributions against the same sums taken edge by edge, and stopping and going on. */
+
 import assert from 'node:assert/strict';
 import { before, test } from 'node:test';
 import * as tf from '@tensorflow/tfjs';
 import { importances } from '../nano-param-decomp.ts';
-import { type Attributions, attributionDefaults, datasetAttributions } from './attributions.ts';
+import { datasetAttributions } from './attributions.ts';
 import { fixtureJob } from './fixture.ts';
+import { type Attributions, attributionDefaults } from './formats.ts';
 import { componentForm, V } from './forward.ts';
 import { attribute, type Wanted } from './graph.ts';
 

@@ -15,37 +15,17 @@
 import * as path from 'node:path';
 import * as tf from '@tensorflow/tfjs';
 import { importances, inputBatch, type T, tidyAsync, totalC } from '../nano-param-decomp.ts';
+import {
+  type AttributionSettings,
+  type Attributions,
+  attributionDefaults,
+  type Source,
+  type Strength,
+} from './formats.ts';
 import { acrossPositions, componentForm, leafGradients, type Reader, U, unembedding, V } from './forward.ts';
 import { refreshPage } from './parts.ts';
 import type { LmRun } from './run.ts';
 import { componentsHash, type Flags, numberFlag, readStage, refuse, talk, tokenId, writeAtomic } from './stages.ts';
-
-export const attributionDefaults = {
-  positions: 4096, // of training rows
-  batchPositions: 1024, // of one pass
-  threshold: 1e-6, // targets have a larger mean importance
-  strongest: 16, // sources and targets kept for each component
-  outputCells: 2 ** 20, // numbers kept of what components write to the residual; more: left out
-};
-export type AttributionSettings = typeof attributionDefaults;
-
-export type Source = { module: string; index: number } | { token: number };
-/** pmi: of firing at the same position, ln(n_ab N / (n_a n_b)); null: never together, or a token. */
-export type Strength = { A: number; Aabs: number; normalised: number; pmi: number | null };
-/** The content of attributions.json. */
-export interface Attributions {
-  formatVersion: 1;
-  components: string; // SHA-256 of components.safetensors
-  settings: AttributionSettings;
-  positions: number;
-  alive: number; // targets that there are; `targets` are those done so far, the most used first
-  complete: boolean;
-  targets: { module: string; index: number; sources: (Source & Strength)[]; share: number }[]; // share of Σ|Aabs|
-  feeds: { module: string; index: number; targets: ({ module: string; index: number } & Strength)[] }[];
-  /** A(c→d) for every coordinate d of the normed residual that the unembedding multiplies; times W_U: of a logit. */
-  outputs: { module: string; index: number; A: number[] }[];
-  leftOut: string[];
-}
 
 /** A batch of rows: what doesn't change from target to target. */
 interface Batch {

@@ -1,4 +1,5 @@
 /** Circuits: what the optimisation keeps is enough, and the interventions are what they say. */
+
 import assert from 'node:assert/strict';
 import fs from 'node:fs';
 import os from 'node:os';
@@ -6,8 +7,9 @@ import path from 'node:path';
 import { after, before, test } from 'node:test';
 import * as tf from '@tensorflow/tfjs';
 import { importances, maskedForward, totalC } from '../nano-param-decomp.ts';
-import { circuitDefaults, circuitTable, findCircuit, intervene } from './circuit.ts';
+import { circuitTable, findCircuit, intervene } from './circuit.ts';
 import { fixtureJob } from './fixture.ts';
+import { circuitDefaults } from './formats.ts';
 import type { LmRun } from './run.ts';
 
 const folder = fs.mkdtempSync(path.join(os.tmpdir(), 'circuit-'));

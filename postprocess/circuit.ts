@@ -29,6 +29,7 @@ import {
   uniformArray,
   upperLeaky,
 } from '../nano-param-decomp.ts';
+import { type Circuit, type CircuitNode, type CircuitSettings, circuitDefaults, type Regime } from './formats.ts';
 import { refreshPage } from './parts.ts';
 import type { LmRun } from './run.ts';
 import {
@@ -42,41 +43,6 @@ import {
   tokenText,
   writeAtomic,
 } from './stages.ts';
-
-export const circuitDefaults = {
-  steps: 1000, // of Adam
-  lr: 0.1,
-  coefficient: 0.1, // of the importance
-  p: 0.3, // its exponent
-  adversarySteps: 4, // sign steps of 1.0 in the loss;
-  interventionSteps: 20, // and of 0.1 in the adversarial intervention
-  draws: 8, // of the stochastic intervention
-  seed: 0,
-};
-export type CircuitSettings = typeof circuitDefaults;
-
-export type CircuitNode = { position: number; module: string; index: number; ci: number };
-/** What the model says at the position under a regime. */
-export interface Regime {
-  regime: 'target' | 'only these' | 'stochastic' | 'adversarial' | 'without these';
-  token: string; // the likeliest next one
-  probability: number; // of the wanted token; without one, of the target's likeliest
-  kl: number; // KL(target ‖ this), nats
-}
-/** The content of circuits/*.json. */
-export interface Circuit {
-  formatVersion: 1;
-  components: string; // SHA-256 of components.safetensors
-  settings: CircuitSettings;
-  text: string;
-  tokens: number[];
-  position: number; // where the next token is predicted
-  token: number | null;
-  alive: number; // pairs that could have been in it
-  nodes: CircuitNode[];
-  interventions: Regime[];
-  control: Regime[]; // of as many random alive pairs
-}
 
 const PURPOSE = { u: 50, delta: 51, adversary: 52 };
 

@@ -1,11 +1,13 @@
 /** Prompt graphs against PyTorch's autograd, against finite differences, and against sums that must come out. */
+
 import assert from 'node:assert/strict';
 import { before, test } from 'node:test';
 import * as tf from '@tensorflow/tfjs';
 import { importances } from '../nano-param-decomp.ts';
 import { fixtureGraph, fixtureJob } from './fixture.ts';
+import { graphDefaults } from './formats.ts';
 import { componentForm, inputOf, leafGradients, type Reader, V } from './forward.ts';
-import { attribute, graphDefaults, promptGraph } from './graph.ts';
+import { attribute, promptGraph } from './graph.ts';
 import { influences, nextTokens, viewerGraph } from './viewer.ts';
 
 before(async () => {

@@ -16,6 +16,14 @@ import * as path from 'node:path';
 import * as tf from '@tensorflow/tfjs';
 import { importances, type T } from '../nano-param-decomp.ts';
 import {
+  type GraphEdge,
+  type GraphNode,
+  type GraphSettings,
+  type GraphsFile,
+  graphDefaults,
+  type PromptGraph,
+} from './formats.ts';
+import {
   acrossPositions,
   type ComponentForm,
   componentForm,
@@ -40,39 +48,6 @@ import {
   writeAtomic,
 } from './stages.ts';
 import { viewerGraph } from './viewer.ts';
-
-export const graphDefaults = {
-  outputThreshold: 0.01, // next tokens with a larger probability are nodes,
-  outputsPerPosition: 15, // at most so many a position
-  incoming: 16, // edges kept for each node: the strongest
-  nodesPerPosition: 256, // components of a position that are nodes: those with the largest importance
-  batchPositions: 4096, // of one backward pass: as many copies of the text as fit, each with a target of its own
-};
-export type GraphSettings = typeof graphDefaults;
-
-/** Its `share`: of Σ|α| over all of its incoming edges, how much those kept are; `incoming`: how many there were. */
-export type GraphNode = { id: number; position: number; share?: number; incoming?: number } & (
-  | { embedding: number }
-  | { module: string; index: number; ci: number; activation: number }
-  | { output: number; probability: number; logit: number } // logit minus the mean logit
-);
-export type GraphEdge = [from: number, to: number, weight: number];
-export interface PromptGraph {
-  text: string;
-  tokens: number[];
-  strings: string[]; // the text of each token
-  nodes: GraphNode[]; // embeddings, then components, position by position in the network's order, then next tokens
-  edges: GraphEdge[]; // by target, the strongest first
-  leftOut: { nodes: number; edges: number }; // over the bounds
-  outputStrings: Record<number, string>; // the text of every next token
-}
-/** The content of graphs.json. */
-export interface GraphsFile {
-  formatVersion: 1;
-  components: string; // SHA-256 of components.safetensors
-  settings: GraphSettings;
-  graphs: PromptGraph[];
-}
 
 /** A number that is attributed: `vector` · (what the reader reads at this position). */
 export interface Wanted {

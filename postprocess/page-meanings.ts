@@ -2,32 +2,11 @@
 import * as fs from 'node:fs';
 import * as path from 'node:path';
 import type { Clusters } from './cluster.ts';
+import type { PageGroups, PageLabel, PageMeanings } from './formats.ts';
 import type { Interpretation, Label } from './interpret.ts';
 import { renderReport } from './page.ts';
 import { pageData, pageParts } from './parts.ts';
 import { componentsHash, type Harvest, readHarvest, type Scoreboard, writeAtomic } from './run-files.ts';
-
-/** Groups by the columns of their members, the largest first. */
-export interface PageGroups {
-  alpha: number;
-  tau: number;
-  positions: number;
-  leaves: number; // components that were grouped
-  best: number; // merges after which L is smallest
-  L: [groups: number, bits: number][]; // bits a position, at most 200 points
-  alphas: Clusters['alphas'];
-  list: { columns: number[]; active: number }[];
-}
-/** Of one component; a score of null could not be read. */
-export interface PageLabel extends Label {
-  model: string;
-  graph?: string; // the label that knows its neighbours
-  scores: { kind: string; score: number | null; chance: number; tokenOverlap?: number }[];
-}
-export interface PageMeanings {
-  groups?: PageGroups;
-  labels?: Record<number, PageLabel>; // by column
-}
 
 const CURVE = 200;
 

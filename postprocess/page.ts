@@ -3,8 +3,8 @@
  * the page only ever sets textContent.
  */
 import * as fs from 'node:fs';
+import type { PageMeanings } from './formats.ts';
 import type { Example, Harvest } from './harvest.ts';
-import type { PageMeanings } from './page-meanings.ts';
 import type { Scoreboard } from './scoreboard.ts';
 
 export interface ReportData extends PageMeanings {

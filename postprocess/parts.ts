@@ -2,9 +2,7 @@
 import * as fs from 'node:fs';
 import * as path from 'node:path';
 import type { Module } from '../nano-param-decomp.ts';
-import type { Attributions } from './attributions.ts';
-import type { Circuit } from './circuit.ts';
-import type { GraphsFile, PromptGraph } from './graph.ts';
+import type { Attributions, Circuit, GraphsFile, PromptGraph } from './formats.ts';
 import { asciiJson, PLACEHOLDER, TEMPLATE } from './page.ts';
 import { componentsHash, readStage, writeAtomic } from './stages.ts';
 

@@ -11,12 +11,14 @@
  *   GET  /            the page                   POST /api/job     {"kind": "graph" | "ask" | "circuit", "text", …}
  *   GET  /api/job     the last job               POST /api/cancel  {"id"}
  */
+
 import * as fs from 'node:fs';
 import * as http from 'node:http';
 import type { AddressInfo } from 'node:net';
 import * as path from 'node:path';
 import { answer, parseEdits } from './ask.ts';
-import { circuitDefaults, findCircuit } from './circuit.ts';
+import { findCircuit } from './circuit.ts';
+import { circuitDefaults } from './formats.ts';
 import { promptGraph } from './graph.ts';
 import { packGraph, pageData, pageParts, renderPage } from './parts.ts';
 import type { LmRun } from './run.ts';

@@ -3,8 +3,8 @@
  * tokens of the text's last position and everything that reaches them. Modules are the layers, in the network's order.
  */
 import type { LanguageModel, Problem } from '../nano-param-decomp.ts';
+import type { GraphNode, PromptGraph } from './formats.ts';
 import { networkOrder } from './forward.ts';
-import type { GraphNode, PromptGraph } from './graph.ts';
 
 /** As circuit-tracer 0.5 declares it (frontend/graph_models.py). */
 export interface ViewerGraph {
