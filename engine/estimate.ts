@@ -34,19 +34,29 @@ export function estimateStep({ target, arch, modules, ciShapes, config }: Sizes)
     targetParams,
     components,
     ciFn,
+    stateBytes: 4 * state,
     flops: 2 * N * perPosition + 6 * sum(modules.map(m => m.dIn * m.dOut * m.C)),
     bytes: 4 * (state + (N / R) * acts + 3 * params),
   };
 }
 
 /** Says what a training step will take, and refuses one that can't fit into the engine's memory. */
-export function checkSize(sizes: Sizes, engine: { memoryBytes?(): number }, say: (line: string) => void): void {
-  const { targetParams, components, ciFn, flops, bytes } = estimateStep(sizes);
+export function checkSize(
+  sizes: Sizes,
+  engine: { memoryBytes?(): number; stateLimit?: number },
+  say: (line: string) => void,
+): void {
+  const { targetParams, components, ciFn, flops, bytes, stateBytes } = estimateStep(sizes);
   const millions = (x: number) => `${(x / 1e6).toFixed(2)}M`;
   const GiB = (x: number) => `${(x / 2 ** 30).toFixed(2)} GiB`;
   const parts = `V and U ${millions(components)}, CI function ${millions(ciFn)}`;
   say(`size     target ${millions(targetParams)} parameters, ${parts}`);
   say(`step     about ${GiB(bytes)} of memory, ${(flops / 1e9).toFixed(1)} GFLOP`);
+  const { stateLimit = Number.POSITIVE_INFINITY } = engine;
+  if (stateBytes > stateLimit) {
+    const message = `the state of a step takes ${GiB(stateBytes)}, and this engine holds ${GiB(stateLimit)}: try --engine tensorflow`;
+    throw Object.assign(new Error(message), { name: 'UsageError' });
+  }
   const there = engine.memoryBytes?.() ?? Number.POSITIVE_INFINITY;
   if (bytes <= there) return;
   const { batchSize, microBatches: R } = sizes.config;

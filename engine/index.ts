@@ -34,7 +34,9 @@ export async function startEngine(options: Options) {
   // a GPU without that driver's tool says nothing about its memory
   const memory = () =>
     gpu ? gpuBytes() || Infinity : name === 'wasm' ? Math.min(WASM_BYTES, os.totalmem()) : os.totalmem();
-  return { ...engine, memoryBytes: memory };
+  // ONNX Runtime's state lies twice in WASM's heap, as it is and as a step makes it
+  const limits: { stateLimit?: number } = name === 'onnx' ? { stateLimit: WASM_BYTES / 2 } : {};
+  return { ...engine, memoryBytes: memory, ...limits };
 }
 
 type Options = Parameters<typeof startTensorFlow>[0] & { engine: string };

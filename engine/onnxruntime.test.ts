@@ -2,6 +2,7 @@ import assert from 'node:assert/strict';
 import { test } from 'node:test';
 import * as tf from '@tensorflow/tfjs';
 import type { BackendWasm } from '@tensorflow/tfjs-backend-wasm';
+import { checkSize } from './estimate.ts';
 import { graphCases, network, values } from './graph.cases.ts';
 import { loadOnnxRuntime, onnxCompiler } from './onnxruntime.ts';
 import { registerUniform } from './random.ts';
@@ -107,4 +108,23 @@ test('memory stays flat, also while functions are called at the same time', opti
   assert.equal(wasm.HEAPU8.length, heap);
   await graph.dispose();
   assert.equal(tf.memory().numTensors, held[0]! - variables.length); // the second buffers
+});
+
+test('a state that does not fit twice into the heap of WASM is refused before it is made', () => {
+  const config = { ciDModel: 8, ciNBlocks: 1, ciMlpHidden: 8, ciNHeads: 1, seqLen: 32, batchSize: 4 };
+  const sizes = (C: number) => ({
+    target: { weights: new Map() },
+    arch: { vocab: 10, dModel: 8 },
+    modules: [{ dIn: 8, dOut: 8, C }],
+    ciShapes: {},
+    config: { ...config, microBatches: 1, ppgdInnerSteps: 2 },
+  });
+  const said: string[] = [];
+  const check = (C: number) => checkSize(sizes(C), { stateLimit: 2 ** 31 }, line => said.push(line));
+  check(1000);
+  assert.equal(said.length, 2);
+  assert.throws(() => check(2_000_000), {
+    name: 'UsageError',
+    message: /state of a step takes .*GiB, and this engine holds 2\.00/,
+  });
 });
