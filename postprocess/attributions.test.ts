@@ -3,11 +3,11 @@
 import assert from 'node:assert/strict';
 import { before, test } from 'node:test';
 import * as tf from '@tensorflow/tfjs';
-import { importances } from '../nano-param-decomp.ts';
+import { importances, V } from '../nano-param-decomp.ts';
 import { datasetAttributions } from './attributions.ts';
 import { fixtureJob } from './fixture.ts';
 import { type Attributions, attributionDefaults } from './formats.ts';
-import { componentForm, V } from './forward.ts';
+import { componentForm } from './forward.ts';
 import { attribute, type Wanted } from './graph.ts';
 
 before(async () => {

@@ -14,7 +14,7 @@
  */
 import * as path from 'node:path';
 import * as tf from '@tensorflow/tfjs';
-import { importances, inputBatch, type T, tidyAsync, totalC } from '../nano-param-decomp.ts';
+import { importances, inputBatch, type T, tidyAsync, totalC, U, V } from '../nano-param-decomp.ts';
 import {
   type AttributionSettings,
   type Attributions,
@@ -22,7 +22,7 @@ import {
   type Source,
   type Strength,
 } from './formats.ts';
-import { acrossPositions, componentForm, leafGradients, type Reader, U, unembedding, V } from './forward.ts';
+import { acrossPositions, componentForm, leafGradients, type Reader, unembedding } from './forward.ts';
 import { refreshPage } from './parts.ts';
 import type { LmRun } from './run.ts';
 import { componentsHash, type Flags, numberFlag, readStage, refuse, talk, tokenId, writeAtomic } from './stages.ts';

@@ -13,9 +13,18 @@
 import * as fs from 'node:fs';
 import * as path from 'node:path';
 import * as tf from '@tensorflow/tfjs';
-import { importances, type LanguageModel, ownLinear, type T, type Target, tidyAsync } from '../nano-param-decomp.ts';
+import {
+  importances,
+  type LanguageModel,
+  ownLinear,
+  type T,
+  type Target,
+  tidyAsync,
+  U,
+  V,
+} from '../nano-param-decomp.ts';
 import { type Edit, heldOutBatches, klByPosition, parseEdits } from './ask.ts';
-import { U, unembedding, V, withWeights } from './forward.ts';
+import { unembedding, withWeights } from './forward.ts';
 import type { LmRun } from './run.ts';
 import { component, type Flags, refuse, tokenId, tokenText, writeAtomic } from './stages.ts';
 

@@ -16,10 +16,13 @@ import {
   type Linear,
   languageModel,
   type Module,
+  matmul,
   ownLinear,
   type Params,
   type Problem,
   type T,
+  U,
+  V,
 } from '../nano-param-decomp.ts';
 
 /** A forward's values, of which any part may be replaced; tensors, so make and use it inside of a tidy. */
@@ -37,10 +40,6 @@ export interface ComponentForm {
 
 /** Which module an attribution is of; 'output': the final normed residual, of which logits are linear functions. */
 export type Reader = number | 'output';
-
-export const V = (params: Params, { path }: Module): T<'dIn C'> => params[`components.${path}.V`]!;
-export const U = (params: Params, { path }: Module): T<'C dOut'> => params[`components.${path}.U`]!;
-const product = (a: T, b: T, transposeB = false): T => tf.matMul(a as tf.Tensor2D, b as tf.Tensor2D, false, transposeB);
 
 /** W_U [vocab,d]: the head, or the embedding where they are tied. */
 export function unembedding({ arch, weights }: LanguageModel): T<'vocab d'> {
@@ -86,7 +85,7 @@ export function componentForm(
   const { target, modules } = problem;
   const B = tokens.shape[0]!;
   const embedded = embeddings(target, tokens);
-  const delta = (m: Module): T => tf.sub(target.weights.get(m.path)!, product(V(params, m), U(params, m)));
+  const delta = (m: Module): T => tf.sub(target.weights.get(m.path)!, matmul(V(params, m), U(params, m)));
   const deltas = withDelta ? modules.map(delta) : undefined;
   const form: ComponentForm = {
     problem,
@@ -104,8 +103,8 @@ export function componentForm(
     const i = modules.findIndex(m => m.path === path);
     if (i < 0) return own(path, x);
     form.inputs[i] = x;
-    form.acts[i] = product(x, V(params, modules[i]!));
-    form.outputs[i] = product(form.acts[i]!, U(params, modules[i]!));
+    form.acts[i] = matmul(x, V(params, modules[i]!));
+    form.outputs[i] = matmul(form.acts[i]!, U(params, modules[i]!));
     return layerOutput(form, i, x, form.outputs[i]!);
   });
   return { ...form, final };
@@ -114,7 +113,7 @@ export function componentForm(
 /** y = o + x Δᵀ + b */
 function layerOutput({ problem, deltas }: ComponentForm, i: number, x: T, output: T): T {
   const bias = problem.target.weights.get(`${problem.modules[i]!.path}.bias`);
-  const y = deltas ? tf.add(output, product(x, deltas[i]!)) : output;
+  const y = deltas ? tf.add(output, matmul(x, deltas[i]!)) : output;
   return bias ? tf.add(y, bias) : y;
 }
 

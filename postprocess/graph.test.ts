@@ -3,10 +3,10 @@
 import assert from 'node:assert/strict';
 import { before, test } from 'node:test';
 import * as tf from '@tensorflow/tfjs';
-import { importances } from '../nano-param-decomp.ts';
+import { importances, V } from '../nano-param-decomp.ts';
 import { fixtureGraph, fixtureJob } from './fixture.ts';
 import { graphDefaults } from './formats.ts';
-import { componentForm, inputOf, leafGradients, type Reader, V } from './forward.ts';
+import { componentForm, inputOf, leafGradients, type Reader } from './forward.ts';
 import { attribute, promptGraph } from './graph.ts';
 import { influences, nextTokens, viewerGraph } from './viewer.ts';
 

@@ -14,7 +14,7 @@
  */
 import * as path from 'node:path';
 import * as tf from '@tensorflow/tfjs';
-import { importances, type T } from '../nano-param-decomp.ts';
+import { importances, type T, U, V } from '../nano-param-decomp.ts';
 import {
   type GraphEdge,
   type GraphNode,
@@ -30,9 +30,7 @@ import {
   leafGradients,
   networkOrder,
   type Reader,
-  U,
   unembedding,
-  V,
 } from './forward.ts';
 import { refreshPage } from './parts.ts';
 import type { LmRun } from './run.ts';

@@ -40,11 +40,11 @@ export function textFlag(flags: Flags, name: string): string | undefined {
   return refuse(`--${name}: takes a value`);
 }
 
-/** Written beside and renamed: a reader never sees half of a file. */
-export function writeAtomic(file: string, content: string): void {
-  const beside = `${file}.${process.pid}.tmp`;
-  fs.writeFileSync(beside, content);
-  fs.renameSync(beside, file);
+/** Writes beside and renames, so that nobody ever reads half a file; makes its folder where there is none. */
+export function writeAtomic(file: string, content: string | Uint8Array): void {
+  fs.mkdirSync(path.dirname(file), { recursive: true });
+  fs.writeFileSync(`${file}.tmp-${process.pid}`, content);
+  fs.renameSync(`${file}.tmp-${process.pid}`, file);
 }
 
 /** A JSON object from the run's folder. @throws UsageError that names the command which makes the file */

@@ -1,32 +1,11 @@
 /** What the stages share: files in the run folder that know which components they belong to, texts, tokens, flags. */
-import * as crypto from 'node:crypto';
 import * as fs from 'node:fs';
-import * as path from 'node:path';
 import type { Module } from '../nano-param-decomp.ts';
-import { UsageError } from '../nano-param-decomp.ts';
+import { tokenText as textOf } from './harvest.ts';
 import type { LmRun } from './run.ts';
+import { type Flags, refuse } from './run-files.ts';
 
-export type Flags = Record<string, string | boolean | undefined>;
-
-/** Refuses bad input in one line. Parts of it may be a stranger's text: no control or direction marks. */
-export function refuse(message: string): never {
-  throw new UsageError(message.slice(0, 500).replace(/[\p{C}\p{Zl}\p{Zp}]/gu, '?'));
-}
-export const talk = (line: string): void => void process.stderr.write(`${line}\n`);
-
-/** SHA-256 of the components that a file of results belongs to. */
-export const componentsHash = (dir: string): string =>
-  crypto
-    .createHash('sha256')
-    .update(fs.readFileSync(path.join(dir, 'components.safetensors')))
-    .digest('hex');
-
-/** Writes beside and renames, so that nobody ever reads half a file. */
-export function writeAtomic(file: string, content: string | Uint8Array): void {
-  fs.mkdirSync(path.dirname(file), { recursive: true });
-  fs.writeFileSync(`${file}.tmp-${process.pid}`, content);
-  fs.renameSync(`${file}.tmp-${process.pid}`, file);
-}
+export { componentsHash, type Flags, refuse, talk, writeAtomic } from './run-files.ts';
 
 /** A stage's file, if it is of these components and of formatVersion 1. */
 export function readStage<X>(file: string, components: string): X | undefined {
@@ -60,12 +39,7 @@ export function encode({ problem, data }: LmRun, text: string): number[] {
 }
 
 /** A token as text, with its leading space. */
-export function tokenText({ data: { tokenizer } }: LmRun, id: number): string {
-  const token = tokenizer?.id_to_token(id);
-  if (tokenizer === undefined || token === undefined) return `#${id}`;
-  if (token.includes('▁')) return token.replaceAll('▁', ' ');
-  return tokenizer.decode([id], { skip_special_tokens: false }) || token;
-}
+export const tokenText = ({ data: { tokenizer } }: LmRun, id: number): string => textOf(tokenizer, id);
 
 /** The id of one token given as text, with or without its leading space, or as #id. @throws UsageError */
 export function tokenId(job: LmRun, text: string): number {
