@@ -25,7 +25,17 @@ import {
 import { acrossPositions, componentForm, leafGradients, type Reader, unembedding } from './forward.ts';
 import { refreshPage } from './parts.ts';
 import type { LmRun } from './run.ts';
-import { componentsHash, type Flags, numberFlag, readStage, refuse, talk, tokenId, writeAtomic } from './stages.ts';
+import {
+  componentsHash,
+  type Flags,
+  nameOf,
+  numberFlag,
+  readStage,
+  refuse,
+  talk,
+  tokenId,
+  writeAtomic,
+} from './stages.ts';
 
 /** A batch of rows: what doesn't change from target to target. */
 interface Batch {
@@ -176,10 +186,7 @@ export async function datasetAttributions(
   const batches = makeBatches(job, settings);
   const { g, fires, square, counts, positions } = await totals(job, batches);
   const columns = [...g.keys()].filter(c => g[c]! / positions > settings.threshold).sort((a, b) => g[b]! - g[a]!);
-  const nameOf = (column: number) => {
-    const m = modules.findLast(({ offset }) => offset <= column)!;
-    return { module: m.path, index: column - m.offset };
-  };
+  const named = (column: number) => nameOf(modules, column);
   const columnOf = (x: { module: string; index: number }) => modules.find(m => m.path === x.module)!.offset + x.index;
   const file: Attributions = old ?? {
     ...{ formatVersion: 1, components: '', settings, positions, alive: columns.length, complete: false },
@@ -192,7 +199,7 @@ export async function datasetAttributions(
     const cells = columns.length * dModel;
     if (cells > settings.outputCells && file.leftOut.length === 0) file.leftOut.push(`outputs: ${cells} numbers`);
     if (cells <= settings.outputCells && file.outputs.length === 0) {
-      file.outputs = columns.map(c => ({ ...nameOf(c), A: [] }));
+      file.outputs = columns.map(c => ({ ...named(c), A: [] }));
       for (let d = 0; d < dModel; d++) {
         const vector = tf.tidy(() =>
           tf
@@ -233,10 +240,10 @@ export async function datasetAttributions(
         const n = together[c]!;
         const pmi = n > 0 ? short(Math.log((n * positions) / (fires[c]! * fires[column]!))) : null;
         const found = strength(A[c]!, Aabs[c]!, g[c]!, pmi);
-        keep(sources, { ...nameOf(c), ...found }, settings.strongest);
-        const list = feeds.get(c) ?? { ...nameOf(c), targets: [] };
+        keep(sources, { ...named(c), ...found }, settings.strongest);
+        const list = feeds.get(c) ?? { ...named(c), targets: [] };
         feeds.set(c, list);
-        keep(list.targets, { ...nameOf(column), ...found }, settings.strongest);
+        keep(list.targets, { ...named(column), ...found }, settings.strongest);
       }
       for (let token = 0; token < counts.length; token++) {
         if (counts[token] === 0 || sums.tokens.Aabs[token] === 0) continue;
@@ -245,7 +252,7 @@ export async function datasetAttributions(
         keep(sources, { token, ...found }, settings.strongest);
       }
       const kept = sources.reduce((sum, s) => sum + Math.abs(s.Aabs), 0);
-      file.targets.push({ ...nameOf(column), sources, share: total > 0 ? short(kept / total) : 1 });
+      file.targets.push({ ...named(column), sources, share: total > 0 ? short(kept / total) : 1 });
       if (performance.now() - saved > 10_000) {
         file.feeds = [...feeds.values()];
         save?.(file);

@@ -9,13 +9,21 @@ import { importances, loadTarget, ownLinear, type Target } from '../nano-param-d
 import { answer, editedLogits, parseEdits } from './ask.ts';
 import { edit, editedWeights, measureEdit, parseWrite } from './edit.ts';
 import { fixtureJob } from './fixture.ts';
+import type { EditFile } from './formats.ts';
 import { withWeights } from './forward.ts';
+import { pageParts } from './parts.ts';
 
 const folder = fs.mkdtempSync(path.join(os.tmpdir(), 'edit-'));
 before(async () => {
   await tf.setBackend('cpu');
 });
 after(() => fs.rmSync(folder, { recursive: true }));
+function runFolder(name: string): string {
+  const dir = path.join(folder, `run-${name}`);
+  fs.mkdirSync(dir);
+  fs.writeFileSync(path.join(dir, 'components.safetensors'), 'for the hash');
+  return dir;
+}
 /** What the command prints, as JSON. */
 async function printed(job: () => Promise<number>) {
   const log = console.log;
@@ -36,7 +44,7 @@ const EDITED = {
 };
 for (const name of ['llama', 'simple_mlp'] as const) {
   test(`${name}: the edited folder gives the logits that ask gives, removed and scaled`, async () => {
-    const job = await fixtureJob(name);
+    const job = await fixtureJob(name, runFolder(name));
     const out = path.join(folder, name);
     const [removed, scaled] = EDITED[name];
     const report = await printed(() => edit(job, { remove: removed!, scale: `${scaled}=-2`, out, json: true }));
@@ -83,6 +91,23 @@ test('a component made to write a token raises its probability where it fires', 
   const report = await measureEdit(job, withWeights(job.problem.target, changed), [write.column], write.token);
   assert.ok(report.firing > 0 && report.token!.after! > report.token!.before! + 0.1, JSON.stringify(report));
   assert.deepEqual([...changed.keys()], ['h.1.mlp.down_proj']);
+});
+
+test('the run keeps what an edit does, for its page; of other components nothing is shown', async () => {
+  const run = runFolder('kept');
+  const job = await fixtureJob('simple_mlp', run);
+  const out = path.join(folder, 'written');
+  const report = await printed(() =>
+    edit(job, { scale: 'h.0.attn.k_proj:1=3', write: 'h.1.mlp.down_proj:1=#5:40', out, json: true }),
+  );
+  const shown = pageParts(run, job.problem.modules).edits as EditFile[];
+  assert.equal(shown.length, 1);
+  const { edits, write, folder: written, kl, token } = shown[0]!;
+  assert.deepEqual(edits, [{ module: 'h.0.attn.k_proj', index: 1, factor: 3 }]);
+  assert.deepEqual(write, { module: 'h.1.mlp.down_proj', index: 1, strength: 40 });
+  assert.deepEqual([written, kl, token], [out, report.kl, report.token]);
+  fs.writeFileSync(path.join(run, 'components.safetensors'), 'others');
+  assert.equal(pageParts(run, job.problem.modules).edits, undefined);
 });
 
 test('the same seed continues the same way; temperature 0 takes the likeliest', async () => {

@@ -8,8 +8,10 @@
  *                              mean activation is positive, so that it says the token where it fires
  *
  * Reports, on held-out text, the mean KL between the two models, where the components fire and elsewhere, and what
- * becomes of the written token's probability. The folder gives the logits that `ask` gives with the same edit.
+ * becomes of the written token's probability; the run keeps the report (edits/*.json) and its page shows it. The folder
+ * gives the logits that `ask` gives with the same edit.
  */
+import * as crypto from 'node:crypto';
 import * as fs from 'node:fs';
 import * as path from 'node:path';
 import * as tf from '@tensorflow/tfjs';
@@ -24,24 +26,17 @@ import {
   V,
 } from '../nano-param-decomp.ts';
 import { type Edit, heldOutBatches, klByPosition, parseEdits } from './ask.ts';
+import type { EditFile, EditReport } from './formats.ts';
 import { unembedding, withWeights } from './forward.ts';
+import { refreshPage } from './parts.ts';
 import type { LmRun } from './run.ts';
-import { component, type Flags, refuse, tokenId, tokenText, writeAtomic } from './stages.ts';
+import { component, componentsHash, type Flags, nameOf, refuse, tokenId, tokenText, writeAtomic } from './stages.ts';
 
 /** A component that writes a token instead of what it wrote. */
 export interface Write {
   column: number;
   token: number;
   strength: number;
-}
-/** On held-out text. Means over no position are null. */
-export interface EditReport {
-  positions: number;
-  firing: number; // positions where one of the edited components has an importance above 0
-  kl: number; // mean KL(unedited ‖ edited) over all, nats
-  klFiring: number | null;
-  klElsewhere: number | null;
-  token?: { id: number; text: string; before: number | null; after: number | null }; // mean probability where it fires
 }
 
 /** "m:i=TOKEN:strength" @throws UsageError */
@@ -174,9 +169,30 @@ export async function edit(job: LmRun, flags: Flags): Promise<number> {
   const columns = [...edits, ...(write ? [write] : [])].map(e => e.column);
   const report = await measureEdit(job, withWeights(job.problem.target, changed), columns, write?.token);
   tf.dispose([...changed.values()]);
+  saveReport(job, out, edits, write, report);
   if (flags.json) console.log(JSON.stringify({ folder: out, ...report }));
   else console.log(reportLines(out, report).join('\n'));
   return 0;
+}
+
+/** Keeps the report in the run's folder, one file for an edited folder, and shows it on the page. */
+function saveReport(
+  { problem }: LmRun,
+  folder: string,
+  edits: readonly Edit[],
+  write: Write | undefined,
+  report: EditReport,
+) {
+  const { modules, config } = problem;
+  const file: EditFile = {
+    ...{ formatVersion: 1, components: componentsHash(config.out), folder },
+    edits: edits.map(({ column, factor }) => ({ ...nameOf(modules, column), factor })),
+    write: write ? { ...nameOf(modules, write.column), strength: write.strength } : null,
+    ...report,
+  };
+  const name = crypto.createHash('sha256').update(path.resolve(folder)).digest('hex').slice(0, 12);
+  writeAtomic(path.join(config.out, 'edits', `${name}.json`), JSON.stringify(file));
+  refreshPage(config.out, modules);
 }
 
 function reportLines(folder: string, r: EditReport): string[] {

@@ -104,6 +104,26 @@ export interface Circuit {
   control: Regime[]; // of as many random alive pairs
 }
 
+// ---- edits/*.json ----
+
+/** What an edit does on held-out text. Means over no position are null. */
+export interface EditReport {
+  positions: number;
+  firing: number; // positions where one of the edited components has an importance above 0
+  kl: number; // mean KL(unedited ‖ edited) over all, nats
+  klFiring: number | null;
+  klElsewhere: number | null;
+  token?: { id: number; text: string; before: number | null; after: number | null }; // mean probability where it fires
+}
+/** The content of edits/*.json: an edited folder that was written, and what it does. */
+export interface EditFile extends EditReport {
+  formatVersion: 1;
+  components: string; // SHA-256 of components.safetensors
+  folder: string; // as --out named it
+  edits: { module: string; index: number; factor: number }[]; // 0: removed
+  write: { module: string; index: number; strength: number } | null; // of report.token
+}
+
 // ---- The page: clusters.json and interpretations.jsonl ----
 
 /** Groups by the columns of their members, the largest first. */

@@ -1,14 +1,14 @@
-/** What the stages add to the page: graphs, neighbours and circuits, packed small; the page shows what is there. */
+/** What the stages add to the page: graphs, neighbours, circuits and edits, packed small; the page shows what is there. */
 import * as fs from 'node:fs';
 import * as path from 'node:path';
 import type { Module } from '../nano-param-decomp.ts';
-import type { Attributions, Circuit, GraphsFile, PromptGraph } from './formats.ts';
+import type { Attributions, Circuit, EditFile, GraphsFile, PromptGraph } from './formats.ts';
 import { asciiJson, PLACEHOLDER, TEMPLATE } from './page.ts';
 import { componentsHash, readStage, writeAtomic } from './stages.ts';
 
 const GRAPH_BYTES = 6e6; // of all graphs in the page: fewer edges a node where they would be more
 const NEIGHBOURS = 8; // of each kind, of each component
-const CIRCUITS = 20;
+const LISTED = 20; // circuits, and edits
 
 type Modules = readonly Pick<Module, 'path' | 'offset' | 'C'>[];
 
@@ -75,13 +75,17 @@ export function pageParts(dir: string, modules: Modules): Record<string, unknown
   const components = componentsHash(dir);
   const graphs = readStage<GraphsFile>(path.join(dir, 'graphs.json'), components);
   const attributions = readStage<Attributions>(path.join(dir, 'attributions.json'), components);
-  const folder = path.join(dir, 'circuits');
-  const files = fs.existsSync(folder) ? fs.readdirSync(folder).filter(f => f.endsWith('.json')) : [];
-  const circuits = files.flatMap(f => readStage<Circuit>(path.join(folder, f), components) ?? []).slice(0, CIRCUITS);
+  const all = <X>(name: string) => {
+    const folder = path.join(dir, name);
+    const files = fs.existsSync(folder) ? fs.readdirSync(folder).filter(f => f.endsWith('.json')) : [];
+    return files.flatMap(f => readStage<X>(path.join(folder, f), components) ?? []).slice(0, LISTED);
+  };
+  const [circuits, edits] = [all<Circuit>('circuits'), all<EditFile>('edits')];
   return {
     ...(graphs && { graphs: packGraphs(modules, graphs) }),
     ...(attributions && { neighbours: packNeighbours(modules, attributions) }),
     ...(circuits.length > 0 && { circuits }),
+    ...(edits.length > 0 && { edits }),
   };
 }
 
@@ -101,7 +105,7 @@ export function refreshPage(dir: string, modules: Modules): boolean {
   const file = path.join(dir, 'report.html');
   const data = fs.existsSync(file) ? pageData(fs.readFileSync(file, 'utf8')) : undefined;
   if (!data) return false;
-  const { graphs: _, neighbours: __, circuits: ___, ...rest } = data;
+  const { graphs: _, neighbours: __, circuits: ___, edits: ____, ...rest } = data;
   writeAtomic(file, renderPage({ ...rest, ...pageParts(dir, modules) }));
   return true;
 }

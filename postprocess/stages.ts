@@ -64,3 +64,9 @@ export function component(modules: readonly Module[], spec: string): ComponentRe
   if (index >= modules[m]!.C) return refuse(`${spec}: ${name} has ${modules[m]!.C} components, from 0`);
   return { m, index, column: modules[m]!.offset + index };
 }
+
+/** What a column of [ΣC] is called. */
+export function nameOf(modules: readonly Module[], column: number): { module: string; index: number } {
+  const { path, offset } = modules.findLast(m => m.offset <= column)!;
+  return { module: path, index: column - offset };
+}
