@@ -17,15 +17,14 @@ import {
   interpret,
   intruderTrials,
   overlapBaseline,
-  type Pool,
   readLabel,
   readNumbers,
   type Subject,
   scoreTrial,
   type Trial,
-  type Window,
 } from './interpret.ts';
 import { neighboursOf } from './interpret-graph.ts';
+import type { Pool, Window } from './interpret-pool.ts';
 import type { Run } from './run-files.ts';
 
 const range = (n: number) => Array.from({ length: n }, (_, i) => i);
@@ -242,9 +241,10 @@ function fakeJob(dir: string, rows: number[][]): Run {
       .digest('hex');
   const hashes = { components: hash('components.safetensors'), harvest: hash('harvest.json') };
   const texts = Object.fromEntries(range(12).map(t => [t, ` t${t}`]));
+  const firings = Object.fromEntries(Object.keys(fires).map(name => [name, []]));
   writeFileSync(
     join(dir, 'interpretations.windows.json'),
-    JSON.stringify({ formatVersion: 1, ...hashes, rows, texts, fires }),
+    JSON.stringify({ formatVersion: 2, ...hashes, rows, texts, fires, firings }),
   );
   return { problem: { config: { out: dir } } } as unknown as Run;
 }

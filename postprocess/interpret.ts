@@ -12,11 +12,11 @@
 import * as crypto from 'node:crypto';
 import * as fs from 'node:fs';
 import * as path from 'node:path';
-import * as tf from '@tensorflow/tfjs';
-import { importances, inputBatch, totalC, uniformArray } from '../nano-param-decomp.ts';
+import { uniformArray } from '../nano-param-decomp.ts';
 import type { Message } from './chat.ts';
 import { type Answer, ask, type Budget, ENDPOINT_FLAGS, type Endpoint, endpointFrom, makeBudget } from './chat.ts';
 import { NEIGHBOURS, type Neighbours, neighbourLines, readNeighbours } from './interpret-graph.ts';
+import { type MarkedWindow, POOL_POSITIONS, type Pool, readPool, type Window } from './interpret-pool.ts';
 import type { Example, Harvest, HarvestComponent } from './run-files.ts';
 import * as files from './run-files.ts';
 
@@ -35,8 +35,6 @@ export const FLAGS = {
 
 // ---- Windows --------------------------------------------------------------------------------------------------------
 
-/** A piece of a row; `fires` are the indices in `tokens` where the component in question does. */
-export type Window = { row: number; start: number; tokens: number[]; fires: number[] };
 /** A component as the trials see it: where it fires, and other text. */
 export type Subject = {
   module: string;
@@ -44,12 +42,6 @@ export type Subject = {
   density: number;
   windows: Window[]; // random ones with a firing, not those that the label was made from; `at` is in the middle
 };
-/** Rows in which it is known at every position which components fire. */
-export interface Pool {
-  rows: number[][];
-  /** does it fire at this position of this row? */
-  fires(module: string, index: number, row: number, position: number): boolean;
-}
 
 /** Draws in [0, 1) that are a function of a name: the questions of a component are the same at every start. */
 export function drawsOf(name: string): () => number {
@@ -306,10 +298,15 @@ const describeComponent = ({ module, density, meanActivation }: HarvestComponent
   `A component of the matrix ${module}. It fires at ${percent(density)} of all tokens; there its mean activation is ${meanActivation}.`;
 
 const LABEL_WINDOWS = 30;
-/** Examples that a label is made from, and the others, which it is tried on. */
-export function splitExamples({ examples }: HarvestComponent): { forLabel: Example[]; forTrials: Example[] } {
-  const half = Math.ceil(examples.random.length / 2);
-  return { forLabel: examples.random.slice(0, Math.min(half, LABEL_WINDOWS)), forTrials: examples.random.slice(half) };
+/**
+ * What a label is made from, at most 30 windows, and the harvest's random windows that it is tried on. The label's come
+ * from held-out text; where it fires too rarely there, half of the harvest's join them, and the trials have the others.
+ */
+export function splitExamples({ examples }: HarvestComponent, heldOut: readonly MarkedWindow[]) {
+  const { random } = examples;
+  const half = heldOut.length < random.length ? Math.ceil(random.length / 2) : 0;
+  const forLabel: MarkedWindow[] = [...heldOut, ...random.slice(0, half)].slice(0, LABEL_WINDOWS);
+  return { forLabel, forTrials: random.slice(half) };
 }
 const windowOf = ({ row, start, tokens, ci }: Example, threshold: number): Window => ({
   ...{ row, start, tokens },
@@ -318,10 +315,9 @@ const windowOf = ({ row, start, tokens, ci }: Example, threshold: number): Windo
 const LABEL_ANSWER =
   '{"label": "at most 8 words", "confidence": a number from 0 to 1, "reason": "one or two sentences"}';
 
-function labelQuestion(component: HarvestComponent, threshold: number, text: Texts): Question {
+function labelQuestion(component: HarvestComponent, examples: readonly MarkedWindow[], threshold: number, text: Texts) {
   const { input, output } = statistics(component, text);
-  const windows = splitExamples(component).forLabel.map(example => {
-    const { tokens, ci } = example;
+  const windows = examples.map(({ tokens, ci }) => {
     const words = tokens.map((token, i) =>
       ci[i]! > threshold ? `<<${shown(text(token))}>>(${Number(ci[i]!.toPrecision(2))})` : shown(text(token)),
     );
@@ -505,7 +501,7 @@ async function interpretComponent(
   const { module, index, column } = component;
   const subject = subjects.get(column)!;
   const lines: (Interpretation | undefined)[] = [];
-  const answer = await asked(labelQuestion(component, threshold, text));
+  const answer = await asked(labelQuestion(component, subject.forLabel, threshold, text));
   const label = answer && readLabel(answer.content);
   if (answer) {
     const result = label ?? { label: null, confidence: null, reason: 'the answer has no label' };
@@ -599,74 +595,11 @@ async function interpretGraph(
 /** What all components' questions are made of. */
 interface Material {
   components: HarvestComponent[]; // in the order in which they are interpreted
-  subjects: ReadonlyMap<number, Subject>; // by column
+  subjects: ReadonlyMap<number, Subject & { forLabel: MarkedWindow[] }>; // by column
   others: readonly Subject[]; // among which intruders are
   pool: Pool;
   text: Texts;
   threshold: number;
-}
-
-const WINDOWS = 'interpretations.windows.json';
-const POOL_POSITIONS = 8192; // of held-out text
-type WindowsFile = {
-  formatVersion: 1;
-  components: string;
-  harvest: string; // SHA-256 of harvest.json
-  rows: number[][];
-  texts: Record<number, string>;
-  fires: Record<string, string>; // "module:index": bits, base64
-};
-
-/** Held-out text in which it is known where every component fires: computed once, then read from the run's folder. */
-async function readPool(job: files.Run, harvest: Harvest, hashes: { components: string; harvest: string }) {
-  const file = path.join(job.problem.config.out, WINDOWS);
-  let stored = fs.existsSync(file) ? (JSON.parse(fs.readFileSync(file, 'utf8')) as WindowsFile) : undefined;
-  if (stored?.components !== hashes.components || stored.harvest !== hashes.harvest) {
-    stored = await makePool(job, harvest, hashes);
-    files.writeAtomic(file, `${JSON.stringify(stored)}\n`);
-  }
-  const { rows, fires, texts } = stored;
-  const bits = new Map(Object.entries(fires).map(([name, text]) => [name, Buffer.from(text, 'base64')]));
-  const S = rows[0]!.length;
-  const pool: Pool = {
-    rows,
-    fires: (module, index, row, position) => {
-      const p = row * S + position;
-      return (bits.get(`${module}:${index}`)![p >> 3]! & (1 << (p & 7))) !== 0;
-    },
-  };
-  return { pool, texts };
-}
-
-async function makePool({ problem, params, data }: files.Run, harvest: Harvest, hashes: object): Promise<WindowsFile> {
-  const { heldOut } = data;
-  const [S, columns] = [heldOut.seqLen, totalC(problem.modules)];
-  const count = Math.max(1, Math.min(heldOut.count, Math.floor(POOL_POSITIONS / S)));
-  const bits = new Map(harvest.components.map(c => [c.column, Buffer.alloc(Math.ceil((count * S) / 8))]));
-  for (let row = 0; row < count; row++) {
-    const g = tf.tidy(() => importances(problem, params, inputBatch(heldOut, [row])).g);
-    const values = await g.data(); // [S, ΣC]
-    g.dispose();
-    for (const [column, set] of bits) {
-      for (let s = 0; s < S; s++) {
-        const p = row * S + s;
-        if (values[s * columns + column]! > harvest.settings.threshold) set[p >> 3]! |= 1 << (p & 7);
-      }
-    }
-  }
-  const rows = Array.from({ length: count }, (_, row) => [...heldOut.row(row)]);
-  return {
-    formatVersion: 1,
-    ...(hashes as { components: string; harvest: string }),
-    rows,
-    texts: Object.fromEntries([...new Set(rows.flat())].map(token => [token, files.tokenText(data.tokenizer, token)])),
-    fires: Object.fromEntries(
-      harvest.components.map(({ module, index, column }) => [
-        `${module}:${index}`,
-        bits.get(column)!.toString('base64'),
-      ]),
-    ),
-  };
 }
 
 /** Where no token begins with a space (a vocabulary of words), a space stands before each. */
@@ -677,15 +610,13 @@ function tokenTexts(vocabulary: Readonly<Record<number, string>>): Texts {
 }
 
 async function gather(job: files.Run, harvest: Harvest, hashes: { components: string; harvest: string }, most: number) {
-  const { pool, texts } = await readPool(job, harvest, hashes);
+  const { pool, texts, firings } = await readPool(job, harvest, hashes, LABEL_WINDOWS);
   const { threshold } = harvest.settings;
   const subjects = new Map(
     harvest.components.map(c => {
       const { module, index, density } = c;
-      return [
-        c.column,
-        { module, index, density, windows: splitExamples(c).forTrials.map(e => windowOf(e, threshold)) },
-      ];
+      const { forLabel, forTrials } = splitExamples(c, firings(c));
+      return [c.column, { module, index, density, forLabel, windows: forTrials.map(e => windowOf(e, threshold)) }];
     }),
   );
   const material: Material = {

@@ -1,7 +1,7 @@
 /**
  * Time and memory of the clustering on made-up firing sets.
  *
- *   npx tsx tools/bench-cluster.ts [--components 10000] [--positions 500000] [--active 50] [--alpha 1]
+ *   npx tsx tools/bench-cluster.ts [--components 10000] [--positions 500000] [--active 50] [--alpha 0.1,1,10]
  *
  * Components answer to causes: a cause is there at a share of the positions that goes like 1/rank, as words do, and each
  * of its five components then fires nine times in ten, and rarely by itself. `active`: components firing at a position.
@@ -15,15 +15,10 @@ const { values } = parseArgs({
     components: { type: 'string', default: '10000' },
     positions: { type: 'string', default: '500000' },
     active: { type: 'string', default: '50' },
-    alpha: { type: 'string', default: '1' },
+    alpha: { type: 'string', default: '0.1,1,10' }, // one after another, as `cluster` does
   },
 });
-const [k, n, active, alpha] = [values.components, values.positions, values.active, values.alpha].map(Number) as [
-  number,
-  number,
-  number,
-  number,
-];
+const [k, n, active] = [values.components, values.positions, values.active].map(Number) as [number, number, number];
 const PER_CAUSE = 5;
 const random = seeded(0);
 const causes = Math.ceil(k / PER_CAUSE);
@@ -50,22 +45,24 @@ for (let cause = 0; cause < causes; cause++) {
 }
 const firings = bits.reduce((sum, b) => sum + countBits(b), 0);
 console.log(`${k} components, ${n} positions, ${(firings / n).toFixed(1)} firing at a position`);
-const started = performance.now();
-let last = started;
-const { merges, L, best } = mergeGroups(
-  { positions: n, bits },
-  {
-    alpha,
-    onMerge: left => {
-      if (performance.now() - last < 10_000) return;
-      last = performance.now();
-      process.stderr.write(`${left} groups left after ${Math.round((last - started) / 1000)} s\n`);
-    },
-  },
-);
+let last = performance.now();
+const started = last;
+for (const alpha of values.alpha.split(',').map(Number)) {
+  const [begun, cpu] = [performance.now(), process.cpuUsage()];
+  const onMerge = (left: number) => {
+    if (performance.now() - last < 10_000) return;
+    last = performance.now();
+    process.stderr.write(`α ${alpha}: ${left} groups left after ${Math.round((last - begun) / 1000)} s\n`);
+  };
+  const { merges, L, best } = mergeGroups({ positions: n, bits }, { alpha, onMerge });
+  const partition = partitionAfter(k, merges, best);
+  const truth = partition.map((_, c) => Math.floor(c / PER_CAUSE));
+  const { user, system } = process.cpuUsage(cpu);
+  console.log(
+    `α ${alpha}: ${k - best} groups; ${(L[0]! / n).toFixed(1)} bits a position, then ${(L[best]! / n).toFixed(1)}; ` +
+      `adjusted Rand with the causes ${adjustedRand(partition, truth).toFixed(3)}; ` +
+      `${((performance.now() - begun) / 1000).toFixed(0)} s, ${((user + system) / 1e6).toFixed(0)} s of a core`,
+  );
+}
 const seconds = (performance.now() - started) / 1000;
-const partition = partitionAfter(k, merges, best);
-const truth = partition.map((_, c) => Math.floor(c / PER_CAUSE));
-console.log(`${k - best} groups; ${(L[0]! / n).toFixed(1)} bits a position, then ${(L[best]! / n).toFixed(1)}`);
-console.log(`adjusted Rand with the causes ${adjustedRand(partition, truth).toFixed(3)}`);
 console.log(`${seconds.toFixed(0)} s, peak memory ${(process.resourceUsage().maxRSS / 2 ** 20).toFixed(2)} GiB`);
