@@ -14,7 +14,7 @@
  */
 import * as path from 'node:path';
 import * as tf from '@tensorflow/tfjs';
-import { importances, inputBatch, type T, tidyAsync, totalC, U, V } from '../nano-param-decomp.ts';
+import { importances, inputBatch, type Module, type T, totalC, U, V } from '../nano-param-decomp.ts';
 import {
   type AttributionSettings,
   type Attributions,
@@ -41,10 +41,15 @@ import {
 interface Batch {
   form: ReturnType<typeof componentForm>;
   N: number;
-  g: T<'N ΣC'>;
-  fires: T<'N ΣC'>;
-  weighted: T<'N C'>[]; // g a, by module
+  firings: Firings[]; // by module
+  g: Float32Array; // [N,ΣC]
   tokens: Int32Array;
+}
+/** Where a module's components fire, position by position: a sum over g a has no other terms. */
+interface Firings {
+  start: Int32Array; // [N + 1]: the entries of position n are those from start[n] to start[n + 1]
+  index: Int32Array; // of the component
+  weight: Float32Array; // g a
 }
 /** Sums over the positions, for one target: to every component, and to every token's embedding. */
 interface Sums {
@@ -56,6 +61,7 @@ interface Sums {
 async function attributeTarget(
   job: LmRun,
   batches: readonly Batch[],
+  written: readonly Float32Array[], // U [C,dOut] of each module
   reader: Reader,
   vector: T<'d 1'>,
   column?: number,
@@ -66,47 +72,58 @@ async function attributeTarget(
     components: { A: new Float64Array(sumC), Aabs: new Float64Array(sumC), together: new Float64Array(sumC) },
     tokens: { A: new Float64Array(target.arch.vocab), Aabs: new Float64Array(target.arch.vocab) },
   };
-  // where no path crosses positions, the sign of a_c2 can wait until after the backward pass
+  // where no path crosses positions, a position can be a row of its own, and the sign of a_c2 wait
   const local =
     modules.length === target.linears.length && !modules.some((_, i) => acrossPositions(batches[0]!.form, i, reader));
-  for (const { form, N, g, fires, weighted, tokens } of batches) {
-    await tidyAsync(async () => {
+  for (const { form, N, g, firings, tokens } of batches) {
+    const made = tf.tidy(() => {
       const read = reader === 'output' ? form.final : form.inputs[reader];
-      const a = tf.matMul(read as tf.Tensor2D, vector as tf.Tensor2D); // [N,1]
-      const sign = tf.sign(a);
+      const sign = tf.sign(tf.matMul(read as tf.Tensor2D, vector as tf.Tensor2D)); // of a_c2, [N,1]
       const seed = tf.transpose(vector); // [1,d]
-      const pass = (upstream: T) => leafGradients(form, reader, { ...form }, upstream);
-      const plain = pass(tf.tile(seed, [N, 1]));
-      const signed = local ? undefined : pass(tf.mul(sign, seed));
-      /** Σ over positions of gradient · U_c · g a_c [C], and per position of gradient · embedding [N] */
-      const reduce = (grads: typeof plain, factor?: T) => {
-        const scaled = (x: T): T => (factor ? tf.mul(factor, x) : x);
-        const parts = modules.map((m, i): T => {
-          const gradient = grads.outputs[i];
-          if (!gradient) return tf.zeros([m.C]);
-          const outer = tf.matMul(weighted[i] as tf.Tensor2D, scaled(gradient) as tf.Tensor2D, true); // [C,dOut]
-          return tf.sum(tf.mul(outer, U(job.params, m)), 1);
-        });
-        const embedded = grads.embedded ? tf.sum(tf.mul(scaled(grads.embedded), form.embedded), 1) : tf.zeros([N]);
-        return [tf.concat(parts as tf.Tensor1D[]), embedded] as const;
+      const pass = (upstream: T) => {
+        const { embedded, outputs } = leafGradients(form, reader, { ...form, ...(local && { B: N }) }, upstream);
+        return { outputs, embedded: embedded && tf.sum(tf.mul(embedded, form.embedded), 1) };
       };
-      const [A, ofTokens] = reduce(plain);
-      const [Aabs, ofTokensAbs] = signed ? reduce(signed) : reduce(plain, sign);
-      const own = column === undefined ? undefined : tf.slice(fires, [0, column], [N, 1]);
-      const together = own ? tf.matMul(own as tf.Tensor2D, fires as tf.Tensor2D, true) : tf.zeros([1, g.shape[1]!]);
-      const read4 = await Promise.all([A, Aabs, together, ofTokens, ofTokensAbs].map(x => x.data()));
-      for (let c = 0; c < sumC; c++) {
-        sums.components.A[c]! += read4[0]![c]!;
-        sums.components.Aabs[c]! += read4[1]![c]!;
-        sums.components.together[c]! += read4[2]![c]!;
-      }
-      for (const [n, token] of tokens.entries()) {
-        sums.tokens.A[token]! += read4[3]![n]!;
-        sums.tokens.Aabs[token]! += read4[4]![n]!;
-      }
+      return { sign, plain: pass(tf.tile(seed, [N, 1])), signed: local ? undefined : pass(tf.mul(sign, seed)) };
     });
+    const numbers = async (x: T | undefined) => x && ((await x.data()) as Float32Array);
+    const sign = (await numbers(made.sign))!;
+    const { A, Aabs, together } = sums.components;
+    for (const [i, { offset, dOut }] of modules.entries()) {
+      const gradient = await numbers(made.plain.outputs[i]);
+      const signed = await numbers(made.signed?.outputs[i]);
+      if (!gradient) continue;
+      const { start, index, weight } = firings[i]!;
+      const U = written[i]!;
+      for (let n = 0; n < N; n++) {
+        for (let e = start[n]!; e < start[n + 1]!; e++) {
+          const c = index[e]!;
+          const alpha = weight[e]! * dot(U, c * dOut, gradient, n * dOut, dOut); // α g_c1
+          A[offset + c]! += alpha;
+          Aabs[offset + c]! += signed ? weight[e]! * dot(U, c * dOut, signed, n * dOut, dOut) : sign[n]! * alpha;
+        }
+      }
+      if (column === undefined) continue;
+      for (let n = 0; n < N; n++) {
+        if (!(g[n * sumC + column]! > 0)) continue;
+        for (let e = start[n]!; e < start[n + 1]!; e++) together[offset + index[e]!]!++;
+      }
+    }
+    const [ofToken, signedOfToken] = [await numbers(made.plain.embedded), await numbers(made.signed?.embedded)];
+    for (const [n, token] of ofToken ? tokens.entries() : []) {
+      sums.tokens.A[token]! += ofToken![n]!;
+      sums.tokens.Aabs[token]! += signedOfToken?.[n] ?? sign[n]! * ofToken![n]!;
+    }
+    tf.dispose(made as unknown as tf.TensorContainer);
   }
   return sums;
+}
+
+/** The inner product of d numbers of two matrices. */
+function dot(x: Float32Array, i: number, y: Float32Array, j: number, d: number): number {
+  let sum = 0;
+  for (let k = 0; k < d; k++) sum += x[i + k]! * y[j + k]!;
+  return sum;
 }
 
 /** How often and how strongly every component acts, over the batches. */
@@ -115,24 +132,27 @@ async function totals(job: LmRun, batches: readonly Batch[]) {
   const [g, fires, square] = [0, 1, 2].map(() => new Float64Array(sumC)) as [Float64Array, Float64Array, Float64Array];
   const counts = new Float64Array(job.problem.target.arch.vocab);
   let positions = 0;
-  for (const batch of batches) {
-    const a = tf.tidy(() => tf.concat(batch.form.acts, 1));
-    const [x, y, z] = tf.tidy(() => [tf.sum(batch.g, 0), tf.sum(batch.fires, 0), tf.sum(tf.square(a), 0)]) as [T, T, T];
-    const read = await Promise.all([x, y, z].map(t => t.data()));
-    for (let c = 0; c < sumC; c++) {
-      g[c]! += read[0]![c]!;
-      fires[c]! += read[1]![c]!;
-      square[c]! += read[2]![c]!;
+  for (const { form, N, g: own, tokens } of batches) {
+    const squares = tf.tidy(() => tf.sum(tf.square(tf.concat(form.acts, 1)), 0));
+    for (const [c, x] of (await squares.data()).entries()) square[c]! += x;
+    squares.dispose();
+    for (let n = 0; n < N; n++) {
+      for (let c = 0; c < sumC; c++) {
+        const x = own[n * sumC + c]!;
+        if (!(x > 0)) continue;
+        g[c]! += x;
+        fires[c]!++;
+      }
     }
-    for (const token of batch.tokens) counts[token]!++;
-    positions += batch.N;
-    tf.dispose([a, x, y, z]);
+    for (const token of tokens) counts[token]!++;
+    positions += N;
   }
   return { g, fires, square, counts, positions };
 }
 
-function makeBatches(job: LmRun, { positions, batchPositions }: AttributionSettings): Batch[] {
+async function makeBatches(job: LmRun, { positions, batchPositions }: AttributionSettings): Promise<Batch[]> {
   const { data, problem, params } = job;
+  const { modules } = problem;
   const { seqLen, count } = data.train;
   const rows = Math.max(1, Math.min(count, Math.floor(positions / seqLen)));
   const size = Math.max(1, Math.floor(batchPositions / seqLen));
@@ -142,20 +162,33 @@ function makeBatches(job: LmRun, { positions, batchPositions }: AttributionSetti
     const tokens = Int32Array.from(indices.flatMap(i => [...data.train.row(i)]));
     const made = tf.tidy(() => {
       const input = inputBatch(data.train, indices);
-      const { g } = importances(problem, params, input);
       const { problem: _, params: __, B: ___, ...values } = componentForm(problem, params, input, false);
-      const parts = tf.split(
-        g,
-        problem.modules.map(m => m.C),
-        1,
-      );
-      const weighted = parts.map((x, i) => tf.mul(x, values.acts[i]!));
-      return { values, g, fires: tf.cast(tf.greater(g, 0), 'float32'), weighted };
+      return { values, g: importances(problem, params, input).g };
     });
-    const form = { problem, params, B: indices.length, ...made.values };
-    batches.push({ form, N: tokens.length, g: made.g, fires: made.fires, weighted: made.weighted, tokens });
+    const g = (await made.g.data()) as Float32Array;
+    made.g.dispose();
+    const acts = (await Promise.all(made.values.acts.map(a => a.data()))) as Float32Array[];
+    const N = tokens.length;
+    const firings = modules.map((m, i) => firingsOf(g, acts[i]!, N, totalC(modules), m));
+    batches.push({ form: { problem, params, B: indices.length, ...made.values }, N, firings, g, tokens });
   }
   return batches;
+}
+
+function firingsOf(g: Float32Array, acts: Float32Array, N: number, sumC: number, { offset, C }: Module): Firings {
+  const start = new Int32Array(N + 1);
+  const index: number[] = [];
+  const weight: number[] = [];
+  for (let n = 0; n < N; n++) {
+    for (let c = 0; c < C; c++) {
+      const ci = g[n * sumC + offset + c]!;
+      if (!(ci > 0)) continue;
+      index.push(c);
+      weight.push(ci * acts[n * C + c]!);
+    }
+    start[n + 1] = index.length;
+  }
+  return { start, index: Int32Array.from(index), weight: Float32Array.from(weight) };
 }
 
 /** A number with so many significant digits. */
@@ -183,7 +216,8 @@ export async function datasetAttributions(
 ): Promise<Attributions> {
   const { modules, target } = job.problem;
   const started = performance.now();
-  const batches = makeBatches(job, settings);
+  const batches = await makeBatches(job, settings);
+  const written = (await Promise.all(modules.map(m => U(job.params, m).data()))) as Float32Array[];
   const { g, fires, square, counts, positions } = await totals(job, batches);
   const columns = [...g.keys()].filter(c => g[c]! / positions > settings.threshold).sort((a, b) => g[b]! - g[a]!);
   const named = (column: number) => nameOf(modules, column);
@@ -207,7 +241,7 @@ export async function datasetAttributions(
             .reshape([dModel, 1])
             .toFloat(),
         );
-        const { components } = await attributeTarget(job, batches, 'output', vector);
+        const { components } = await attributeTarget(job, batches, written, 'output', vector);
         vector.dispose();
         for (const [k, c] of columns.entries()) file.outputs[k]!.A.push(short(components.A[c]!));
       }
@@ -220,7 +254,7 @@ export async function datasetAttributions(
       const reader = modules.findLastIndex(({ offset }) => offset <= column);
       const m = modules[reader]!;
       const vector = tf.tidy(() => tf.slice(V(job.params, m), [0, column - m.offset], [m.dIn, 1]));
-      const sums = await attributeTarget(job, batches, reader, vector, column);
+      const sums = await attributeTarget(job, batches, written, reader, vector, column);
       vector.dispose();
       const scale = Math.sqrt(square[column]! / positions);
       const sources: (Source & Strength)[] = [];
@@ -265,9 +299,9 @@ export async function datasetAttributions(
     save?.(file);
     return file;
   } finally {
-    for (const { form, g: ci, fires: f, weighted } of batches) {
+    for (const { form } of batches) {
       const { problem: _, params: __, B: ___, ...tensors } = form;
-      tf.dispose([tensors, ci, f, weighted] as unknown as tf.TensorContainer);
+      tf.dispose(tensors as unknown as tf.TensorContainer);
     }
   }
 }
