@@ -9,6 +9,7 @@ import { type Browser, chromium, type Locator, type Page } from 'playwright-core
 import { type Example, type Harvest, type HarvestComponent, harvestDefaults } from './harvest.ts';
 import { type ReportData, renderReport } from './page.ts';
 import { readMeanings, writePage } from './page-meanings.ts';
+import type { PackedGraph } from './parts.ts';
 import { componentsHash } from './run-files.ts';
 
 const template = fs.readFileSync(fileURLToPath(new URL('page.html', import.meta.url)), 'utf8');
@@ -456,6 +457,90 @@ test('groups and labels: the view, a group, a label with its scores; hostile lab
     await page.keyboard.press('4');
     assert.equal(await shown(page), 'overview');
   });
+});
+
+test('graph, neighbours, circuits and edits, by keyboard and in words; hostile texts stay text', options, async () => {
+  const run = makeRun(2, 6, [HOSTILE[1]!, ...ordinary.slice(1)]);
+  const { tokens } = run.harvest.passages[0]!;
+  const strings = tokens.map(t => run.harvest.vocabulary[t]!);
+  // embeddings of both tokens; h.0.attn.q_proj:1 and h.1.mlp.c_fc:2 after the second; its next token
+  const graph: PackedGraph = {
+    ...{ tokens, strings, names: { 3: HOSTILE[0]! } },
+    nodes: [
+      [0, 0, tokens[0]!, 0, 0, 1],
+      [0, 1, tokens[1]!, 0, 0, 1],
+      [1, 1, 1, 0.75, -2, 0.5],
+      [1, 1, 20, 0.5, 3, 0.625],
+      [2, 1, 3, 0.875, 0, 0.25],
+    ],
+    edges: [0, 2, -0.125, 1, 2, 0.5, 2, 3, 1.5, 3, 4, 2.5],
+  };
+  const [q, fc] = run.harvest.modules.map(m => m.path) as [string, string];
+  const regime = { regime: 'only these', token: HOSTILE[2]!, probability: 0.5, kl: 0.25 };
+  const parts = {
+    graphs: [graph],
+    neighbours: { 1: [[[-1 - tokens[1]!, 3.5, 4, null]], [[20, -1.5, 2, 0.75]]] },
+    circuits: [
+      {
+        text: HOSTILE[0],
+        nodes: [{ position: 1, module: q, index: 1, ci: 0.5 }],
+        alive: 7,
+        interventions: [regime],
+        control: [regime],
+      },
+    ],
+    edits: [
+      {
+        ...{ folder: HOSTILE[1], positions: 100, firing: 8, kl: 0.5, klFiring: 1.25, klElsewhere: 0.125 },
+        ...{ edits: [{ module: q, index: 1, factor: 0 }, { module: fc, index: 0, factor: 2 }], write: null }, // biome-ignore format: a line
+      },
+      {
+        ...{ folder: 'b', positions: 100, firing: 0, kl: 0, klFiring: null, klElsewhere: 0, edits: [] },
+        write: { module: q, index: 2, strength: 4 },
+        token: { id: 3, text: HOSTILE[2], before: null, after: null },
+      },
+    ],
+  };
+  await using(write('parts.html', { ...run, ...parts } as ReportData), async page => {
+    const words = (selector: string) => page.locator(selector).innerText();
+    await sees(
+      page,
+      '.edits-card tr',
+      /q_proj:1 removed\s*h\.0\.mlp\.c_fc:0 times 2\s*<img src=x.*8 of 100\s*1\.25\s*0\.125/s,
+    );
+    await sees(page, '.edits-card tr', /q_proj:2 writes <!--<script> with 4\s*b\s*0 of 100\s*–/);
+    assert.doesNotMatch(await words('#overview'), /\b(null|undefined|NaN)\b/);
+    await page.keyboard.press('3');
+    await page.keyboard.press('ArrowRight');
+    const card = page.locator('.graph-card');
+    const chosen = card.locator('h4');
+    const feeds = (list: string) => card.locator(`ol[aria-label="${list}"] button`);
+    // arrived at by keys alone: the next token, what feeds it, what feeds that
+    assert.match(await chosen.innerText(), /^next token .*87\.5 %.* position 1$/);
+    for (const name of [/^h\.1\.mlp\.c_fc:2 at/, /^h\.0\.attn\.q_proj:1 at/]) {
+      await feeds('Fed by').first().focus();
+      await page.keyboard.press('Enter');
+      assert.match(await chosen.innerText(), name);
+      assert.equal(await page.evaluate('document.activeElement.tagName'), 'H4', 'the next Tab goes on in the lists');
+    }
+    assert.match(await words('.graph-lists'), /CI 0\.75\d*, activation −2.*50 %/s);
+    assert.equal(await feeds('Fed by').count(), 2);
+    assert.equal(await feeds('Feeds').count(), 1);
+    assert.equal(await card.locator('svg').getAttribute('aria-hidden'), 'true');
+    assert.equal(await card.locator('path.negative').count(), 1);
+    await sees(page, '.circuit-card tr', /only these\s*<!--<script>\s*50 %\s*0\.25/);
+    await page.goto(`${page.url().split('#')[0]}#${q}:1`);
+    await sees(page, '#detail tr', /lion\s*3\.5/);
+    await sees(page, '#detail tr', /c_fc:2\s*−?-?1\.5/);
+    assert.equal(await page.locator('#detail .edits-card tbody tr').count(), 1);
+    assert.equal(await page.evaluate('window.hit'), undefined);
+    assert.equal(await page.locator('img').count(), 0);
+    await fitsTheWidth(page);
+  });
+  await using(pathToFileURL(path.join(folder, 'parts.html')).href, async page => {
+    await page.keyboard.press('3');
+    await fitsTheWidth(page);
+  }, { width: 390, height: 800 }); // biome-ignore format: as above
 });
 
 test('the page takes groups and labels of the same components only', () => {
