@@ -84,14 +84,14 @@ export async function postprocess(run: files.Run, flags: files.Flags, steps: Ste
         cluster(run, { alpha: flags.alpha, positions: flags['cluster-positions'] }),
       ),
     // asks only what has no answer yet
-    () => stage('interpret', !asking, () => interpret(run, { ...flags, graph: attributed() })),
+    ...(asking ? [() => stage('interpret', false, () => interpret(run, { ...flags, graph: attributed() }))] : []),
   ];
   for (const next of stages) {
     const code = await next();
     if (code !== 0) return code;
   }
   if (!asking)
-    files.talk('             no labels: give --api-url and --api-model, or --prompts-only, or --answers FILE');
+    files.talk('interpret    left out: it takes --api-url and --api-model, or --prompts-only, or --answers FILE');
   const page = path.join(dir, 'report.html');
   await stage('page', isNewest(dir, 'report.html'), async () => {
     await (steps.page?.(run) ?? writePage(dir));
