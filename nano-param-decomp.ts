@@ -1581,7 +1581,7 @@ const plainIo: Partial<Io> = {
       values[name] = value!;
     }
     values.out ||= `runs/${path.basename(`${values.model}`)}-${Date.now()}`;
-    return { job: 'decompose', values, flags: {}, meantFor: {}, old: undefined };
+    return { job: 'decompose', values, flags: {}, meantFor: {}, sizes: () => ({}), old: undefined };
   },
   /** A plain Llama or the paper's own model: one safetensors file, which is trusted. */
   async openModel(dir) {
@@ -1738,15 +1738,22 @@ export function resolveConfig(
   return c;
 }
 
-/** Opens what a config names. The target's own loss reveals a wrongly loaded model. */
-async function openModelRun(config: Config, given: Set<string>, trains = false) {
+/**
+ * Opens what a config names; to train: `sizes` are fields that follow the target's. Its own loss
+ * reveals a wrongly loaded model.
+ */
+async function openModelRun(
+  config: Config,
+  given: Set<string>,
+  sizes?: (target: LanguageModel) => Partial<Config>,
+) {
   if (!config.model) refuse('--model: missing; takes a folder or a hub id (or a --preset)');
   if (!config.data) refuse('--data: missing; takes .txt, .jsonl, .json, .parquet or a hub id');
   const engine = await startEngine(config);
   say(`engine   ${engine.description}`);
   const { dir, commit } = await io.resolveModel(config.model);
   const target = await loadTarget(dir, { path: config.model, ...(commit && { commit }) });
-  const c = resolveConfig(config, target.arch, given, engine.gpu);
+  const c = resolveConfig({ ...config, ...sizes?.(target) }, target.arch, given, engine.gpu);
   const data = await loadData(target, c);
   c.seqLen = data.train.seqLen;
   const modules = chooseModules(target.linears, c.components);
@@ -1764,7 +1771,7 @@ async function openModelRun(config: Config, given: Set<string>, trains = false) 
     });
   say(`loss     ${loss.toFixed(4)} nats per token, its own on ${rows.count} held-out rows`);
   const ciShapes = ciTransformer.shapes(problem);
-  if (trains) engines.checkSize({ ...problem, arch: target.arch, ciShapes }, engine, say);
+  if (sizes) engines.checkSize({ ...problem, arch: target.arch, ciShapes }, engine, say);
   return { engine, problem, params: initialParams(problem), data };
 }
 
@@ -1822,7 +1829,7 @@ export async function main(argv: string[], post = plainPostprocess) {
   await openRooms();
   const line = io.commandLine(argv, { version: VERSION, groups: GROUPS, jobs: post.JOBS });
   if (!line) return 0; // --help, --version
-  const { job, flags, meantFor } = line;
+  const { job, flags, meantFor, sizes } = line;
   const given: Partial<Config> = line.values;
   if (job !== 'decompose') return post.JOBS[job]!.run(`${flags.run}`, given, flags);
   const old = line.old as RunRecord | undefined;
@@ -1830,7 +1837,7 @@ export async function main(argv: string[], post = plainPostprocess) {
   const { out } = config;
   if (!old && fs.existsSync(path.join(out, 'config.json')))
     refuse(`${out}: holds a run; --resume goes on with it, or take another --out`);
-  const run: Run<LanguageModel> = await openModelRun(config, new Set(Object.keys(given)), true);
+  const run: Run<LanguageModel> = await openModelRun(config, new Set(Object.keys(given)), sizes);
   const { engine, problem, params, data } = run;
   io.warnOfTarget(problem.target.arch, meantFor, say);
   if (flags['dry-run']) {
