@@ -825,6 +825,8 @@ export function crossEntropy(logProbs: T<'N vocab'>, tokens: T<'B S'>): T {
   return total.div(B * (S - 1)).neg();
 }
 
+/** Of batch b of an evaluation, 2 b: evaluationDraws takes two keys. */
+export const evaluationKey = ({ seed }: Config, b: number) => randomKey(seed ^ 0x5eed, 2 * b);
 /** Random numbers of an evaluation; `stoch`: of the strategy; `subset`: loss, hidden acts. */
 function evaluationDraws(problem: Problem, N: number, key: T) {
   const draws = (i: number) => stochasticDraws(problem, N, key.add(tf.tensor1d([0, i], 'int32')));
@@ -869,16 +871,17 @@ export function evaluateMasks(
   return { ...results, active, meanCi: g.mean(0) };
 }
 
-/** Reconstruction by the components whose mask is 1, all others deleted. */
-export function aliveAlone(problem: Problem, params: Tensors, inputs: T, mask: T<'1 ΣC'>): T {
-  const { target } = problem;
-  const own = target.forward(inputs, ownLinear(target));
-  return target.compare.measure(own, maskedForward(problem, params, inputs, { mask }));
-}
-
-/** Fresh PGD: the loss at one source for all positions, and where sign ascent takes it. */
-export function pgdStep(problem: Problem, params: Tensors, inputs: T, source: T<'1 ΣC+M'>) {
-  const { pass, g } = importances(problem, params, inputs);
+/** Fresh PGD: one source for all positions. */
+export const pgdStart = ({ modules }: Problem, key: T): T<'1 ΣC+M'> =>
+  tf.tidy(() => uniform([1, totalC(modules) + modules.length], key, PURPOSE.pgd));
+/** The loss at a source, and where sign ascent takes it. */
+export function pgdStep(
+  problem: Problem,
+  params: Tensors,
+  inputs: T,
+  source: T<'1 ΣC+M'>,
+  { pass, g }: { pass: Pass; g: T } = importances(problem, params, inputs),
+) {
   const loss = (s: T) => adversarialLoss(problem, params, pass, g, s);
   const { value, grads } = tf.valueAndGrads(loss)([source]);
   const moved = source.add(tf.mul(problem.config.pgdEvalStepSize, grads[0]!.sign()));
@@ -899,8 +902,8 @@ export function hiddenActsErrors(problem: Problem, params: Tensors, inputs: T, d
 }
 
 export function compileEvaluation(engine: Engine, problem: Problem, params: Params) {
-  const { modules, config, target } = problem;
-  const [sumC, sumOut] = [totalC(modules), sum(modules.map(m => m.dOut))];
+  const { modules, config } = problem;
+  const sumOut = sum(modules.map(m => m.dOut));
   type Feeds<K extends string> = Record<'inputs' | K, T>;
   const draws = ({ inputs, key }: Feeds<'key'>) =>
     evaluationDraws(problem, inputs.shape[0]! * inputs.shape[1]!, key);
@@ -913,9 +916,6 @@ export function compileEvaluation(engine: Engine, problem: Problem, params: Para
   const hidden = engine.compile('hidden acts', (f: Feeds<'key'>) =>
     hiddenActsErrors(problem, params, f.inputs, draws(f).subset),
   );
-  const alive = engine.compile('alive', (f: Feeds<'mask'>) => ({
-    [`${target.compare.metric}_alive`]: aliveAlone(problem, params, f.inputs, f.mask),
-  }));
 
   /** Means over the rows; `meanCi`: mean g of every component. */
   const evaluate = async (rows: Rows, step: number, slow: boolean) => {
@@ -928,24 +928,18 @@ export function compileEvaluation(engine: Engine, problem: Problem, params: Para
         for (const [i, value] of values.entries()) means[name][i]! += share * value;
       }
     };
-    const batches = inBatches(rows.count, config.evalBatchSize).map((indices, b) => ({
-      inputs: inputBatch(rows, indices),
-      key: randomKey(config.seed ^ 0x5eed, 2 * b), // 2 b: evaluationDraws takes two keys
-      share: indices.length / rows.count,
-    }));
-    for (const { inputs, key, share } of batches) {
+    for (const [b, indices] of inBatches(rows.count, config.evalBatchSize).entries()) {
+      const inputs = inputBatch(rows, indices);
+      const key = evaluationKey(config, b);
+      const share = indices.length / rows.count;
       await add(share, await masks({ inputs, key, p }));
-      let source = tf.tidy(() => uniform([1, sumC + modules.length], key, PURPOSE.pgd));
+      let source = pgdStart(problem, key);
       for (let i = 0; i < config.pgdEvalNSteps; i++) source = (await pgd({ inputs, source })).next;
       await add(share, { 'loss/PGDReconLoss': (await pgd({ inputs, source })).loss });
       if (slow) await add(share, await hidden({ inputs, key }));
     }
-    const isAlive = Float32Array.from(means.meanCi!, ci => Number(ci >= 1e-6));
-    const mask = tf.tensor2d(isAlive, [1, sumC]);
-    for (const { inputs, share } of batches) await add(share, await alive({ inputs, mask }));
-
     const { meanCi, active, CI, Stochastic, ...values } = means;
-    const metrics: Metrics = { 'eval/n_alive': sum(isAlive) };
+    const metrics: Metrics = { 'eval/n_alive': meanCi!.filter(ci => ci >= 1e-6).length };
     for (const [name, [mean = 0]] of Object.entries(values)) {
       metrics[`eval/${name}`] = mean;
       if (name.includes('ce_difference')) {
@@ -998,15 +992,18 @@ export async function newRun(
   return { engine, problem, params: initialParams(problem), data };
 }
 
+/** Measures for slow evaluations beside those of section G. */
+type Measures = ((run: Run) => () => Promise<Metrics>) | undefined;
+type Options = {
+  old?: RunRecord | undefined;
+  stopped?: () => Promise<unknown>;
+  measures?: Measures;
+};
 /**
  * The training loop: warm up; step, log, evaluate, save. `old`: the record of the run to go on
- * with; `stopped` is asked after each step. @returns the last evaluation; undefined if it was
- * stopped
+ * with; `stopped` is asked after each step. @returns the last evaluation; undefined if stopped
  */
-export async function decompose(
-  run: Run,
-  { old, stopped }: { old?: RunRecord | undefined; stopped?: () => Promise<unknown> } = {},
-) {
+export async function decompose(run: Run, { old, stopped, measures }: Options = {}) {
   const { engine, problem, params, data } = run;
   const { config: c } = problem;
   const now = recordOf(run);
@@ -1029,7 +1026,11 @@ export async function decompose(
   };
   const compiled = compileEvaluation(engine, problem, params);
   const heldOut = firstRows(data.heldOut, c.evalBatchSize);
-  const evaluate = async (slow: boolean) => (await compiled(heldOut, done, slow)).metrics;
+  const measure = measures?.(run);
+  const evaluate = async (slow: boolean) => {
+    const { metrics } = await compiled(heldOut, done, slow);
+    return { ...metrics, ...(slow && (await measure?.())) };
+  };
 
   let done = (old && (await io.resume(c.out, params, rest, say))) || 0;
   if (done === 0) {
@@ -1580,7 +1581,7 @@ const plainIo: Partial<Io> = {
       values[name] = value!;
     }
     values.out ||= `runs/${path.basename(`${values.model}`)}-${Date.now()}`;
-    return { job: 'decompose', values, flags: {}, meantFor: {}, old: undefined };
+    return { job: 'decompose', values, flags: {}, meantFor: {}, sizes: () => ({}), old: undefined };
   },
   /** A plain Llama or the paper's own model: one safetensors file, which is trusted. */
   async openModel(dir) {
@@ -1737,15 +1738,22 @@ export function resolveConfig(
   return c;
 }
 
-/** Opens what a config names. The target's own loss reveals a wrongly loaded model. */
-async function openModelRun(config: Config, given: Set<string>, trains = false) {
+/**
+ * Opens what a config names; to train: `sizes` are fields that follow the target's. Its own loss
+ * reveals a wrongly loaded model.
+ */
+async function openModelRun(
+  config: Config,
+  given: Set<string>,
+  sizes?: (target: LanguageModel) => Partial<Config>,
+) {
   if (!config.model) refuse('--model: missing; takes a folder or a hub id (or a --preset)');
   if (!config.data) refuse('--data: missing; takes .txt, .jsonl, .json, .parquet or a hub id');
   const engine = await startEngine(config);
   say(`engine   ${engine.description}`);
   const { dir, commit } = await io.resolveModel(config.model);
   const target = await loadTarget(dir, { path: config.model, ...(commit && { commit }) });
-  const c = resolveConfig(config, target.arch, given, engine.gpu);
+  const c = resolveConfig({ ...config, ...sizes?.(target) }, target.arch, given, engine.gpu);
   const data = await loadData(target, c);
   c.seqLen = data.train.seqLen;
   const modules = chooseModules(target.linears, c.components);
@@ -1763,7 +1771,7 @@ async function openModelRun(config: Config, given: Set<string>, trains = false) 
     });
   say(`loss     ${loss.toFixed(4)} nats per token, its own on ${rows.count} held-out rows`);
   const ciShapes = ciTransformer.shapes(problem);
-  if (trains) engines.checkSize({ ...problem, arch: target.arch, ciShapes }, engine, say);
+  if (sizes) engines.checkSize({ ...problem, arch: target.arch, ciShapes }, engine, say);
   return { engine, problem, params: initialParams(problem), data };
 }
 
@@ -1799,6 +1807,7 @@ export interface Job {
 interface Postprocess {
   JOBS: Record<string, Job>;
   prepare?(run: Run): void; // may refuse a run
+  measures?: Measures;
   finish(run: Run, metrics: Metrics): Promise<void>;
 }
 const plainPostprocess: Postprocess = {
@@ -1820,7 +1829,7 @@ export async function main(argv: string[], post = plainPostprocess) {
   await openRooms();
   const line = io.commandLine(argv, { version: VERSION, groups: GROUPS, jobs: post.JOBS });
   if (!line) return 0; // --help, --version
-  const { job, flags, meantFor } = line;
+  const { job, flags, meantFor, sizes } = line;
   const given: Partial<Config> = line.values;
   if (job !== 'decompose') return post.JOBS[job]!.run(`${flags.run}`, given, flags);
   const old = line.old as RunRecord | undefined;
@@ -1828,7 +1837,7 @@ export async function main(argv: string[], post = plainPostprocess) {
   const { out } = config;
   if (!old && fs.existsSync(path.join(out, 'config.json')))
     refuse(`${out}: holds a run; --resume goes on with it, or take another --out`);
-  const run: Run<LanguageModel> = await openModelRun(config, new Set(Object.keys(given)), true);
+  const run: Run<LanguageModel> = await openModelRun(config, new Set(Object.keys(given)), sizes);
   const { engine, problem, params, data } = run;
   io.warnOfTarget(problem.target.arch, meantFor, say);
   if (flags['dry-run']) {
@@ -1839,7 +1848,7 @@ export async function main(argv: string[], post = plainPostprocess) {
   post.prepare?.(run);
   const { interrupted, stop } = io.watchSignals(say);
   try {
-    const metrics = await decompose(run, { old, stopped: interrupted });
+    const metrics = await decompose(run, { old, stopped: interrupted, measures: post.measures });
     if (!metrics) {
       say(`stopped; go on with --resume --out ${out}`);
       return (await interrupted()) ?? 1;

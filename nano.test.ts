@@ -1117,8 +1117,9 @@ for (const name of TARGETS)
     const f = await fixture(name, { evalBatchSize: 3 });
     const { metrics, meanCi } = await evaluate(f, engine);
     const { 'eval/n_alive': alive, ...named } = metrics;
-    assert.deepEqual(Object.keys(named).sort(), Object.keys(f.eval).sort());
-    closeRecords(withoutImp(deterministic(named)), withoutImp(deterministic(f.eval)), LOSS);
+    const { 'eval/ce_kl/kl_alive': _, ...theirs } = f.eval; // that is one of postprocess/measures.ts
+    assert.deepEqual(Object.keys(named).sort(), Object.keys(theirs).sort());
+    closeRecords(withoutImp(deterministic(named)), withoutImp(deterministic(theirs)), LOSS);
     const expected = numbers(tf.mean(f.get('ci/g'), 0));
     close(meanCi, expected, FORWARD, 'mean CI');
     assert.equal(alive, expected.filter(ci => ci >= 1e-6).length);
@@ -1130,7 +1131,7 @@ onWasm('the names of the metrics, written out', async engine => {
   const masks = ['ci_masked', 'unmasked', 'stoch_masked', 'random_masked', 'rounded_masked', 'zero_masked'];
   const modules = [...f.modules.map(module => module.path), 'total'];
   const fast = [
-    ...['ce_kl/ce_target', 'ce_kl/kl_alive', 'n_alive', 'loss/FaithfulnessLoss', 'loss/PGDReconLoss'],
+    ...['ce_kl/ce_target', 'n_alive', 'loss/FaithfulnessLoss', 'loss/PGDReconLoss'],
     ...['loss/ImportanceMinimalityLoss', 'loss/StochasticReconSubsetLoss'],
     ...masks.flatMap(m => ['kl', 'ce_difference', 'ce_unrecovered'].map(kind => `ce_kl/${kind}_${m}`)),
     ...modules.map(name => `l0/0.1_${name}`),
@@ -1155,14 +1156,6 @@ onEveryTarget('metrics with random masks are those of PyTorch, given its random 
       const name = `eval/loss/${kind}HiddenActsReconLoss/${module.path}`;
       close([numbers(errors)[i]!], [f.eval[name]!], LOSS, name);
     }
-});
-
-onEveryTarget('the KL without the dead components is that of PyTorch', f => {
-  const alive = tf.cast(tf.greaterEqual(tf.mean(f.get('ci/g'), 0, true), 1e-6), 'float32');
-  const kl = nano.aliveAlone(f.problem, f.params, f.tokens, alive);
-  close(kl, [f.eval['eval/ce_kl/kl_alive']!], LOSS, 'KL');
-  const all = nano.aliveAlone(f.problem, f.params, f.tokens, tf.onesLike(alive));
-  close(all, [f.eval['eval/ce_kl/kl_unmasked']!], LOSS, 'KL when none is dead');
 });
 
 onEveryTarget('the fresh adversary ends where that of PyTorch ends', f => {

@@ -8,6 +8,7 @@ import { test } from 'node:test';
 import * as tf from '@tensorflow/tfjs';
 import * as nano from '../nano-param-decomp.ts';
 import { harvest, harvestPass } from '../postprocess/harvest.ts';
+import { compileMeasures } from '../postprocess/measures.ts';
 import { scoreRules } from '../postprocess/scoreboard.ts';
 import { type CheckOptions, checkCall, nodeError } from './check.ts';
 import { compiler, type Runtime } from './compile.ts';
@@ -100,7 +101,7 @@ const engine = {
     return onCall(name, recording, feeds);
   },
 } as unknown as nano.Engine;
-const FUNCTIONS = 'alive answers evaluate harvest hidden~acts pgd shard step update warm-up without'
+const FUNCTIONS = 'alive answers evaluate harvest hidden~acts ladder pgd read shard step update use warm-up without'
   .split(' ')
   .map(name => name.replace('~', ' '));
 
@@ -150,6 +151,7 @@ async function everything(seed: number): Promise<void> {
   await evaluation(rows, 1, true);
   const inForce = [...Array(ROWS)].map((_, i) => [...Array(LENGTH)].map((_, k) => ((i + k) % 2 ? [0] : [])));
   const data = { train: rows, heldOut: rows } as nano.Data;
+  await compileMeasures({ engine, problem, params, data })();
   await scoreRules({ engine, problem, params, data }, { rules: [{ name: 'a' }], labels: inForce });
   const texts = { vocabSize: vocab, tokenText: String, passages: [] };
   await harvest({ ...texts, engine, pass: harvestPass(problem, params), modules: problem.modules, rows });

@@ -1,7 +1,7 @@
 import * as fs from 'node:fs';
 import * as path from 'node:path';
 import { parseArgs } from 'node:util';
-import { PRESETS, type Preset } from './presets.ts';
+import { PRESETS, type Preset, type Sized } from './presets.ts';
 import { readRecord } from './record.ts';
 import { refuse } from './usage-error.ts';
 
@@ -103,8 +103,9 @@ ${lines(ofPresets)}`;
 
 /**
  * Reads a command line; --help and --version are answered here.
- * @returns the job's name (decompose if none is named), the fields that were given, its own flags; for decompose the
- * record of the run that --resume goes on with, whose fields are given, and a folder for a new one
+ * @returns the job's name (decompose if none is named), the fields that were given, its own flags; for decompose what
+ * the preset makes of the target's sizes besides, the record of the run that --resume goes on with, whose fields are
+ * given, and a folder for a new one
  * @throws UsageError naming the flag that is wrong
  */
 export function commandLine(argv: string[], program: Program) {
@@ -126,10 +127,15 @@ export function commandLine(argv: string[], program: Program) {
     preset = PRESETS[`${flags.preset}`];
   }
   const changes: Record<string, Value> = { ...preset?.config, ...values };
-  if (job) return { job: name, values: changes, flags, meantFor: {}, old: undefined };
+  /** Fields that were not given: those of a run that goes on are in its record. */
+  const sizes = (target: Sized) => {
+    const all = Object.entries(flags.resume ? {} : (preset?.sizes?.(target) ?? {}));
+    return Object.fromEntries(all.filter(([field]) => !Object.hasOwn(values, field)));
+  };
+  if (job) return { job: name, values: changes, flags, meantFor: {}, sizes, old: undefined };
   if (flags.resume && !changes.out) refuse('--resume: takes --out DIR, the folder of the run to go on with');
   const old = flags.resume ? readRecord(`${changes.out}`) : undefined;
   const given = { ...(old?.config as typeof changes | undefined), ...changes };
   given.out ||= path.join('runs', `${path.basename(`${given.model ?? ''}`) || 'run'}-${stamp()}`);
-  return { job: 'decompose', values: given, flags, meantFor: preset?.target ?? {}, old };
+  return { job: 'decompose', values: given, flags, meantFor: preset?.target ?? {}, sizes, old };
 }

@@ -252,6 +252,59 @@ test('every view works by clicking', options, async () => {
   });
 });
 
+test('the ladder and the importances of a run with measures; neither where it has none', options, async () => {
+  const run = makeRun(2, 6, ordinary);
+  const paths = run.harvest.modules.map(m => m.path);
+  const perModule = (name: string, value: number) => paths.map(p => [`eval/${name}${p}`, value] as const);
+  const bins = ['0', '0-0.01', '0.01-0.1', '0.1-0.5', '0.5-0.9', '0.9-1', '1'];
+  const measures: Record<string, number> = {
+    ...{
+      'eval/pgd/0': 0.5,
+      'eval/pgd/20': 2.25,
+      'eval/pgd/40': 4.5,
+      'eval/pgd/320': 13.5,
+      'eval/alive/positions': 4096,
+    },
+    ...{ 'eval/alive/n_mean_ci': 17, 'eval/ce_kl/kl_alive_mean_ci': 0.0321, 'eval/l0/0.01_total': 6.54 },
+    ...{ 'eval/l0/0.1_total': 5.43, 'eval/loss/RelativeFaithfulnessLoss/worst': 0.25 },
+    'eval/loss/RelativeFaithfulnessLoss/mean': 0.0625,
+    ...Object.fromEntries([
+      ...bins.flatMap(bin => perModule(`g_bins/${bin}_`, bin === '0' ? 4 : bin === '1' ? 1.5 : 0.1)),
+      ...['0.0', '0.01', '0.1'].flatMap((t, i) => perModule(`l0/${t}_`, 2 - i / 10)),
+      ...perModule('z/min/', -34.5),
+      ...perModule('z/max/', 12.5),
+      ...perModule('loss/RelativeFaithfulnessLoss/', 0.03),
+      ['eval/loss/RelativeFaithfulnessLoss/h.1.attn.q_proj', 0.25],
+    ]),
+  };
+  const url = write('measures.html', { ...run, metrics: { ...run.metrics, ...measures } });
+  await using(url, async page => {
+    await sees(page, '.tile', /Worst module\s*0\.250[\s\S]*h\.1\.attn\.q_proj/);
+    await sees(page, '.tile', /L0\s*7\.89[\s\S]*6\.54 above 0\.01\. 5\.43 above 0\.1/);
+    await sees(page, '.tile', /13\.5 after 320 steps, still rising/);
+    await sees(page, '.tile', /4,096 training positions: 17/);
+    const rungs = page.getByRole('table', { name: 'KL by the adversary’s steps' }).locator('tbody tr');
+    assert.deepEqual(await rungs.locator('th').allInnerTexts(), ['none: a random start', '20', '40', '320']);
+    await sees(page, '#overview table tr', /alive only\s*0\.0321/);
+    const line = page.getByRole('table', { name: 'Importances by module' }).locator('tr', { hasText: paths[1]! });
+    assert.match(await line.innerText(), /5 \/ 6\s+2\s+1\.90\s+1\.80\s+−34\.5\s+12\.5\s+0\.0300/);
+    const width = async (part: string) => (await line.locator(part).boundingBox())!.width;
+    const ones = (await width('.bins i:last-child')) / (await width('.bins'));
+    assert.ok(Math.abs(ones - 0.75) < 0.02, `1.5 of 2 are exactly 1, and the bar says ${ones}`);
+    await showsTip(page, line.locator('.bins'), 'exactly 1: 1.50');
+    await fitsTheWidth(page);
+  });
+  const flat = { ...run.metrics, ...measures, 'eval/pgd/flat_from': 40 };
+  await using(write('flat.html', { ...run, metrics: flat }), async page => {
+    await sees(page, '.card', 'from 40 steps on, twice as many add less than 5 %');
+  });
+  await using(write('without.html', run), async page => {
+    await sees(page, '#overview', '7.89');
+    assert.equal(await page.getByText('ladder').count(), 0);
+    assert.equal(await page.getByRole('table', { name: 'L0 and alive components by module' }).count(), 1);
+  });
+});
+
 test('every view works by keyboard', options, async () => {
   await using(write('keys.html', makeRun(2, 6, ordinary)), async page => {
     const press = async (...keys: string[]) => {

@@ -4,9 +4,9 @@
 
 Reads DIR/config.json and DIR/components.safetensors, the model they name, and rows of equal length
 ([[ids], ...]), which are evaluated as one batch. Prints one JSON object under the original's metric
-names: L0, KL and CE under the ci, unmasked, rounded and zero masks, ce_target, kl_alive, the hidden
+names: L0, KL and CE under the ci, unmasked, rounded and zero masks, ce_target, the hidden
 activations under the CI masks, FaithfulnessLoss, and ImportanceMinimalityLoss (p at its end value
-unless --p says otherwise, R = 1).
+unless --p says otherwise, R = 1). kl_alive is its own: these rows decide who is dead, training rows do in `eval`.
 """
 
 import argparse

@@ -30,6 +30,7 @@ fixture.json
                       lr faithfulnessWarmupLr)
   schedules           [{nSteps, step, mainLr, ppgdLr, p}] under the paper's defaults
   eval                {metric name: value} on `tokens` at the stored parameters, with p, R = 1
+  measures            the same of the measures of postprocess/measures.ts; the adversary starts at eval/pgd_start
 
 fixture.safetensors, all float32
   components.<path>.V, .U, ci_fn.*  [dIn, C], [C, dOut]: the parameters, named as in
@@ -362,6 +363,7 @@ def answers(d: Decomposition, given: Inputs) -> tuple[dict[str, Tensor], dict]:
     tensors |= {f"warmup/{name}": warm[name] for name in ref.component_names(warm)}
 
     numbers["eval"] = ref.evaluate(d, given.params, given.tokens, P, given.eval_draws)
+    numbers["measures"] = ref.measures(d, given.params, given.tokens, given.eval_draws.pgd)
     tensors["eval/pgd_end"] = ref.fresh_pgd(d, params, context, given.eval_draws.pgd)[1]
     return {name: t.detach() for name, t in tensors.items()}, numbers
 
@@ -470,7 +472,7 @@ def float32_error(d: Decomposition, given: Inputs, tensors: dict, numbers: dict)
         group = f"{first}/{second}" if first in ("grad", "step1", "step2", "accum") else first
         error = (tensors32[name].double() - true.double()).abs().max()
         note(group, error.item(), true.double().abs().max().item())
-    for group in ("losses", "whole", "step1", "step2", "accum", "eval"):
+    for group in ("losses", "whole", "step1", "step2", "accum", "eval", "measures"):
         for name, true in numbers[group].items():
             note(f"numbers/{group}", numbers32[group][name] - true, true)
     return worst

@@ -16,7 +16,7 @@ import json
 import math
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import torch
@@ -679,4 +679,45 @@ def evaluate(
         metrics["eval/loss/PGDReconLoss"] = fresh_pgd(d, params, context, draws.pgd)[0].item()
         hidden = stochastic_masks(g, draws.hidden)
         metrics.update(hidden_acts_mse(d, params, context, hidden, "StochasticHiddenActsReconLoss"))
+    return metrics
+
+
+L0_THRESHOLDS = {"0.0": 0.0, "0.01": 0.01, "0.1": 0.1}
+BINS = {"0-0.01": (0.0, 0.01), "0.01-0.1": (0.01, 0.1), "0.1-0.5": (0.1, 0.5), "0.5-0.9": (0.5, 0.9)}
+
+
+def measures(d: Decomposition, params: Params, tokens: Tensor, start: Tensor) -> dict[str, float]:
+    """The measures of postprocess/measures.ts on one batch, which also decides who is alive. Every rung of
+    the adversary's ladder starts anew."""
+    params = {name: q.detach() for name, q in params.items()}
+    context = make_context(d, params, tokens)
+    g, z = context.g, context.z
+    metrics = {}
+    for factor in (0, 1, 2, 4):
+        steps = factor * d.cfg.pgd_eval_n_steps
+        longer = replace(d, cfg=replace(d.cfg, pgd_eval_n_steps=steps))
+        metrics[f"eval/pgd/{steps}"] = fresh_pgd(longer, params, context, start)[0].item()
+    for m in d.modules:
+        ratio = weight_delta(d, params, m.path).square().sum() / d.target.weights[f"{m.path}.weight"].square().sum()
+        metrics[f"eval/loss/RelativeFaithfulnessLoss/{m.path}"] = ratio.item()
+    for name, columns in [(m.path, m.columns) for m in d.modules] + [("total", slice(None))]:
+        own = g[:, columns]
+
+        def count(which: Tensor) -> float:
+            return which.sum(1).to(g.dtype).mean().item()
+
+        for label, threshold in L0_THRESHOLDS.items():
+            metrics[f"eval/l0/{label}_{name}"] = count(own > threshold)
+        metrics[f"eval/g_bins/0_{name}"] = count(own == 0)
+        for label, (low, high) in BINS.items():
+            metrics[f"eval/g_bins/{label}_{name}"] = count((own > low) & (own <= high))
+        metrics[f"eval/g_bins/0.9-1_{name}"] = count((own > 0.9) & (own < 1))
+        metrics[f"eval/g_bins/1_{name}"] = count(own == 1)
+        metrics[f"eval/z/min/{name}"] = z[:, columns].min().item()
+        metrics[f"eval/z/max/{name}"] = z[:, columns].max().item()
+    no_deltas = g.new_zeros(g.shape[0], len(d.modules))
+    for name, alive in (("mean_ci", g.mean(0) >= ALIVE_MEAN_CI), ("ever", (g > 0).any(0))):
+        masks = Masks(alive.to(g.dtype).expand_as(g), no_deltas)
+        metrics[f"eval/alive/n_{name}"] = alive.sum().item()
+        metrics[f"eval/ce_kl/kl_alive_{name}"] = masked_kl(d, params, context, masks).item()
     return metrics
