@@ -554,6 +554,7 @@ test('parts: the key is cut out of texts, the budget waits for what is under way
   assert.equal(withoutKey('all is well', KEY), 'all is well');
   assert.equal(withoutKey(`see ${KEY.slice(3, 12)}`, KEY), '(left out: repeats a part of the key)');
   assert.equal(withoutKey('abc', undefined), 'abc');
+  assert.equal(withoutKey('an x-ray', 'x'), 'an x-ray'); // what local servers are given in place of a key
   const budget = makeBudget(100);
   assert.ok(await budget.reserve(60));
   const second = budget.reserve(60);
