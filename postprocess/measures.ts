@@ -162,8 +162,8 @@ export function compileMeasures({ engine, problem, params, data }: Omit<Run, 'tr
       for (const [name, t] of Object.entries(L0_THRESHOLDS)) metrics[`eval/l0/${name}_${path}`] = count[t]!;
       for (const [i, bin] of BINS.entries())
         metrics[`eval/g_bins/${bin}_${path}`] = (i === 0 ? C : count[i - 1]!) - (count[i] ?? 0);
-      metrics[`eval/z/min/${path}`] = Math.min(...zMin.subarray(offset, offset + C));
-      metrics[`eval/z/max/${path}`] = Math.max(...zMax.subarray(offset, offset + C));
+      metrics[`eval/z/min/${path}`] = zMin.subarray(offset, offset + C).reduce((a, b) => Math.min(a, b));
+      metrics[`eval/z/max/${path}`] = zMax.subarray(offset, offset + C).reduce((a, b) => Math.max(a, b));
     }
     return metrics;
   }

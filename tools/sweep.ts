@@ -23,6 +23,7 @@ import { loadPair, readMetrics } from '../io/checkpoints.ts';
 import { PRESETS } from '../io/presets.ts';
 import { orRefuse, refuse } from '../io/usage-error.ts';
 import { DEFAULTS } from '../nano-param-decomp.ts';
+import { ladderOf } from '../postprocess/measures.ts';
 
 const NANO = fileURLToPath(new URL('../nano-param-decomp.ts', import.meta.url));
 const USAGE = 'npx tsx tools/sweep.ts --file sweep.json --out DIR [--jobs N]';
@@ -173,13 +174,14 @@ const l0Of = (metrics: Record<string, number>): number | undefined => {
 const COLUMNS: [title: string, value: (m: Record<string, number>) => number | undefined][] = [
   ['step', m => m.step],
   ['L0', l0Of],
-  ['alive', m => m['eval/n_alive']],
+  ['alive', m => m['eval/alive/n_mean_ci'] ?? m['eval/n_alive']],
   ['KL ci', m => m['eval/ce_kl/kl_ci_masked']],
   ['KL stochastic', m => m['eval/ce_kl/kl_stoch_masked']],
   ['PGD', m => m['eval/loss/PGDReconLoss']],
+  ['PGD, last rung', m => ladderOf(m).at(-1)?.[1]],
   ['CE + ci', m => m['eval/ce_kl/ce_difference_ci_masked']],
   ['CE + all on', m => m['eval/ce_kl/ce_difference_unmasked']],
-  ['KL dead deleted', m => m['eval/ce_kl/kl_alive']],
+  ['KL dead deleted', m => m['eval/ce_kl/kl_alive_mean_ci']],
 ];
 const short = (x: number | undefined) => (x === undefined ? '-' : `${Number(x.toPrecision(3))}`);
 
