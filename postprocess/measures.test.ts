@@ -198,6 +198,36 @@ test('a training takes them at slow evaluations and at its end, beside the other
   }
 });
 
+test('a source that goes to and fro is left alone, with the same losses as if it went on', async () => {
+  /** Sign ascent of −(s − best)², which goes up to the place and then changes sides. */
+  const ladderOn = async (best: number, rungs: number[]) => {
+    let steps = 0;
+    const losses = await climb(rungs, tf.tensor1d([0.25]), async source => {
+      steps++;
+      const next = source.add(source.sub(best).neg().sign().mul(0.125)).clipByValue(0, 1); // exact in binary
+      return { loss: source.sub(best).square().neg().sum(), next };
+    });
+    return { steps, losses };
+  };
+  const literal = (best: number, rungs: number[]) =>
+    [0, ...rungs].map(rung => {
+      let s = 0.25;
+      for (let i = 0; i < rung; i++) s = Math.min(1, Math.max(0, s + 0.125 * Math.sign(best - s)));
+      return -((s - best) ** 2);
+    });
+  for (const [rungs, steps] of [
+    [[2, 4, 8, 16, 32], 4], // at 4 it is where it was at 2
+    [[5, 10, 20, 40], 12], // at 10 it is on the other side than at 5
+    [[], 1],
+  ] as const)
+    for (const best of [0.53125, 0.5625]) {
+      const found = await ladderOn(best, [...rungs]);
+      for (const [i, loss] of literal(best, [...rungs]).entries()) near(found.losses[i], loss, `rung ${i} of ${rungs}`);
+      assert.equal(found.losses.length, rungs.length + 1);
+      assert.equal(found.steps, steps);
+    }
+});
+
 test('the number where the ladder flattens: the first rung after which doubling adds less than 5 %', () => {
   const rungs = rungsOf(20);
   assert.deepEqual(rungs, [20, 40, 80, 160, 320]);
