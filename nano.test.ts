@@ -1230,7 +1230,7 @@ test('whatever is wrong on the command line is refused in one line that names it
   await refuses('--ppgd-beta1=1', /--ppgd-beta1: got "1", takes a number from 0 to 0\.999999/);
   await refuses('--engine=gpu', /--engine: got "gpu", takes one of auto onnx tensorflow webgpu wasm/);
   await refuses('--no-harvest=yes', /--no-harvest/);
-  await refuses('--preset=none', /--preset: got none, takes one of toy, simplestories-2L, pile-4L/);
+  await refuses('--preset=none', /--preset: got none, takes one of toy, small-lm, simplestories-2L, pile-4L/);
   await refuses('', /--model: missing/);
   await refuses(`--model=${toy}`, /--data: missing/);
   await refuses('--resume', /--resume: takes --out DIR/);

@@ -1,12 +1,21 @@
 /** Measures that do not flatter: PyTorch's numbers for them (tools/reference.py), and formulas written out once more. */
 import assert from 'node:assert/strict';
 import fs from 'node:fs';
+import os from 'node:os';
 import path from 'node:path';
 import { before, test } from 'node:test';
 import { fileURLToPath } from 'node:url';
 import * as tf from '@tensorflow/tfjs';
 import { openSafetensors } from '../io/safetensors.ts';
-import { compileEvaluation, importances, maskedForward, pgdStep, type Rows, totalC } from '../nano-param-decomp.ts';
+import {
+  compileEvaluation,
+  decompose,
+  importances,
+  maskedForward,
+  pgdStep,
+  type Rows,
+  totalC,
+} from '../nano-param-decomp.ts';
 import { fixtureJob } from './fixture.ts';
 import { BINS, climb, compileMeasures, flatFrom, ladderOf, rungsOf, worstModule } from './measures.ts';
 import { summary } from './summary.ts';
@@ -158,6 +167,65 @@ test('measures leave no tensor behind and repeat to the bit', async () => {
   const tensors = tf.memory().numTensors;
   assert.deepEqual(await measured(), first);
   assert.equal(tf.memory().numTensors, tensors);
+});
+
+test('a training takes them at slow evaluations and at its end, beside the others', async t => {
+  t.mock.method(process.stderr, 'write', () => true);
+  const small = { batchSize: 3, seqLen: 7, pgdEvalNSteps: 1, nSteps: 5, faithfulnessWarmupSteps: 0 };
+  const { job } = await world('llama', { ...small, evalFreq: 1, slowEvalFreq: 2, ppgdInnerSteps: 0 });
+  const out = fs.mkdtempSync(path.join(os.tmpdir(), 'measures-'));
+  try {
+    const config = { ...job.problem.config, out, saveEvery: 0 };
+    const run = { ...job, problem: { ...job.problem, config } };
+    let calls = 0;
+    const last = await decompose(run, { measures: () => async () => ({ 'eval/calls': ++calls }) });
+    const lines = fs.readFileSync(path.join(out, 'metrics.jsonl'), 'utf8').trim().split('\n');
+    const evaluated = lines.map(line => JSON.parse(line)).filter(line => 'eval/n_alive' in line);
+    assert.deepEqual(
+      evaluated.map(line => [line.step, line['eval/calls']]),
+      [
+        [1, undefined],
+        [2, 1],
+        [3, undefined],
+        [4, 2],
+        [5, 3],
+      ],
+    );
+    assert.equal(last?.['eval/calls'], 3);
+    assert.ok('eval/loss/PGDReconLoss' in last);
+  } finally {
+    fs.rmSync(out, { recursive: true });
+  }
+});
+
+test('a source that goes to and fro is left alone, with the same losses as if it went on', async () => {
+  /** Sign ascent of −(s − best)², which goes up to the place and then changes sides. */
+  const ladderOn = async (best: number, rungs: number[]) => {
+    let steps = 0;
+    const losses = await climb(rungs, tf.tensor1d([0.25]), async source => {
+      steps++;
+      const next = source.add(source.sub(best).neg().sign().mul(0.125)).clipByValue(0, 1); // exact in binary
+      return { loss: source.sub(best).square().neg().sum(), next };
+    });
+    return { steps, losses };
+  };
+  const literal = (best: number, rungs: number[]) =>
+    [0, ...rungs].map(rung => {
+      let s = 0.25;
+      for (let i = 0; i < rung; i++) s = Math.min(1, Math.max(0, s + 0.125 * Math.sign(best - s)));
+      return -((s - best) ** 2);
+    });
+  for (const [rungs, steps] of [
+    [[2, 4, 8, 16, 32], 4], // at 4 it is where it was at 2
+    [[5, 10, 20, 40], 12], // at 10 it is on the other side than at 5
+    [[], 1],
+  ] as const)
+    for (const best of [0.53125, 0.5625]) {
+      const found = await ladderOn(best, [...rungs]);
+      for (const [i, loss] of literal(best, [...rungs]).entries()) near(found.losses[i], loss, `rung ${i} of ${rungs}`);
+      assert.equal(found.losses.length, rungs.length + 1);
+      assert.equal(found.steps, steps);
+    }
 });
 
 test('the number where the ladder flattens: the first rung after which doubling adds less than 5 %', () => {
