@@ -4,7 +4,7 @@
  */
 
 import { float, int, message } from './protobuf.ts';
-import { axesOf, axisOf, type Dtype, type Node, type Numbers, sizeOf, UnknownKernel, type Value } from './record.ts';
+import { axesOf, axisOf, type Dtype, type Node, UnknownKernel, type Value } from './record.ts';
 
 const TYPE = { float32: 1, int32: 6, int64: 7, bool: 9 } as const;
 type Kind = keyof typeof TYPE;
@@ -41,6 +41,7 @@ export function onnxModel(nodes: readonly Node[], given: Iterable<Value>, result
   const inputs = new Map<string, Value>();
   const drawn: Node[] = [];
   let temporaries = 0;
+  let at = ''; // of the node that is being written
 
   const constant = (name: string, kind: Kind, shape: number[], data: ArrayBufferView): string => {
     const raw = () => new Uint8Array(data.buffer, data.byteOffset, data.byteLength);
@@ -56,10 +57,13 @@ export function onnxModel(nodes: readonly Node[], given: Iterable<Value>, result
     return constant(`${dtype}_${Object.is(x, -0) ? '-0' : x}`, dtype, [], data);
   };
   const known = new Set(given);
+  // a result that is made here has its name from the start: an Identity would copy it
+  const inside = new Set(nodes.flatMap(node => (node.kernel === 'Uniform' ? [] : node.outputs)));
+  const named = new Map(results.flatMap(([as, value]) => (inside.has(value) ? [[value, as] as const] : [])));
   const name = (x: Value): string => {
     if (x.constant) return constant(nameOf(x), x.dtype, x.shape, x.constant);
     if (known.has(x)) inputs.set(nameOf(x), x);
-    return nameOf(x);
+    return named.get(x) ?? nameOf(x);
   };
   const emit = (op: string, ins: string[], outs = [`x${temporaries++}`], attrs: object = {}, domain = ''): string => {
     const attribute = ([key, value]: [string, number | number[]]) => {
@@ -69,7 +73,8 @@ export function onnxModel(nodes: readonly Node[], given: Iterable<Value>, result
     };
     const names = [...ins.map(x => message(1, x)), ...outs.map(x => message(2, x))];
     const rest = Object.entries(attrs).map(attribute);
-    body.push(message(1, ...names, message(4, op), ...rest, ...(domain ? [message(7, domain)] : [])));
+    const where = at ? [message(3, `${at}/${op}_${body.length}`)] : [];
+    body.push(message(1, ...names, ...where, message(4, op), ...rest, ...(domain ? [message(7, domain)] : [])));
     return outs[0]!;
   };
 
@@ -142,7 +147,11 @@ export function onnxModel(nodes: readonly Node[], given: Iterable<Value>, result
       const d = emit('Sub', [x, y]);
       emit('Mul', [d, d], out);
     },
-    Step: (_, { alpha = 0 }, out, x) => emit('Where', [emit('Greater', [x, scalar(0)]), scalar(1), scalar(alpha)], out),
+    Step: (_, { alpha = 0 }, out, x) => {
+      const above = emit('Greater', [x, scalar(0)]);
+      if (alpha === 0) emit('Cast', [above], out, { to: TYPE.float32 });
+      else emit('Where', [above, scalar(1), scalar(alpha)], out);
+    },
     TensorScatterUpdate: (_n, _a, out, x, y, z) =>
       emit('ScatterND', [x, emit('Cast', [y], undefined, { to: TYPE.int64 }), z], out),
     Tile: (_, { reps }, out, x) => emit('Tile', [x, longs(...reps)], out),
@@ -180,7 +189,8 @@ export function onnxModel(nodes: readonly Node[], given: Iterable<Value>, result
       });
 
   for (const node of nodes) {
-    const outs = node.outputs.map(nameOf);
+    const outs = node.outputs.map(name);
+    at = node.where ?? '';
     if (node.kernel === 'Uniform') {
       drawn.push(node);
       inputs.set(outs[0]!, node.outputs[0]!);
@@ -192,7 +202,7 @@ export function onnxModel(nodes: readonly Node[], given: Iterable<Value>, result
     else if (more) more(node, node.attrs, outs, ins[0] ?? '', ins[1] ?? '', ins[2] ?? '');
     else throw new UnknownKernel(node.kernel);
   }
-  for (const [as, value] of results) if (name(value) !== as) emit('Identity', [name(value)], [as]); // the runtime removes it
+  for (const [as, value] of results) if (name(value) !== as) emit('Identity', [name(value)], [as]);
 
   const typed = (field: number, as: string, { dtype, shape }: Value) => {
     const dims = message(2, ...shape.map(size => message(1, int(1, size))));
@@ -208,6 +218,3 @@ export function onnxModel(nodes: readonly Node[], given: Iterable<Value>, result
   const bytes = Buffer.concat([int(1, IR_VERSION), graph, opset('', OPSET), opset('com.microsoft', 1)]);
   return { bytes: new Uint8Array(bytes), inputs: [...inputs.values()], drawn };
 }
-void sizeOf;
-
-export type { Numbers };

@@ -28,6 +28,7 @@ export interface Node {
   inputs: Value[];
   attrs: Record<string, unknown>;
   outputs: Value[];
+  where?: string; // the functions that called it, `losses/importanceLoss`, if the recording was asked for them
 }
 /** A recorded function: its live nodes, and `entries`, everything in the order it was written down. */
 export interface Recording {
@@ -136,6 +137,7 @@ interface Tape {
   uploads: WeakMap<object, Shaped & { numbers: ArrayLike<number> }>; // made while recording, not used yet
   next: number;
   like: Entry[] | undefined;
+  named: boolean;
 }
 let tape: Tape;
 /** What TFJS knows of a tensor's data. */
@@ -231,10 +233,30 @@ function addNode(kernel: string, keys: string[], inputs: Value[], attrs: object)
   if (SHAPERS.includes(kernel) && x!.dtype === y.dtype && `${x!.shape}` === `${y.shape}`) return [x!];
   const make = () => {
     const node: Node = { kernel, keys, inputs, attrs: { ...attrs }, outputs: [] };
+    if (tape.named) node.where = callers(inputs);
     node.outputs = shapes.map(shape => ({ ...newValue(shape), node }));
     return node.outputs;
   };
   return enter(JSON.stringify([kernel, inputs.map(({ id }) => id), attrs]), kernel, make).outputs;
+}
+
+/**
+ * The functions that are running, outermost first, without TFJS's and the engine's own. A gradient runs in none of
+ * them: it is where the latest of its inputs is, under `gradient`.
+ */
+function callers(inputs: Value[]): string {
+  const { prepareStackTrace, stackTraceLimit } = Error;
+  Error.stackTraceLimit = 200;
+  Error.prepareStackTrace = (_, sites) => sites;
+  const sites = new Error().stack as unknown as NodeJS.CallSite[];
+  Object.assign(Error, { prepareStackTrace, stackTraceLimit });
+  const ours = sites.filter(site => !/node_modules|^node:|[\\/]engine[\\/]/.test(site.getFileName() ?? 'node:'));
+  const names = ours.flatMap(site => site.getFunctionName()?.split('.').at(-1) ?? []).reverse();
+  const path = names.filter((name, i) => name !== names[i - 1]).join('/');
+  if (!sites.some(site => site.getFunctionName()?.includes('backprop'))) return path;
+  const from = inputs.reduce<Value | undefined>((a, b) => (b.node && (!a || b.id > a.id) ? b : a), undefined);
+  const forward = from?.node?.where ?? path;
+  return forward.endsWith('gradient') ? forward : `${forward}/gradient`;
 }
 
 const recorder = () => tf.findBackend('recorder') as Recorder;
@@ -288,9 +310,10 @@ function difference(first: Entry | undefined, now: Entry, user: string): string 
 /**
  * Records `fn` on feeds of these shapes, without computing anything. The variables are put back.
  * @param first a recording that this one must repeat
+ * @param named whether nodes say where they are
  * @throws UnknownKernel, or an Error that says what a graph can't hold, or what differs from the first recording
  */
-export function record(feeds: Tensors, fn: (feeds: Tensors) => Tensors, first?: Recording): Recording {
+export function record(feeds: Tensors, fn: (feeds: Tensors) => Tensors, first?: Recording, named = false): Recording {
   install();
   const engine = tf.engine();
   const home = tf.getBackend();
@@ -300,7 +323,8 @@ export function record(feeds: Tensors, fn: (feeds: Tensors) => Tensors, first?: 
   const fed = new Map<string, Value>();
   const [outputs, assigned] = [new Map<string, Value>(), new Map<tf.Variable, Value>()];
   const values = new WeakMap<object, Value>();
-  tape = { calls: 0, entries: [], byKey: new Map(), values, uploads: new WeakMap(), next: 0, like: first?.entries };
+  const empty = { calls: 0, entries: [], byKey: new Map(), uploads: new WeakMap(), next: 0 };
+  tape = { ...empty, values, like: first?.entries, named };
   const backend = tf.backend();
   const { readSync } = backend;
   backend.readSync = dataId => (values.has(dataId) ? recorder().readSync(dataId) : readSync.call(backend, dataId));
