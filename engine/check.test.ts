@@ -160,8 +160,8 @@ async function everything(seed: number): Promise<void> {
 /** The check's complaints about a call; the state moves on. */
 async function complaints(recording: Recording, feeds: Tensors, precision: Precision, wrong?: (node: Node) => Node) {
   const before = new Map([...recording.variables.keys()].map(x => [x, x.clone()]));
-  const outputs = tf.tidy(() => run(recording, feeds, precision, wrong));
-  const found = await checkCall(recording, feeds, before, outputs, evaluateWith(precision, wrong), precision);
+  const call = async () => tf.tidy(() => run(recording, feeds, precision, wrong));
+  const { wrong: found, outputs } = await checkCall(recording, feeds, call, evaluateWith(precision, wrong), precision);
   const back = () => {
     for (const variable of recording.assigned.keys()) variable.assign(before.get(variable)!);
   };

@@ -36,28 +36,14 @@ export function compiler<Loaded>(runtime: Runtime<Loaded>, options: CompileOptio
     known?: { recording: Recording; loaded: Loaded },
   ) {
     const recording = record(feeds, fn, known?.recording);
-    const checked = verify && !known;
-    const before = new Map((checked ? [...recording.variables.keys()] : []).map(v => [v, tf.keep(v.clone())]));
-    try {
-      const loaded = known?.loaded ?? (await runtime.load(recording));
-      const outputs = await runtime.run(loaded, feeds);
-      if (checked) {
-        const evaluate: Evaluate = (...args) => runtime.evaluate(...args);
-        const wrong = await checkCall(recording, feeds, before, outputs, evaluate, options);
-        if (wrong.length > 0) {
-          for (const variable of recording.assigned.keys()) variable.assign(before.get(variable)!);
-          tf.dispose(outputs);
-          const [shown, more] = [
-            wrong.slice(0, 5).join(', '),
-            wrong.length > 5 ? `, and ${wrong.length - 5} more` : '',
-          ];
-          throw new Error(`the graph and the run op by op disagree: ${shown}${more}`);
-        }
-      }
-      return { recording, loaded, outputs };
-    } finally {
-      for (const copy of before.values()) copy.dispose();
-    }
+    const loaded = known?.loaded ?? (await runtime.load(recording));
+    const run = () => runtime.run(loaded, feeds);
+    if (!verify || known) return { recording, loaded, outputs: await run() };
+    const evaluate: Evaluate = (...args) => runtime.evaluate(...args);
+    const { wrong, outputs } = await checkCall(recording, feeds, run, evaluate, options);
+    if (wrong.length === 0) return { recording, loaded, outputs };
+    const more = wrong.length > 5 ? `, and ${wrong.length - 5} more` : '';
+    throw new Error(`the graph and the run op by op disagree: ${wrong.slice(0, 5).join(', ')}${more}`);
   }
 
   function compile<F extends Tensors, O extends Tensors>(name: string, fn: (feeds: F) => O): (feeds: F) => Promise<O> {

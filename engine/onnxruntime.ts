@@ -75,6 +75,7 @@ export function onnxCompiler(ort: Ort, { threads, ...options }: CompileOptions &
     executionProviders: ['cpu'],
     intraOpNumThreads: threads || os.availableParallelism(),
     graphOptimizationLevel: 'all',
+    enableMemPattern: false, // it takes a block for a whole run beside what the first run took, and gains nothing
     logSeverityLevel: 3,
     // A thread that waits spins for so many µs before it sleeps: being woken takes as long as a small node. Without an
     // end (the default) spinning doubles a step's time on a busy machine.
@@ -180,7 +181,8 @@ export function onnxCompiler(ort: Ort, { threads, ...options }: CompileOptions &
           value,
         ]);
         const model = onnxModel(nodes, given.keys(), outputs);
-        const plain = { ...sessionOptions, graphOptimizationLevel: 'disabled' }; // each node by itself
+        // each node by itself, and no memory that stays
+        const plain = { ...sessionOptions, graphOptimizationLevel: 'disabled', enableCpuMemArena: false };
         const session = await ort.InferenceSession.create(model.bytes, plain);
         const made = wanted.map(({ shape, dtype }) => empty(shape, dtype));
         await runModel(
