@@ -4,7 +4,7 @@
  */
 
 import { float, int, message } from './protobuf.ts';
-import { axesOf, axisOf, type Dtype, type Node, UnknownKernel, type Value } from './record.ts';
+import { axesOf, axisOf, type Dtype, type Node, sizeOf, UnknownKernel, type Value } from './record.ts';
 
 const TYPE = { float32: 1, int32: 6, int64: 7, bool: 9 } as const;
 type Kind = keyof typeof TYPE;
@@ -19,7 +19,7 @@ const SAME: Record<string, string> = {
   ),
   ...{ AddN: 'Sum', GreaterEqual: 'GreaterOrEqual', IsInf: 'IsInf', IsNan: 'IsNaN', LessEqual: 'LessOrEqual' },
   ...{ LogicalAnd: 'And', LogicalNot: 'Not', LogicalOr: 'Or', Maximum: 'Max', Minimum: 'Min', Multiply: 'Mul' },
-  ...{ RealDiv: 'Div', Select: 'Where' },
+  RealDiv: 'Div',
 };
 
 /** `inputs`: what a run must be given; `drawn`: random numbers among them, which the host makes. */
@@ -78,6 +78,9 @@ export function onnxModel(nodes: readonly Node[], given: Iterable<Value>, result
     return outs[0]!;
   };
 
+  /** What a value made in this model by such a kernel was made from. */
+  const passing = (x: Value, kernel: string) =>
+    inside.has(x) && x.node!.kernel === kernel ? x.node!.inputs[0]! : undefined;
   /** More than one operator, or one with attributes: x, y are names, `ins` and `outs` values. */
   // biome-ignore lint/suspicious/noExplicitAny: attributes are what TFJS says they are
   const lower: Record<string, (node: Node, a: any, out: string[], x: string, y: string, z: string) => unknown> = {
@@ -134,6 +137,10 @@ export function onnxModel(nodes: readonly Node[], given: Iterable<Value>, result
     },
     Reshape: ({ outputs }, _a, out, x) => emit('Reshape', [x, longs(...outputs[0]!.shape)], out, { allowzero: 1 }),
     Rsqrt: (_n, _a, out, x) => emit('Reciprocal', [emit('Sqrt', [x])], out),
+    Select: ({ inputs: [v] }, _a, out, x, y, z) => {
+      const one = passing(v!, 'Tile'); // of a single condition: three passes fewer
+      emit('Where', [one && sizeOf(one.shape) === 1 ? name(one) : x, y, z], out);
+    },
     Slice: ({ outputs: [v] }, { begin }, out, x) => {
       const from = v!.shape.map((_, i) => [begin].flat()[i] ?? 0);
       emit('Slice', [x, longs(...from), longs(...v!.shape.map((n, i) => from[i] + n))], out);
@@ -182,13 +189,32 @@ export function onnxModel(nodes: readonly Node[], given: Iterable<Value>, result
     ZerosLike: ({ inputs: [v] }, _a, out) => emit('Expand', [scalar(0, v!.dtype), longs(...v!.shape)], out),
   };
   for (const kernel of ['Sum', 'Mean', 'Max', 'Min'])
-    lower[kernel] = ({ inputs: [v] }, { axis, reductionIndices, keepDims }, out, x) =>
-      emit(`Reduce${kernel}`, [x, longs(...axesOf(axis ?? reductionIndices, v!.shape))], out, {
-        keepdims: Number(!!keepDims),
-        noop_with_empty_axes: 1,
-      });
+    lower[kernel] = ({ inputs: [v] }, { axis, reductionIndices, keepDims }, out, x) => {
+      const square = kernel === 'Sum' && passing(v!, 'Square');
+      emit(
+        `Reduce${kernel}${square ? 'Square' : ''}`,
+        [square ? name(square) : x, longs(...axesOf(axis ?? reductionIndices, v!.shape))],
+        out,
+        { keepdims: Number(!!keepDims), noop_with_empty_axes: 1 },
+      );
+    };
 
+  // Squares and repeated conditions that only such operators take are not made.
+  const uses = new Map<Value, Node[]>();
+  for (const node of nodes) for (const x of node.inputs) uses.set(x, [...(uses.get(x) ?? []), node]);
+  const skipped = ({ kernel, inputs, outputs: [v] }: Node) => {
+    const by = { Square: 'Sum', Tile: 'Select' }[kernel];
+    const single = kernel === 'Square' || sizeOf(inputs[0]?.shape ?? []) === 1;
+    const readers = uses.get(v!) ?? [];
+    return (
+      single &&
+      readers.length > 0 &&
+      !named.has(v!) &&
+      readers.every(x => x.kernel === by && !x.inputs.slice(1).includes(v!))
+    );
+  };
   for (const node of nodes) {
+    if (skipped(node)) continue;
     const outs = node.outputs.map(name);
     at = node.where ?? '';
     if (node.kernel === 'Uniform') {

@@ -77,9 +77,10 @@ export function onnxCompiler(ort: Ort, { threads, ...options }: CompileOptions &
     graphOptimizationLevel: 'all',
     enableMemPattern: false, // it takes a block for a whole run beside what the first run took, and gains nothing
     logSeverityLevel: 3,
+    // A softmax behind a mask is full of denormal numbers, which take processors a hundred times as long.
     // A thread that waits spins for so many µs before it sleeps: being woken takes as long as a small node. Without an
     // end (the default) spinning doubles a step's time on a busy machine.
-    extra: { session: { intra_op: { allow_spinning: '1', spin_duration_us: '50' } } },
+    extra: { session: { set_denormal_as_zero: '1', intra_op: { allow_spinning: '1', spin_duration_us: '50' } } },
   };
   const spares = new Map<tf.Variable, tf.Tensor>(); // the second buffers
   const sessions: Session[] = [];

@@ -226,7 +226,29 @@ function seen({ dataId, shape, dtype }: tf.TensorInfo, user: string): Value {
   return value!;
 }
 
-function addNode(kernel: string, keys: string[], inputs: Value[], attrs: object): Value[] {
+const isOnes = ({ node }: Value) => node?.kernel === 'Fill' && node.attrs.value === 1;
+/** What a tensor repeats along its axes: TFJS writes it out, though elementwise kernels repeat by themselves. */
+function unrepeated(x: Value): Value {
+  const { kernel, inputs: [a, b] = [], attrs } = x.node ?? {};
+  if (kernel === 'Multiply' && isOnes(b!)) return a!;
+  const reps = (kernel === 'Tile' ? attrs!.reps : []) as number[];
+  return reps.length > 0 && reps.every((n, axis) => n === 1 || a!.shape[axis] === 1) ? a! : x;
+}
+
+function addNode(kernel: string, keys: string[], given: Value[], attrs: object): Value[] {
+  let inputs = given;
+  if (RULES[kernel] === binary && kernel !== 'AddN') {
+    const shape = `${broadcast(given)}`;
+    for (const [i, x] of given.entries()) {
+      const fewer = inputs.with(i, unrepeated(x));
+      if (`${broadcast(fewer)}` === shape) inputs = fewer;
+    }
+    const [a, b] = inputs as [Value, Value];
+    if (kernel === 'Multiply' && isOnes(b) && `${a.shape}` === shape) return [a];
+    // gradients of differences: a + (−b) is a − b, to the bit
+    if (kernel === 'Add' && b.node?.kernel === 'Neg') return addNode('Sub', keys, [a, b.node.inputs[0]!], attrs);
+    if (kernel === 'Add' && a.node?.kernel === 'Neg') return addNode('Sub', keys, [b, a.node.inputs[0]!], attrs);
+  }
   const found = RULES[kernel]!(inputs, attrs);
   const shapes = Array.isArray(found) ? found : [found];
   const [x, y] = [inputs[0], shapes[0]!];
