@@ -1837,7 +1837,7 @@ export async function main(argv: string[], post = plainPostprocess) {
   io.warnOfTarget(problem.target.arch, meantFor, say);
   if (flags['dry-run']) {
     const step = compileStep(engine, problem, initialState(problem, params));
-    await io.dryRun(problem, async n => void (await step(n, data.train)));
+    await io.dryRun(run, flags, async n => void (await step(n, data.train)));
     return 0;
   }
   post.prepare?.(run);
@@ -1863,7 +1863,7 @@ export async function main(argv: string[], post = plainPostprocess) {
 
 if (process.argv[1] && fs.realpathSync(process.argv[1]) === fileURLToPath(import.meta.url)) {
   const failed = (error: NodeJS.ErrnoException) => {
-    // A full disk is no bug of ours: its stack tells nothing.
+    // A full disk is no bug: its stack tells nothing.
     const known = /^E[A-Z]+$|^(Usage|Divergence)Error$/.test(error.code ?? error.name);
     say(known ? `nano-param-decomp: ${oneLine(error)}` : String(error.stack));
     return error.name === 'UsageError' ? 2 : 1;

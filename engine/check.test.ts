@@ -327,3 +327,34 @@ test('a call with a wrong node is refused, and the state stays', async () => {
     );
   }
 });
+
+test('a named recording of the step tells every loss, the adversary and the optimizer apart', async () => {
+  const places = new Set<string>();
+  const compile = (_: string, fn: (feeds: Tensors) => Tensors) => async (feeds: Tensors) => {
+    for (const { where = '' } of record(feeds, fn, undefined, true).nodes) places.add(where);
+    return { none: tf.scalar(0) };
+  };
+  const { problem, state } = one;
+  const row = () => Int32Array.from({ length: LENGTH }, (_, i) => i);
+  await nano.compileStep(
+    { ...wasm, compile } as unknown as nano.Engine,
+    problem,
+    state,
+  )(0, { count: 9, seqLen: LENGTH, row });
+  const losses = ['faithfulnessLoss', 'importanceLoss', 'stochasticLoss', 'adversarialLoss'];
+  for (const part of [
+    ...losses.map(loss => `losses/of/${loss}`),
+    'ascend/adam',
+    'adamUpdate/adam',
+    'importances/ciLogits',
+  ])
+    for (const end of part.startsWith('losses') ? ['', '/gradient'] : [''])
+      assert.ok(
+        [...places].some(place => place.includes(part) && place.endsWith(end)),
+        `${part}${end}`,
+      );
+  assert.equal(
+    record({}, () => ({ a: tf.add(problem.target.weights.values().next().value!, 1) })).nodes[0]!.where,
+    undefined,
+  );
+});

@@ -72,6 +72,7 @@ async function start(options: Options) {
   const why = tried.map(line => `; ${line}`).join('');
   if (!ort || missing)
     return { name, gpu: false, description: `TFJS ${tf.version.tfjs} on ${missing || 'WASM'}${why}` };
-  const { compile } = onnxCompiler(ort, { threads, tolerance: 1e-3, products: 2 ** -16 });
-  return { name: 'onnx', gpu: false, description: `ONNX Runtime ${ort.env.versions.node} on the CPU${why}`, compile };
+  const { compile, picture } = onnxCompiler(ort, { threads, tolerance: 1e-3, products: 2 ** -16 });
+  const description = `ONNX Runtime ${ort.env.versions.node} on the CPU${why}`;
+  return { name: 'onnx', gpu: false, description, compile, picture };
 }

@@ -32,10 +32,15 @@ export interface Model {
 export const nameOf = ({ id }: Value): string => `t${id}`;
 
 /**
- * The model of `nodes`, in their order; `given`: values made elsewhere; `results`: names of the outputs.
+ * The model of `nodes`, in their order; `given`: values made elsewhere; `results`: names of the outputs; `names`: of others.
  * @throws UnknownKernel
  */
-export function onnxModel(nodes: readonly Node[], given: Iterable<Value>, results: [string, Value][]): Model {
+export function onnxModel(
+  nodes: readonly Node[],
+  given: Iterable<Value>,
+  results: [string, Value][],
+  names: Iterable<readonly [Value, string]> = [],
+): Model {
   const body: Buffer[] = [];
   const constants = new Map<string, Buffer>();
   const inputs = new Map<string, Value>();
@@ -59,11 +64,13 @@ export function onnxModel(nodes: readonly Node[], given: Iterable<Value>, result
   const known = new Set(given);
   // a result that is made here has its name from the start: an Identity would copy it
   const inside = new Set(nodes.flatMap(node => (node.kernel === 'Uniform' ? [] : node.outputs)));
-  const named = new Map(results.flatMap(([as, value]) => (inside.has(value) ? [[value, as] as const] : [])));
+  const made = results.flatMap(([as, value]) => (inside.has(value) ? [[value, as] as const] : []));
+  const named = new Map([...names, ...made]);
   const name = (x: Value): string => {
     if (x.constant) return constant(nameOf(x), x.dtype, x.shape, x.constant);
-    if (known.has(x)) inputs.set(nameOf(x), x);
-    return named.get(x) ?? nameOf(x);
+    const as = named.get(x) ?? nameOf(x);
+    if (known.has(x)) inputs.set(as, x);
+    return as;
   };
   const emit = (op: string, ins: string[], outs = [`x${temporaries++}`], attrs: object = {}, domain = ''): string => {
     const attribute = ([key, value]: [string, number | number[]]) => {
@@ -71,10 +78,10 @@ export function onnxModel(nodes: readonly Node[], given: Iterable<Value>, result
       const whole = Number.isInteger(value) && key !== 'alpha';
       return message(5, message(1, key), ...(whole ? [int(3, value), int(20, 2)] : [float(2, value), int(20, 1)]));
     };
-    const names = [...ins.map(x => message(1, x)), ...outs.map(x => message(2, x))];
+    const ends = [...ins.map(x => message(1, x)), ...outs.map(x => message(2, x))];
     const rest = Object.entries(attrs).map(attribute);
     const where = at ? [message(3, `${at}/${op}_${body.length}`)] : [];
-    body.push(message(1, ...names, ...where, message(4, op), ...rest, ...(domain ? [message(7, domain)] : [])));
+    body.push(message(1, ...ends, ...where, message(4, op), ...rest, ...(domain ? [message(7, domain)] : [])));
     return outs[0]!;
   };
 

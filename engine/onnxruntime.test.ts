@@ -111,6 +111,65 @@ test('memory stays flat, also while functions are called at the same time', opti
   assert.equal(tf.memory().numTensors, held[0]! - 1); // the second buffer of w2: the gradient of w1 may read it late
 });
 
+/** The fields of a protobuf message that are messages or strings, by number. */
+function fieldsOf(bytes: Uint8Array): Map<number, Uint8Array[]> {
+  const fields = new Map<number, Uint8Array[]>();
+  let at = 0;
+  const varint = () => {
+    let value = 0;
+    for (let shift = 1; ; shift *= 128) {
+      const byte = bytes[at++]!;
+      value += (byte & 127) * shift;
+      if (byte < 128) return value;
+    }
+  };
+  while (at < bytes.length) {
+    const tag = varint();
+    if (tag % 8 === 0) varint();
+    else if (tag % 8 === 5) at += 4;
+    else {
+      assert.equal(tag % 8, 2);
+      const size = varint();
+      fields.set(tag >> 3, [...(fields.get(tag >> 3) ?? []), bytes.subarray(at, at + size)]);
+      at += size;
+    }
+  }
+  assert.equal(at, bytes.length);
+  return fields;
+}
+
+test('the picture of a function is an ONNX file whose names say which functions made a node', options, async () => {
+  const graph = make();
+  const w = tf.variable(tf.fill([3, 3], 0.5), false);
+  function smallLoss(x: tf.Tensor) {
+    return tf
+      .matMul(x as tf.Tensor2D, w as never)
+      .square()
+      .mean() as tf.Scalar;
+  }
+  const compiled = graph.compile('training step', ({ x, rate }) => {
+    function update(gradient: tf.Tensor) {
+      w.assign(w.sub(gradient.mul(rate!)));
+    }
+    const { value, grads } = tf.valueAndGrads(() => smallLoss(x!))([w]);
+    update(grads[0]!);
+    return { loss: value };
+  });
+  await compiled({ x: tf.ones([2, 3]), rate: tf.scalar(0.1) });
+  const { name, nodes, bytes } = graph.picture();
+  assert.match(name, /^training step/);
+  const text = (bytes = Buffer.alloc(0) as Uint8Array) => Buffer.from(bytes).toString();
+  const parts = fieldsOf(fieldsOf(bytes).get(7)![0]!);
+  const places = parts.get(1)!.map(node => text(fieldsOf(node).get(3)?.[0]).replace(/_\d+$/, ''));
+  assert.ok(places.length >= nodes && nodes > 5);
+  for (const place of ['smallLoss/MatMul', 'smallLoss/gradient/FusedMatMul', 'update/Sub'])
+    assert.ok(places.includes(place), `${place} is not in ${places}`);
+  const namesOf = (field: number) => parts.get(field)!.map(value => text(fieldsOf(value).get(1)?.[0]));
+  assert.deepEqual(namesOf(11).sort(), ['rate', `state/${w.name}`, 'x']);
+  assert.deepEqual(namesOf(12).sort(), ['loss', `state/${w.name}/new`]);
+  await graph.dispose();
+});
+
 test('a variable is overwritten in place only after its last use', options, async () => {
   const [a, b, c, d] = [1, 2, 3, 4].map(x => tf.variable(tf.fill([64, 64], x), false)) as [
     tf.Variable,

@@ -263,8 +263,8 @@ function addNode(kernel: string, keys: string[], given: Value[], attrs: object):
 }
 
 /**
- * The functions that are running, outermost first, without TFJS's and the engine's own. A gradient runs in none of
- * them: it is where the latest of its inputs is, under `gradient`.
+ * The functions of the recorded one that are running, outermost first, without TFJS's and the engine's own. A gradient runs in none of
+ * them: it is where the latest of its inputs that is no gradient was made, under `gradient`.
  */
 function callers(inputs: Value[]): string {
   const { prepareStackTrace, stackTraceLimit } = Error;
@@ -272,12 +272,16 @@ function callers(inputs: Value[]): string {
   Error.prepareStackTrace = (_, sites) => sites;
   const sites = new Error().stack as unknown as NodeJS.CallSite[];
   Object.assign(Error, { prepareStackTrace, stackTraceLimit });
-  const ours = sites.filter(site => !/node_modules|^node:|[\\/]engine[\\/]/.test(site.getFileName() ?? 'node:'));
+  const inside = sites.slice(
+    0,
+    sites.findIndex(site => site.getFunctionName() === 'record'),
+  );
+  const ours = inside.filter(site => !/node_modules|^node:|engine.record\.ts/.test(site.getFileName() ?? 'node:'));
   const names = ours.flatMap(site => site.getFunctionName()?.split('.').at(-1) ?? []).reverse();
   const path = names.filter((name, i) => name !== names[i - 1]).join('/');
-  if (!sites.some(site => site.getFunctionName()?.includes('backprop'))) return path;
-  const from = inputs.reduce<Value | undefined>((a, b) => (b.node && (!a || b.id > a.id) ? b : a), undefined);
-  const forward = from?.node?.where ?? path;
+  if (!inside.some(site => site.getFunctionName()?.includes('backprop'))) return path;
+  const places = inputs.toSorted((a, b) => b.id - a.id).flatMap(({ node }) => node?.where ?? []);
+  const forward = places.find(where => !where.endsWith('gradient')) ?? places[0] ?? path;
   return forward.endsWith('gradient') ? forward : `${forward}/gradient`;
 }
 
