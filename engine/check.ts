@@ -22,7 +22,8 @@ export interface CheckOptions {
 
 const UNIT = 2 ** -16; // of one kernel: some roundings, and approximations such as that of erf
 const TINY = 1e-35; // below it engines may flush to zero
-const CHUNKS = 128; // of a recording, each computed by a model of its own: what a chunk makes is in memory at once
+/** A recording is computed in such parts, each by a model of its own: what a part makes is in memory at once. */
+const [PARTS, PART_BYTES] = [512, 2 ** 21];
 const SAMPLE = 2 ** 13; // elements of a large tensor that are compared
 
 const words = (names: string) => new Set(names.split(' '));
@@ -134,7 +135,7 @@ async function checkNodes(
   const total = nodes.flatMap(({ outputs }) => outputs).reduce((sum, value) => sum + bytesOf(value), 0);
   for (let from = 0; from < nodes.length; ) {
     let [to, bytes] = [from, 0];
-    while (to < nodes.length && bytes <= total / CHUNKS)
+    while (to < nodes.length && bytes <= Math.max(PART_BYTES, total / PARTS))
       for (const output of nodes[to++]!.outputs) bytes += bytesOf(output);
     const chunk = nodes.slice(from, to);
     const have = new Map(given);

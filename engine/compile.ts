@@ -92,7 +92,7 @@ export function compiler<Loaded>(runtime: Runtime<Loaded>, options: CompileOptio
     const state = [...variables].map(([{ name }, value]) => [value, `state/${name}`] as const);
     const named = new Map([...state, ...[...feeds].map(([key, value]) => [value, key] as const)]);
     const moved = [...assigned].map(([{ name }, value]): [string, Value] => [`state/${name}/new`, value]);
-    const { bytes } = onnxModel(nodes, named.keys(), [...outputs, ...moved], named);
+    const { bytes } = onnxModel(nodes, named.keys(), [...outputs, ...moved], { names: named, inOrder: true });
     return { ...functions[k]!, nodes: nodes.length, bytes };
   }
   return { compile, functions, picture };
