@@ -9,6 +9,7 @@ import { axesOf, axisOf, type Dtype, type Node, sizeOf, UnknownKernel, type Valu
 const TYPE = { float32: 1, int32: 6, int64: 7, bool: 9 } as const;
 type Kind = keyof typeof TYPE;
 const [IR_VERSION, OPSET] = [10, 21];
+const MAX_TERMS = 2 ** 13; // of one sum
 
 /** Kernels that are one of ONNX's operators as they stand. */
 const SAME: Record<string, string> = {
@@ -207,10 +208,22 @@ export function onnxModel(
   };
   for (const kernel of ['Sum', 'Mean', 'Max', 'Min'])
     lower[kernel] = (node, { axis, reductionIndices, keepDims }, out, x) => {
-      const axes = longs(...axesOf(axis ?? reductionIndices, node.inputs[0]!.shape));
+      const { shape } = node.inputs[0]!;
+      const axes = axesOf(axis ?? reductionIndices, shape);
       const keepdims = { keepdims: Number(!!keepDims), noop_with_empty_axes: 1 };
       const roots = repeats(node, 0);
-      emit(`Reduce${kernel}${roots ? 'Square' : ''}`, [roots ? name(roots) : x, axes], out, keepdims);
+      const [op, from] = [`Reduce${kernel}${roots ? 'Square' : ''}`, roots ? name(roots) : x];
+      // ONNX Runtime adds all numbers to the same few: of a hundred million, percents are lost. So by rows first.
+      const size = sizeOf(shape);
+      const width = [...Array(MAX_TERMS + 1).keys()].findLast(n => size % n === 0) ?? 1;
+      if (kernel !== 'Sum' || size <= MAX_TERMS || axes.length < shape.length || width < 32)
+        emit(op, [from, longs(...axes)], out, keepdims);
+      else {
+        const rows = emit('Reshape', [from, longs(size / width, width)]);
+        const sums = emit(op, [rows, longs(1)], undefined, { keepdims: 0 });
+        const total = emit('ReduceSum', [sums, longs(0)], undefined, { keepdims: 0 });
+        emit('Reshape', [total, longs(...node.outputs[0]!.shape)], out, { allowzero: 1 });
+      }
     };
 
   // What only such operators take that do without is not made.

@@ -111,6 +111,17 @@ test('memory stays flat, also while functions are called at the same time', opti
   assert.equal(tf.memory().numTensors, held[0]! - 1); // the second buffer of w2: the gradient of w1 may read it late
 });
 
+test('a sum of very many numbers is exact to a few roundings', options, async () => {
+  const graph = make({ verify: false });
+  const n = 2 ** 24 * 3; // one after another in float32 they end at 2²⁴ for each of the few numbers that are added to
+  const x = tf.variable(tf.fill([n], 1.5), false);
+  const sums = graph.compile('sums', () => ({ sum: x.sum(), squares: x.square().sum() }));
+  const { sum, squares } = await sums({});
+  close([sum!.dataSync()[0]! / n, squares!.dataSync()[0]! / n], [1.5, 2.25], 1e-5);
+  x.dispose();
+  await graph.dispose();
+});
+
 /** The fields of a protobuf message that are messages or strings, by number. */
 function fieldsOf(bytes: Uint8Array): Map<number, Uint8Array[]> {
   const fields = new Map<number, Uint8Array[]>();
