@@ -34,7 +34,7 @@ export async function startEngine(options: Options) {
   // a GPU without that driver's tool says nothing about its memory
   const memory = () =>
     gpu ? gpuBytes() || Infinity : name === 'wasm' ? Math.min(WASM_BYTES, os.totalmem()) : os.totalmem();
-  // ONNX Runtime's state lies twice in WASM's heap, as it is and as a step makes it
+  // ONNX Runtime's state lies in WASM's heap, and beside it the largest values while the first call is checked
   const limits: { stateLimit?: number } = name === 'onnx' ? { stateLimit: WASM_BYTES / 2 } : {};
   return { ...engine, memoryBytes: memory, ...limits };
 }

@@ -2,7 +2,7 @@ import assert from 'node:assert/strict';
 import { test } from 'node:test';
 import * as tf from '@tensorflow/tfjs';
 import type { BackendWasm } from '@tensorflow/tfjs-backend-wasm';
-import { checkSize } from './estimate.ts';
+import { checkSize, estimateStep } from './estimate.ts';
 import { close, graphCases, network, values } from './graph.cases.ts';
 import { loadOnnxRuntime, onnxCompiler, overwritable } from './onnxruntime.ts';
 import { registerUniform } from './random.ts';
@@ -242,4 +242,53 @@ test('a state that does not fit twice into the heap of WASM is refused before it
     name: 'UsageError',
     message: /state of a step takes .*GiB, and this engine holds 2\.00/,
   });
+});
+
+test('the estimate is within a quarter of the peaks that were measured, on every engine', () => {
+  // processes of --dry-run on a two-core Linux machine, in MiB; the second of each pair with --micro-batches 2
+  const module = (dIn: number, dOut: number, C: number) => ({ dIn, dOut, C });
+  const toy = [...Array(4).fill(module(48, 48, 48)), module(48, 192, 128), module(192, 48, 128)];
+  const [d, kv, hidden] = [64, 32, 172];
+  const layer = [
+    [d, d],
+    [d, kv],
+    [d, kv],
+    [d, d],
+    [d, hidden],
+    [d, hidden],
+    [hidden, d],
+  ] as const;
+  const stories = Array.from({ length: 5 }, () => layer.map(([dIn, dOut]) => module(dIn, dOut, 64))).flat();
+  const sizes = {
+    toy: {
+      ...{ target: { weights: new Map([['all', { size: 32_000 }]]) }, arch: { vocab: 89, dModel: 48 }, modules: toy },
+      ...{ ciShapes: { all: [110_000] }, seqLen: 32, batchSize: 16, ciDModel: 64, ciNBlocks: 1, ciMlpHidden: 256 },
+    },
+    stories: {
+      ...{
+        target: { weights: new Map([['all', { size: 260_000 }]]) },
+        arch: { vocab: 512, dModel: d },
+        modules: stories,
+      },
+      ...{ ciShapes: { all: [1_080_000] }, seqLen: 64, batchSize: 8, ciDModel: 128, ciNBlocks: 2, ciMlpHidden: 512 },
+    },
+  };
+  const measured: Record<string, Record<keyof typeof sizes, [number, number]>> = {
+    onnx: { toy: [374, 392], stories: [630, 618] },
+    tensorflow: { toy: [630, 618], stories: [1033, 846] },
+    xla: { toy: [1003, 1055], stories: [1854, 2213] },
+    wasm: { toy: [339, 289], stories: [998, 682] },
+  };
+  for (const [name, peaks] of Object.entries(measured))
+    for (const [size, both] of Object.entries(peaks))
+      for (const [i, peak] of both.entries()) {
+        const { ciDModel, ciNBlocks, ciMlpHidden, seqLen, batchSize, ...rest } = sizes[size as keyof typeof sizes];
+        const shards = { ciNHeads: 4, microBatches: i + 1, ppgdInnerSteps: 2 };
+        const config = { ciDModel, ciNBlocks, ciMlpHidden, seqLen, batchSize, ...shards };
+        const { bytes } = estimateStep({ ...rest, config }, { name, xla: name === 'xla' });
+        assert.ok(
+          Math.abs(bytes / 2 ** 20 / peak - 1) < 0.25,
+          `${name}, ${size}, ${i + 1}: ${bytes / 2 ** 20}, not ${peak}`,
+        );
+      }
 });

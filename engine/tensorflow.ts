@@ -82,6 +82,7 @@ export async function startTensorFlow(options: {
   const engine = {
     name: 'tensorflow',
     gpu,
+    xla: graph && useXla,
     description: `TensorFlow ${version} on ${gpu ? 'CUDA' : 'the CPU'}, ${how}`,
   };
   registerUniform();
