@@ -19,7 +19,7 @@ interface Place {
   gpu?: boolean;
   xla?: boolean;
   memoryBytes?(): number;
-  stateLimit?: number;
+  heapLimit?: number;
 }
 type Bytes = Record<'state' | 'moved' | 'acts' | 'params', number>;
 const MiB = 2 ** 20;
@@ -59,7 +59,7 @@ export function estimateStep({ target, arch, modules, ciShapes, config }: Sizes,
     targetParams,
     components,
     ciFn,
-    stateBytes: bytes.state,
+    heapBytes: bytes.state + 5 * bytes.params, // the state, and a large node while the first call is checked
     flops: 2 * N * perPosition + 6 * sum(modules.map(m => m.dIn * m.dOut * m.C)),
     bytes: peak?.(modules.length, bytes) ?? bytes.state + bytes.acts + 3 * bytes.params,
   };
@@ -67,15 +67,15 @@ export function estimateStep({ target, arch, modules, ciShapes, config }: Sizes,
 
 /** Says what a training step will take, and refuses one that can't fit into the engine's memory. */
 export function checkSize(sizes: Sizes, engine: Place, say: (line: string) => void): void {
-  const { targetParams, components, ciFn, flops, bytes, stateBytes } = estimateStep(sizes, engine);
+  const { targetParams, components, ciFn, flops, bytes, heapBytes } = estimateStep(sizes, engine);
   const millions = (x: number) => `${(x / 1e6).toFixed(2)}M`;
   const GiB = (x: number) => `${(x / 2 ** 30).toFixed(2)} GiB`;
   const parts = `V and U ${millions(components)}, CI function ${millions(ciFn)}`;
   say(`size     target ${millions(targetParams)} parameters, ${parts}`);
   say(`step     about ${GiB(bytes)} of memory, ${(flops / 1e9).toFixed(1)} GFLOP`);
-  const { stateLimit = Number.POSITIVE_INFINITY } = engine;
-  if (stateBytes > stateLimit) {
-    const message = `the state of a step takes ${GiB(stateBytes)}, and this engine holds ${GiB(stateLimit)}: try --engine tensorflow`;
+  const { heapLimit = Number.POSITIVE_INFINITY } = engine;
+  if (heapBytes > heapLimit) {
+    const message = `the state and its check take ${GiB(heapBytes)}, and this engine holds ${GiB(heapLimit)}: try --engine tensorflow`;
     throw Object.assign(new Error(message), { name: 'UsageError' });
   }
   const there = engine.memoryBytes?.() ?? Number.POSITIVE_INFINITY;

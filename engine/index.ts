@@ -34,8 +34,8 @@ export async function startEngine(options: Options) {
   // a GPU without that driver's tool says nothing about its memory
   const memory = () =>
     gpu ? gpuBytes() || Infinity : name === 'wasm' ? Math.min(WASM_BYTES, os.totalmem()) : os.totalmem();
-  // ONNX Runtime's state lies in WASM's heap, and beside it the largest values while the first call is checked
-  const limits: { stateLimit?: number } = name === 'onnx' ? { stateLimit: WASM_BYTES / 2 } : {};
+  // ONNX Runtime's state lies in WASM's heap
+  const limits: { heapLimit?: number } = name === 'onnx' ? { heapLimit: WASM_BYTES } : {};
   return { ...engine, memoryBytes: memory, ...limits };
 }
 

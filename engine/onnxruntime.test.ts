@@ -225,7 +225,7 @@ test('a variable is overwritten in place only after its last use', options, asyn
   await graph.dispose();
 });
 
-test('a state that does not fit twice into the heap of WASM is refused before it is made', () => {
+test('a state that does not fit into the heap of WASM with what its check takes is refused before it is made', () => {
   const config = { ciDModel: 8, ciNBlocks: 1, ciMlpHidden: 8, ciNHeads: 1, seqLen: 32, batchSize: 4 };
   const sizes = (C: number) => ({
     target: { weights: new Map() },
@@ -235,12 +235,12 @@ test('a state that does not fit twice into the heap of WASM is refused before it
     config: { ...config, microBatches: 1, ppgdInnerSteps: 2 },
   });
   const said: string[] = [];
-  const check = (C: number) => checkSize(sizes(C), { stateLimit: 2 ** 31 }, line => said.push(line));
+  const check = (C: number) => checkSize(sizes(C), { heapLimit: 2 ** 31 }, line => said.push(line));
   check(1000);
   assert.equal(said.length, 2);
   assert.throws(() => check(2_000_000), {
     name: 'UsageError',
-    message: /state of a step takes .*GiB, and this engine holds 2\.00/,
+    message: /state and its check take .*GiB, and this engine holds 2\.00/,
   });
 });
 
