@@ -29,11 +29,21 @@ interface Loaded extends Model {
 
 /** Elementwise kernels, which may write where one of their inputs lies. */
 const POINTWISE = new Set('Add AddN ClipByValue Multiply Maximum Minimum RealDiv Select Sub'.split(' '));
+/** Kernels whose result may be the very memory that they are given: ONNX Runtime copies no reshape, and drops x + 0. */
+const PASSING = new Set('Cast Concat PadV2 Reshape Slice SplitV Tile Transpose'.split(' '));
+const passes = ({ kernel, inputs }: Node): boolean =>
+  PASSING.has(kernel) || (POINTWISE.has(kernel) && inputs.some(x => x.constant || x.node?.kernel === 'Fill'));
+
 /** The variables whose new value is made after the last use of the old one, in whatever order the nodes run. */
 export function overwritable({ nodes, variables, assigned, outputs }: Recording): Set<tf.Variable> {
   const readers = new Map<Value, Node[]>();
   for (const node of nodes) for (const x of node.inputs) readers.set(x, [...(readers.get(x) ?? []), node]);
   const results = new Set([...outputs.values(), ...assigned.values()]);
+  /** The nodes that may look at the value's memory. */
+  const lookers = (value: Value, last: Node): Node[] =>
+    (readers.get(value) ?? []).flatMap(reader =>
+      reader !== last && passes(reader) ? [reader, ...reader.outputs.flatMap(x => lookers(x, last))] : [reader],
+    );
   const before = (last: Node): Set<Node> => {
     const found = new Set([last]);
     for (const node of found) for (const { node: earlier } of node.inputs) if (earlier) found.add(earlier);
@@ -43,7 +53,7 @@ export function overwritable({ nodes, variables, assigned, outputs }: Recording)
     const old = variables.get(variable)!;
     if (!node || results.has(old)) return false;
     const [earlier, pointwise] = [before(node), POINTWISE.has(node.kernel) && `${shape}` === `${old.shape}`];
-    return (readers.get(old) ?? []).every(reader => (reader === node ? pointwise : earlier.has(reader)));
+    return lookers(old, node).every(reader => (reader === node ? pointwise : earlier.has(reader)));
   });
   return new Set(safe.map(([variable]) => variable));
 }
