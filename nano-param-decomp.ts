@@ -364,9 +364,9 @@ export const lowerLeaky = (z: T<'N ΣC'>, alpha: number): T<'N ΣC'> =>
   tf.customGrad((x, save) => {
     (save as tf.GradSaveFunc)([x as T]);
     const gradFunc = (dy: T, [z]: T[]) => {
-      const inside = indicator(z!.greater(0).logicalAnd(z!.lessEqual(1)));
-      const below = tf.mul(alpha, indicator(z!.lessEqual(0)));
-      return dy.mul(inside).add(dy.minimum(0).mul(below));
+      const above = z!.step();
+      const inside = above.sub(z!.sub(1).step());
+      return dy.mul(inside).add(dy.minimum(0).mul(alpha).mul(tf.sub(1, above)));
     };
     return { value: (x as T).clipByValue(0, 1), gradFunc };
   })(z);
@@ -541,20 +541,21 @@ type Sources<X extends T = T> = { s: X; m: X; v: X };
 /** One move: an ascent step, clamped to [0, 1]; c1, c2: Adam's bias corrections. */
 export function ascend(old: Sources, grad: T, config: Config, lr: T, c1: T, c2: T): Sources {
   const betas = { beta1: config.ppgdBeta1, beta2: config.ppgdBeta2, eps: config.ppgdEps };
-  const { direction, m, v } = adam(grad, old.m, old.v, betas, c1, c2);
-  return { s: old.s.add(lr.mul(direction)).clipByValue(0, 1), m, v };
+  const { direction, m, v } = adam(grad, old.m, old.v, betas, c1, c2, lr);
+  return { s: old.s.add(direction).clipByValue(0, 1), m, v };
 }
 
-/** Adam's direction m̂ / (√v̂ + ε) and its new moments; the bias corrections are c = 1 − βᵗ. */
-export function adam(grad: T, m: T, v: T, { beta1, beta2, eps }: Betas, c1: T, c2: T) {
+type Betas = typeof MAIN_BETAS;
+/** Adam's direction lr m̂ / (√v̂ + ε) and its new moments; the bias corrections are c = 1 − βᵗ. */
+export function adam(grad: T, m: T, v: T, betas: Betas, c1: T, c2: T, lr: T = tf.scalar(1)) {
+  const { beta1, beta2, eps } = betas;
   const newM = m.mul(beta1).add(grad.mul(1 - beta1));
   const newV = v.mul(beta2).add(grad.square().mul(1 - beta2));
   // m̂ / (√v̂ + ε) = m (√c2 / c1) / (√v + ε √c2) corrects with scalars.
   const root = c2.sqrt();
-  const direction = newM.mul(root.div(c1)).div(newV.sqrt().add(tf.mul(eps, root)));
+  const direction = newM.mul(lr.mul(root).div(c1)).div(newV.sqrt().add(tf.mul(eps, root)));
   return { direction, m: newM, v: newV };
 }
-type Betas = { beta1: number; beta2: number; eps: number };
 
 // ---- F. The step ----
 
@@ -647,10 +648,12 @@ export interface State {
 const MAIN_BETAS = { beta1: 0.9, beta2: 0.999, eps: 1e-8 };
 /** AdamW with weight decay 0 on one group of parameters. */
 function adamUpdate({ params, m, v }: State, group: Group, gradient: T<'n'>, feeds: AdamFeeds) {
-  const step = adam(gradient, m[group], v[group], MAIN_BETAS, feeds.c1, feeds.c2);
+  const step = adam(gradient, m[group], v[group], MAIN_BETAS, feeds.c1, feeds.c2, feeds.lrMain);
   const moved = ofGroup(params, group);
-  const sizes = moved.map(param => param.size);
-  const moves = tf.split(feeds.lrMain.mul(step.direction), sizes);
+  const moves = tf.split(
+    step.direction,
+    moved.map(x => x.size),
+  );
   for (const [i, param] of moved.entries()) param.assign(param.sub(moves[i]!.reshape(param.shape)));
   m[group].assign(step.m);
   v[group].assign(step.v);
@@ -1302,9 +1305,10 @@ const sizeOf = (shape: number[]) => shape.reduce((n, d) => n * d, 1);
 
 /** The exact GELU, x Φ(x). */
 const gelu = (x: T): T => tf.mul(0.5, x).mul(x.mul(Math.SQRT1_2).erf().add(1));
+/** ½ x (1 + tanh t) = x σ(2t), t = √(2/π) (x + 0.044715 x³). */
 const geluTanh = (x: T): T => {
-  const inner = x.add(x.mul(x.mul(x)).mul(0.044715)).mul(Math.sqrt(2 / Math.PI));
-  return tf.mul(0.5, x).mul(inner.tanh().add(1));
+  const u = x.square().mul(0.044715).add(1).mul(x);
+  return x.mul(u.mul(Math.sqrt(8 / Math.PI)).sigmoid());
 };
 const ACTIVATIONS = {
   silu: (x: T): T => x.mul(x.sigmoid()),
@@ -1502,7 +1506,7 @@ export function uniformArray(n: number, seed: number, step: number, purpose: num
     a = b ^ (b >>> 9);
     b = (c + (c << 3)) | 0;
     c = (((c << 21) | (c >>> 11)) + t) | 0;
-    if (i >= 0) out[i] = (t >>> 8) / 0x1000000;
+    if (i >= 0) out[i] = (t >>> 8) * 2 ** -24;
   }
   return out;
 }
@@ -1842,7 +1846,7 @@ export async function main(argv: string[], post = plainPostprocess) {
   io.warnOfTarget(problem.target.arch, meantFor, say);
   if (flags['dry-run']) {
     const step = compileStep(engine, problem, initialState(problem, params));
-    await io.dryRun(problem, async n => void (await step(n, data.train)));
+    await io.dryRun(run, flags, async n => void (await step(n, data.train)));
     return 0;
   }
   post.prepare?.(run);
@@ -1868,7 +1872,7 @@ export async function main(argv: string[], post = plainPostprocess) {
 
 if (process.argv[1] && fs.realpathSync(process.argv[1]) === fileURLToPath(import.meta.url)) {
   const failed = (error: NodeJS.ErrnoException) => {
-    // A full disk is no bug of ours: its stack tells nothing.
+    // A full disk is no bug: its stack tells nothing.
     const known = /^E[A-Z]+$|^(Usage|Divergence)Error$/.test(error.code ?? error.name);
     say(known ? `nano-param-decomp: ${oneLine(error)}` : String(error.stack));
     return error.name === 'UsageError' ? 2 : 1;

@@ -1231,6 +1231,7 @@ test('whatever is wrong on the command line is refused in one line that names it
   await refuses('--engine=gpu', /--engine: got "gpu", takes one of auto onnx tensorflow webgpu wasm/);
   await refuses('--no-harvest=yes', /--no-harvest/);
   await refuses('--preset=none', /--preset: got none, takes one of toy, small-lm, simplestories-2L, pile-4L/);
+  await refuses('--save-graph=x.onnx', /--save-graph: goes with --dry-run/);
   await refuses('', /--model: missing/);
   await refuses(`--model=${toy}`, /--data: missing/);
   await refuses('--resume', /--resume: takes --out DIR/);
@@ -1246,6 +1247,9 @@ test('whatever is wrong on the command line is refused in one line that names it
   await refuses(`${onToy} --components=*.gate=3`, /--components: \*\.gate matches none/);
   await refuses(`${onToy} --batch-size=6 --micro-batches=4`, /--micro-batches 4 does not divide/);
   await refuses(`${onToy} --seq-len=33`, /--seq-len 33: the target's max_position_embeddings is 32/);
+  const picture = `${onToy} --dry-run --save-graph`;
+  await refuses(`${picture}=${never}/x.onnx`, /--save-graph .*never.x\.onnx: cannot be written/);
+  await refuses(`${picture}=${toy}`, /--save-graph .*: cannot be written \(it is a folder\)/);
   await refuses(`${onToy} --labels=${toy}/config.json`, /config\.json: takes \{"rules"/);
   assert.ok(!fs.existsSync(never), 'what is refused leaves no folder');
 });

@@ -162,8 +162,8 @@ async function everything(seed: number): Promise<void> {
 /** The check's complaints about a call; the state moves on. */
 async function complaints(recording: Recording, feeds: Tensors, precision: Precision, wrong?: (node: Node) => Node) {
   const before = new Map([...recording.variables.keys()].map(x => [x, x.clone()]));
-  const outputs = tf.tidy(() => run(recording, feeds, precision, wrong));
-  const found = await checkCall(recording, feeds, before, outputs, evaluateWith(precision, wrong), precision);
+  const call = async () => tf.tidy(() => run(recording, feeds, precision, wrong));
+  const { wrong: found, outputs } = await checkCall(recording, feeds, call, evaluateWith(precision, wrong), precision);
   const back = () => {
     for (const variable of recording.assigned.keys()) variable.assign(before.get(variable)!);
   };
@@ -328,4 +328,35 @@ test('a call with a wrong node is refused, and the state stays', async () => {
       before,
     );
   }
+});
+
+test('a named recording of the step tells every loss, the adversary and the optimizer apart', async () => {
+  const places = new Set<string>();
+  const compile = (_: string, fn: (feeds: Tensors) => Tensors) => async (feeds: Tensors) => {
+    for (const { where = '' } of record(feeds, fn, undefined, true).nodes) places.add(where);
+    return { none: tf.scalar(0) };
+  };
+  const { problem, state } = one;
+  const row = () => Int32Array.from({ length: LENGTH }, (_, i) => i);
+  await nano.compileStep(
+    { ...wasm, compile } as unknown as nano.Engine,
+    problem,
+    state,
+  )(0, { count: 9, seqLen: LENGTH, row });
+  const losses = ['faithfulnessLoss', 'importanceLoss', 'stochasticLoss', 'adversarialLoss'];
+  for (const part of [
+    ...losses.map(loss => `losses/of/${loss}`),
+    'ascend/adam',
+    'adamUpdate/adam',
+    'importances/ciLogits',
+  ])
+    for (const end of part.startsWith('losses') ? ['', '/gradient'] : [''])
+      assert.ok(
+        [...places].some(place => place.includes(part) && place.endsWith(end)),
+        `${part}${end}`,
+      );
+  assert.equal(
+    record({}, () => ({ a: tf.add(problem.target.weights.values().next().value!, 1) })).nodes[0]!.where,
+    undefined,
+  );
 });

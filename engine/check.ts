@@ -10,6 +10,7 @@
 import * as tf from '@tensorflow/tfjs';
 import { bytesOf, type Node, type Numbers, type Recording, runNode, type Tensors, type Value } from './record.ts';
 
+type T = tf.Tensor;
 /** The compiled form of some nodes: what they give for `given`, the values made before them. The caller disposes. */
 export type Evaluate = (nodes: Node[], given: Map<Value, tf.Tensor>, wanted: Value[]) => Promise<tf.Tensor[]>;
 export interface CheckOptions {
@@ -21,7 +22,8 @@ export interface CheckOptions {
 
 const UNIT = 2 ** -16; // of one kernel: some roundings, and approximations such as that of erf
 const TINY = 1e-35; // below it engines may flush to zero
-const CHUNK_BYTES = 2 ** 28; // of values that are in memory at once
+/** A recording is computed in such parts, each by a model of its own: what a part makes is in memory at once. */
+const [PARTS, PART_BYTES] = [512, 2 ** 21];
 const SAMPLE = 2 ** 13; // elements of a large tensor that are compared
 
 const words = (names: string) => new Set(names.split(' '));
@@ -125,41 +127,40 @@ async function checkNodes(
   result: (value: Value, tensor: tf.Tensor) => void,
 ): Promise<string[]> {
   const wrong: string[] = [];
-  const have = new Map(given);
-  const uses = new Map<Value, number>(); // still to come
-  const used = (x: Value, n: number) => {
-    uses.set(x, (uses.get(x) ?? 0) + n);
-    if (uses.get(x) || given.has(x)) return;
-    have.get(x)?.dispose();
-    have.delete(x);
-  };
-  const tensorOf = (x: Value) => {
-    if (x.constant && !have.has(x)) have.set(x, tf.keep(tf.tensor(x.constant, x.shape, x.dtype)));
-    return have.get(x)!;
-  };
-  for (const { inputs } of nodes) for (const x of inputs) uses.set(x, (uses.get(x) ?? 0) + 1);
+  const lastUse = new Map(nodes.flatMap(({ inputs }, i) => inputs.map(x => [x, i])));
+  const kept = new Map<Value, Numbers>(); // what later chunks need, outside of the backend: a heap never shrinks
   for (const [value, tensor] of given) if (wanted.has(value)) result(value, tensor);
-  for (const value of wanted) if (value.constant) result(value, tensorOf(value));
+  for (const value of wanted)
+    if (value.constant) tf.tidy(() => result(value, tf.tensor(value.constant!, value.shape, value.dtype)));
+  const total = nodes.flatMap(({ outputs }) => outputs).reduce((sum, value) => sum + bytesOf(value), 0);
   for (let from = 0; from < nodes.length; ) {
     let [to, bytes] = [from, 0];
-    while (to < nodes.length && (to === from || bytes < CHUNK_BYTES))
+    while (to < nodes.length && bytes <= Math.max(PART_BYTES, total / PARTS))
       for (const output of nodes[to++]!.outputs) bytes += bytesOf(output);
     const chunk = nodes.slice(from, to);
+    const have = new Map(given);
+    for (const x of new Set(chunk.flatMap(({ inputs }) => inputs))) {
+      const numbers = x.constant ?? kept.get(x);
+      if (numbers) have.set(x, tf.tensor(numbers, x.shape, x.dtype));
+    }
     const values = chunk.flatMap(({ outputs }) => outputs);
     const made = await evaluate(chunk, have, values);
-    for (const [i, value] of values.entries()) have.set(value, tf.keep(made[i]!));
+    for (const [i, value] of values.entries()) have.set(value, made[i]!);
     for (const node of chunk) {
-      const inputs = node.inputs.map(tensorOf);
-      const outputs = node.outputs.map(tensorOf);
+      const [inputs, outputs] = [node.inputs, node.outputs].map(of => of.map(x => have.get(x)!)) as [T[], T[]];
       const how = nodeError(node, inputs, outputs, products);
       if (how) wrong.push(how);
-      for (const [k, output] of node.outputs.entries()) if (wanted.has(output)) result(output, outputs[k]!);
-      for (const x of node.inputs) used(x, -1);
-      for (const output of node.outputs) used(output, 0);
+    }
+    for (const [value, tensor] of have) {
+      if (given.has(value)) continue;
+      if (wanted.has(value)) result(value, tensor);
+      const later = !value.constant && (lastUse.get(value) ?? -1) >= to;
+      if (!later) kept.delete(value);
+      else if (!kept.has(value)) kept.set(value, tensor.dataSync() as Numbers);
+      tensor.dispose();
     }
     from = to;
   }
-  for (const [value, tensor] of have) if (!given.has(value)) tensor.dispose();
   return wrong;
 }
 
@@ -198,35 +199,37 @@ export function resultError(
 }
 
 /**
- * Checks a call: every node, then its results.
- * @param before the variables' values when it began
- * @param outputs what it gave; its variables are already assigned
- * @returns what differs, a phrase for each; none if all is well
+ * Checks a call and makes it: first every node, then the results of `run`, which gives the outputs and moves the state.
+ * @returns the outputs, and what differs, a phrase for each; if anything does, there are no outputs and the state is as it was
  */
 export async function checkCall(
   recording: Recording,
   feeds: Tensors,
-  before: ReadonlyMap<tf.Variable, tf.Tensor>,
-  outputs: Tensors,
+  run: () => Promise<Tensors>,
   evaluate: Evaluate,
   options: CheckOptions,
-): Promise<string[]> {
+): Promise<{ wrong: string[]; outputs: Tensors }> {
   const given = new Map<Value, tf.Tensor>();
   for (const [key, value] of recording.feeds) given.set(value, feeds[key]!);
-  for (const [variable, value] of recording.variables) given.set(value, before.get(variable)!);
+  for (const [variable, value] of recording.variables) given.set(value, variable);
+  const expected = new Map<Value, Numbers>();
+  const results = new Set([...recording.outputs.values(), ...recording.assigned.values()]);
+  const keep = (value: Value, tensor: tf.Tensor) => expected.set(value, read(tensor));
+  const wrong = await checkNodes(recording, given, evaluate, options, results, keep);
+  if (wrong.length > 0) return { wrong, outputs: {} };
+  const before = new Map([...recording.assigned.keys()].map(variable => [variable, read(variable)]));
+  const outputs = await run();
   const behindSteps = stepped(recording);
-  const wrong: string[] = [];
-  const read = (tensor: tf.Tensor) => tensor.dataSync() as Numbers;
-  const result = (value: Value, tensor: tf.Tensor) => {
-    const judge = (name: string, got: tf.Tensor, old?: tf.Tensor) => {
-      const mild = old !== undefined || behindSteps.has(value);
-      const error = resultError(read(got), read(tensor), old && read(old), mild, options.tolerance);
-      if (error !== undefined) wrong.push(`${name} by ${error.toPrecision(2)}`);
-    };
-    for (const [key, output] of recording.outputs) if (output === value) judge(key, outputs[key]!);
-    for (const [variable, moved] of recording.assigned)
-      if (moved === value) judge(variable.name, variable, before.get(variable)!);
+  const judge = (name: string, value: Value, got: tf.Tensor, old?: Numbers) => {
+    const mild = old !== undefined || behindSteps.has(value);
+    const error = resultError(read(got), expected.get(value)!, old, mild, options.tolerance);
+    if (error !== undefined) wrong.push(`${name} by ${error.toPrecision(2)}`);
   };
-  const wanted = new Set([...recording.outputs.values(), ...recording.assigned.values()]);
-  return [...(await checkNodes(recording, given, evaluate, options, wanted, result)), ...wrong];
+  for (const [key, value] of recording.outputs) judge(key, value, outputs[key]!);
+  for (const [variable, value] of recording.assigned) judge(variable.name, value, variable, before.get(variable));
+  if (wrong.length === 0) return { wrong, outputs };
+  for (const [variable, old] of before) tf.tidy(() => variable.assign(tf.tensor(old, variable.shape, variable.dtype)));
+  tf.dispose(outputs);
+  return { wrong, outputs: {} };
 }
+const read = (tensor: tf.Tensor) => tensor.dataSync() as Numbers;

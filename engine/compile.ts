@@ -5,7 +5,8 @@
  */
 import * as tf from '@tensorflow/tfjs';
 import { type CheckOptions, checkCall, type Evaluate } from './check.ts';
-import { type Recording, record, type Tensors, UnknownKernel } from './record.ts';
+import { onnxModel } from './onnx.ts';
+import { type Recording, record, type Tensors, UnknownKernel, type Value } from './record.ts';
 
 /** What an engine does with a recording. Calls come one at a time. */
 export interface Runtime<Loaded> {
@@ -27,6 +28,7 @@ export type FunctionStats = { name: string; calls: number; nodes: number };
 export function compiler<Loaded>(runtime: Runtime<Loaded>, options: CompileOptions) {
   const { verify = true, log = () => {} } = options;
   const functions: FunctionStats[] = [];
+  const recorders: (() => Recording)[] = []; // of the functions, which say where their nodes are
   let last: Promise<unknown> = Promise.resolve(); // a function that is called while another runs waits
 
   /** Records, loads and checks one call. @returns its outputs */
@@ -36,28 +38,14 @@ export function compiler<Loaded>(runtime: Runtime<Loaded>, options: CompileOptio
     known?: { recording: Recording; loaded: Loaded },
   ) {
     const recording = record(feeds, fn, known?.recording);
-    const checked = verify && !known;
-    const before = new Map((checked ? [...recording.variables.keys()] : []).map(v => [v, tf.keep(v.clone())]));
-    try {
-      const loaded = known?.loaded ?? (await runtime.load(recording));
-      const outputs = await runtime.run(loaded, feeds);
-      if (checked) {
-        const evaluate: Evaluate = (...args) => runtime.evaluate(...args);
-        const wrong = await checkCall(recording, feeds, before, outputs, evaluate, options);
-        if (wrong.length > 0) {
-          for (const variable of recording.assigned.keys()) variable.assign(before.get(variable)!);
-          tf.dispose(outputs);
-          const [shown, more] = [
-            wrong.slice(0, 5).join(', '),
-            wrong.length > 5 ? `, and ${wrong.length - 5} more` : '',
-          ];
-          throw new Error(`the graph and the run op by op disagree: ${shown}${more}`);
-        }
-      }
-      return { recording, loaded, outputs };
-    } finally {
-      for (const copy of before.values()) copy.dispose();
-    }
+    const loaded = known?.loaded ?? (await runtime.load(recording));
+    const run = () => runtime.run(loaded, feeds);
+    if (!verify || known) return { recording, loaded, outputs: await run() };
+    const evaluate: Evaluate = (...args) => runtime.evaluate(...args);
+    const { wrong, outputs } = await checkCall(recording, feeds, run, evaluate, options);
+    if (wrong.length === 0) return { recording, loaded, outputs };
+    const more = wrong.length > 5 ? `, and ${wrong.length - 5} more` : '';
+    throw new Error(`the graph and the run op by op disagree: ${wrong.slice(0, 5).join(', ')}${more}`);
   }
 
   function compile<F extends Tensors, O extends Tensors>(name: string, fn: (feeds: F) => O): (feeds: F) => Promise<O> {
@@ -74,7 +62,12 @@ export function compiler<Loaded>(runtime: Runtime<Loaded>, options: CompileOptio
       try {
         const { recording, loaded, outputs } = await first(plain, feeds, known as never);
         const { calls, nodes } = recording;
-        if (!known) functions.push({ name: `${name}(${shapes})`, calls, nodes: nodes.length });
+        if (!known) {
+          functions.push({ name: `${name}(${shapes})`, calls, nodes: nodes.length });
+          const like = entries.map(([key, { shape, dtype }]) => [key, shape, dtype] as const);
+          const zeros = () => Object.fromEntries(like.map(([key, shape, dtype]) => [key, tf.zeros(shape, dtype)]));
+          recorders.push(() => tf.tidy(() => record(zeros(), plain, undefined, true) as never));
+        }
         if (!known) log(`${name}(${shapes}): ${calls} kernels became ${nodes.length} nodes`);
         ready.set(shapes, { loaded, recording: known || !verify ? undefined : recording });
         return outputs;
@@ -92,5 +85,15 @@ export function compiler<Loaded>(runtime: Runtime<Loaded>, options: CompileOptio
       return done as Promise<O>;
     };
   }
-  return { compile, functions };
+  /** The largest function so far as an ONNX file, whose nodes' names are those of the functions that make them. */
+  function picture(): { name: string; nodes: number; bytes: Uint8Array } {
+    const k = functions.reduce((best, { nodes }, i) => (nodes > functions[best]!.nodes ? i : best), 0);
+    const { nodes, feeds, variables, outputs, assigned } = recorders[k]!();
+    const state = [...variables].map(([{ name }, value]) => [value, `state/${name}`] as const);
+    const named = new Map([...state, ...[...feeds].map(([key, value]) => [value, key] as const)]);
+    const moved = [...assigned].map(([{ name }, value]): [string, Value] => [`state/${name}/new`, value]);
+    const { bytes } = onnxModel(nodes, named.keys(), [...outputs, ...moved], { names: named, inOrder: true });
+    return { ...functions[k]!, nodes: nodes.length, bytes };
+  }
+  return { compile, functions, picture };
 }

@@ -195,7 +195,7 @@ export function graphCases(
       w.assign(w.mul(2));
       return { sum: w.sum() };
     });
-    await assert.rejects(step({}), /step\(\): .* disagree: weight by 0.0, sum by 0.0/);
+    await assert.rejects(step({}), /step\(\): .* disagree: sum by 0.0, weight by 0.0/);
     close(w, [1, 2]);
     graph.dispose();
   });

@@ -130,6 +130,7 @@ const feedNodes = (name: string, shape: number[], dtype: number): Node[] => [
 
 export class Graph implements Runtime<Loaded> {
   readonly compile: ReturnType<typeof compiler<Loaded>>['compile'];
+  readonly picture: ReturnType<typeof compiler<Loaded>>['picture'];
   /** For reports. */
   readonly functions: ReturnType<typeof compiler<Loaded>>['functions'];
   private readonly backend: Backend;
@@ -148,11 +149,11 @@ export class Graph implements Runtime<Loaded> {
     this.options = options;
     hook(this.backend);
     registerUniform();
-    ({ compile: this.compile, functions: this.functions } = compiler(this, {
-      tolerance: 1e-3,
-      products: 2 ** -16,
-      ...options,
-    }));
+    ({
+      compile: this.compile,
+      functions: this.functions,
+      picture: this.picture,
+    } = compiler(this, { tolerance: 1e-3, products: 2 ** -16, ...options }));
   }
 
   /** The nodes of a function. */

@@ -34,8 +34,8 @@ export async function startEngine(options: Options) {
   // a GPU without that driver's tool says nothing about its memory
   const memory = () =>
     gpu ? gpuBytes() || Infinity : name === 'wasm' ? Math.min(WASM_BYTES, os.totalmem()) : os.totalmem();
-  // ONNX Runtime's state lies twice in WASM's heap, as it is and as a step makes it
-  const limits: { stateLimit?: number } = name === 'onnx' ? { stateLimit: WASM_BYTES / 2 } : {};
+  // ONNX Runtime's state lies in WASM's heap
+  const limits: { heapLimit?: number } = name === 'onnx' ? { heapLimit: WASM_BYTES } : {};
   return { ...engine, memoryBytes: memory, ...limits };
 }
 
@@ -72,6 +72,7 @@ async function start(options: Options) {
   const why = tried.map(line => `; ${line}`).join('');
   if (!ort || missing)
     return { name, gpu: false, description: `TFJS ${tf.version.tfjs} on ${missing || 'WASM'}${why}` };
-  const { compile } = onnxCompiler(ort, { threads, tolerance: 1e-3, products: 2 ** -16 });
-  return { name: 'onnx', gpu: false, description: `ONNX Runtime ${ort.env.versions.node} on the CPU${why}`, compile };
+  const { compile, picture } = onnxCompiler(ort, { threads, tolerance: 1e-3, products: 2 ** -16 });
+  const description = `ONNX Runtime ${ort.env.versions.node} on the CPU${why}`;
+  return { name: 'onnx', gpu: false, description, compile, picture };
 }

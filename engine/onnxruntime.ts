@@ -1,14 +1,14 @@
 /**
  * ONNX Runtime (onnxruntime-node: native libraries inside the npm package) as the engine of compiled functions. The state
- * and all else stay tensors of TFJS's WebAssembly backend; a run reads and writes them where they lie in its heap. What
- * a run assigns goes into a second buffer of the variable, and the two change places.
+ * and all else stay tensors of TFJS's WebAssembly backend; a run reads and writes them where they lie in its heap. A
+ * variable is overwritten in place if whatever reads it has done so by then; else a run writes a second buffer.
  */
 import os from 'node:os';
 import * as tf from '@tensorflow/tfjs';
 import type { BackendWasm } from '@tensorflow/tfjs-backend-wasm';
 import { type CompileOptions, compiler } from './compile.ts';
 import { type Model, nameOf, onnxModel } from './onnx.ts';
-import { type Dtype, type Recording, runNode, type Tensors, type Value } from './record.ts';
+import { type Dtype, type Node, type Recording, runNode, type Tensors, type Value } from './record.ts';
 
 /** The parts of onnxruntime-node that are used: its own types can't be, the package is optional. */
 type OrtTensors = Record<string, { dispose?(): void }>;
@@ -24,6 +24,38 @@ interface Ort {
 interface Loaded extends Model {
   session: Session;
   recording: Recording;
+  inPlace: Set<tf.Variable>;
+}
+
+/** Elementwise kernels, which may write where one of their inputs lies. */
+const POINTWISE = new Set('Add AddN ClipByValue Multiply Maximum Minimum RealDiv Select Sub'.split(' '));
+/** Kernels whose result may be the very memory that they are given: ONNX Runtime copies no reshape, and drops x + 0. */
+const PASSING = new Set('Cast Concat PadV2 Reshape Slice SplitV Tile Transpose'.split(' '));
+const passes = ({ kernel, inputs }: Node): boolean =>
+  PASSING.has(kernel) || (POINTWISE.has(kernel) && inputs.some(x => x.constant || x.node?.kernel === 'Fill'));
+
+/** The variables whose new value is made after the last use of the old one, in whatever order the nodes run. */
+export function overwritable({ nodes, variables, assigned, outputs }: Recording): Set<tf.Variable> {
+  const readers = new Map<Value, Node[]>();
+  for (const node of nodes) for (const x of node.inputs) readers.set(x, [...(readers.get(x) ?? []), node]);
+  const results = new Set([...outputs.values(), ...assigned.values()]);
+  /** The nodes that may look at the value's memory. */
+  const lookers = (value: Value, last: Node): Node[] =>
+    (readers.get(value) ?? []).flatMap(reader =>
+      reader !== last && passes(reader) ? [reader, ...reader.outputs.flatMap(x => lookers(x, last))] : [reader],
+    );
+  const before = (last: Node): Set<Node> => {
+    const found = new Set([last]);
+    for (const node of found) for (const { node: earlier } of node.inputs) if (earlier) found.add(earlier);
+    return found;
+  };
+  const safe = [...assigned].filter(([variable, { node, shape }]) => {
+    const old = variables.get(variable)!;
+    if (!node || results.has(old)) return false;
+    const [earlier, pointwise] = [before(node), POINTWISE.has(node.kernel) && `${shape}` === `${old.shape}`];
+    return lookers(old, node).every(reader => (reader === node ? pointwise : earlier.has(reader)));
+  });
+  return new Set(safe.map(([variable]) => variable));
 }
 
 /** Loads the package. @throws Error where it isn't installed, or has no binary for this machine */
@@ -53,9 +85,12 @@ export function onnxCompiler(ort: Ort, { threads, ...options }: CompileOptions &
     executionProviders: ['cpu'],
     intraOpNumThreads: threads || os.availableParallelism(),
     graphOptimizationLevel: 'all',
+    enableMemPattern: false, // it takes a block for a whole run beside what the first run took, and gains nothing
     logSeverityLevel: 3,
-    // threads that spin while they wait gain a tenth on a quiet machine, and double a step's time on a busy one
-    extra: { session: { intra_op: { allow_spinning: '0' } } },
+    // A softmax behind a mask is full of denormal numbers, which take processors a hundred times as long.
+    // A thread that waits spins for so many µs before it sleeps: being woken takes as long as a small node. Without an
+    // end (the default) spinning doubles a step's time on a busy machine.
+    extra: { session: { set_denormal_as_zero: '1', intra_op: { allow_spinning: '1', spin_duration_us: '50' } } },
   };
   const spares = new Map<tf.Variable, tf.Tensor>(); // the second buffers
   const sessions: Session[] = [];
@@ -117,24 +152,29 @@ export function onnxCompiler(ort: Ort, { threads, ...options }: CompileOptions &
     const model = onnxModel(recording.nodes, given, results);
     const session = await ort.InferenceSession.create(model.bytes, sessionOptions);
     sessions.push(session);
-    return { ...model, recording, session };
+    return { ...model, recording, session, inPlace: overwritable(recording) };
   };
-  const run = async ({ session, recording, ...model }: Loaded, feeds: Tensors): Promise<Tensors> => {
+  const run = async ({ session, recording, inPlace, ...model }: Loaded, feeds: Tensors): Promise<Tensors> => {
     const { outputs, assigned, variables } = recording;
     const given = new Map<Value, tf.Tensor>();
     for (const [key, value] of recording.feeds) given.set(value, feeds[key]!);
     for (const [variable, value] of variables) given.set(value, variable);
     const made: Tensors = Object.fromEntries([...outputs].map(([key, { shape, dtype }]) => [key, empty(shape, dtype)]));
     const fetches: [string, tf.Tensor][] = Object.entries(made).map(([key, tensor]) => [`out/${key}`, tensor]);
-    for (const [k, variable] of [...assigned.keys()].entries()) fetches.push([`new/${k}`, spareOf(variable)]);
-    for (const variable of assigned.keys()) forget(spareOf(variable));
+    // who holds a clone of the old value keeps it
+    const held = (x: tf.Tensor) => backend.refCount(x.dataId) > 1;
+    const targets = [...assigned.keys()].map(x => (inPlace.has(x) && !held(x) ? x : spareOf(x)));
+    for (const [k, target] of targets.entries()) {
+      forget(target);
+      fetches.push([`new/${k}`, target]);
+    }
     await runModel(session, model, given, fetches);
-    for (const variable of assigned.keys()) {
-      const [old, spare] = [tf.keep(variable.clone()), spares.get(variable)!];
-      variable.assign(spare);
-      spare.dispose();
-      // who holds a clone of the old value keeps it
-      if (backend.refCount(old.dataId) > 1) {
+    for (const [k, variable] of [...assigned.keys()].entries()) {
+      if (targets[k] === variable) continue;
+      const old = tf.keep(variable.clone());
+      variable.assign(targets[k]!);
+      targets[k]!.dispose();
+      if (held(old) || inPlace.has(variable)) {
         old.dispose();
         spares.delete(variable);
       } else spares.set(variable, old);
@@ -152,7 +192,8 @@ export function onnxCompiler(ort: Ort, { threads, ...options }: CompileOptions &
           value,
         ]);
         const model = onnxModel(nodes, given.keys(), outputs);
-        const plain = { ...sessionOptions, graphOptimizationLevel: 'disabled' }; // each node by itself
+        // each node by itself, and no memory that stays
+        const plain = { ...sessionOptions, graphOptimizationLevel: 'disabled', enableCpuMemArena: false };
         const session = await ort.InferenceSession.create(model.bytes, plain);
         const made = wanted.map(({ shape, dtype }) => empty(shape, dtype));
         await runModel(

@@ -28,6 +28,7 @@ export interface Node {
   inputs: Value[];
   attrs: Record<string, unknown>;
   outputs: Value[];
+  where?: string; // the functions that called it, `losses/importanceLoss`, if the recording was asked for them
 }
 /** A recorded function: its live nodes, and `entries`, everything in the order it was written down. */
 export interface Recording {
@@ -136,6 +137,7 @@ interface Tape {
   uploads: WeakMap<object, Shaped & { numbers: ArrayLike<number> }>; // made while recording, not used yet
   next: number;
   like: Entry[] | undefined;
+  named: boolean;
 }
 let tape: Tape;
 /** What TFJS knows of a tensor's data. */
@@ -224,17 +226,63 @@ function seen({ dataId, shape, dtype }: tf.TensorInfo, user: string): Value {
   return value!;
 }
 
-function addNode(kernel: string, keys: string[], inputs: Value[], attrs: object): Value[] {
+const isOnes = ({ node }: Value) => node?.kernel === 'Fill' && node.attrs.value === 1;
+/** What a tensor repeats along its axes: TFJS writes it out, though elementwise kernels repeat by themselves. */
+function unrepeated(x: Value): Value {
+  const { kernel, inputs: [a, b] = [], attrs } = x.node ?? {};
+  if (kernel === 'Multiply' && isOnes(b!)) return a!;
+  const reps = (kernel === 'Tile' ? attrs!.reps : []) as number[];
+  return reps.length > 0 && reps.every((n, axis) => n === 1 || a!.shape[axis] === 1) ? a! : x;
+}
+
+function addNode(kernel: string, keys: string[], given: Value[], attrs: object): Value[] {
+  let inputs = given;
+  if (RULES[kernel] === binary && kernel !== 'AddN') {
+    const shape = `${broadcast(given)}`;
+    for (const [i, x] of given.entries()) {
+      const fewer = inputs.with(i, unrepeated(x));
+      if (`${broadcast(fewer)}` === shape) inputs = fewer;
+    }
+    const [a, b] = inputs as [Value, Value];
+    if (kernel === 'Multiply' && isOnes(b) && `${a.shape}` === shape) return [a];
+    // gradients of differences: a + (−b) is a − b, to the bit
+    if (kernel === 'Add' && b.node?.kernel === 'Neg') return addNode('Sub', keys, [a, b.node.inputs[0]!], attrs);
+    if (kernel === 'Add' && a.node?.kernel === 'Neg') return addNode('Sub', keys, [b, a.node.inputs[0]!], attrs);
+  }
   const found = RULES[kernel]!(inputs, attrs);
   const shapes = Array.isArray(found) ? found : [found];
   const [x, y] = [inputs[0], shapes[0]!];
   if (SHAPERS.includes(kernel) && x!.dtype === y.dtype && `${x!.shape}` === `${y.shape}`) return [x!];
   const make = () => {
     const node: Node = { kernel, keys, inputs, attrs: { ...attrs }, outputs: [] };
+    if (tape.named) node.where = callers(inputs);
     node.outputs = shapes.map(shape => ({ ...newValue(shape), node }));
     return node.outputs;
   };
   return enter(JSON.stringify([kernel, inputs.map(({ id }) => id), attrs]), kernel, make).outputs;
+}
+
+/**
+ * The functions of the recorded one that are running, outermost first, without TFJS's and the engine's own. A gradient runs in none of
+ * them: it is where the latest of its inputs that is no gradient was made, under `gradient`.
+ */
+function callers(inputs: Value[]): string {
+  const { prepareStackTrace, stackTraceLimit } = Error;
+  Error.stackTraceLimit = 200;
+  Error.prepareStackTrace = (_, sites) => sites;
+  const sites = new Error().stack as unknown as NodeJS.CallSite[];
+  Object.assign(Error, { prepareStackTrace, stackTraceLimit });
+  const inside = sites.slice(
+    0,
+    sites.findIndex(site => site.getFunctionName() === 'record'),
+  );
+  const ours = inside.filter(site => !/node_modules|^node:|engine.record\.ts/.test(site.getFileName() ?? 'node:'));
+  const names = ours.flatMap(site => site.getFunctionName()?.split('.').at(-1) ?? []).reverse();
+  const path = names.filter((name, i) => name !== names[i - 1]).join('/');
+  if (!inside.some(site => site.getFunctionName()?.includes('backprop'))) return path;
+  const places = inputs.toSorted((a, b) => b.id - a.id).flatMap(({ node }) => node?.where ?? []);
+  const forward = places.find(where => !where.endsWith('gradient')) ?? places[0] ?? path;
+  return forward.endsWith('gradient') ? forward : `${forward}/gradient`;
 }
 
 const recorder = () => tf.findBackend('recorder') as Recorder;
@@ -288,9 +336,10 @@ function difference(first: Entry | undefined, now: Entry, user: string): string 
 /**
  * Records `fn` on feeds of these shapes, without computing anything. The variables are put back.
  * @param first a recording that this one must repeat
+ * @param named whether nodes say where they are
  * @throws UnknownKernel, or an Error that says what a graph can't hold, or what differs from the first recording
  */
-export function record(feeds: Tensors, fn: (feeds: Tensors) => Tensors, first?: Recording): Recording {
+export function record(feeds: Tensors, fn: (feeds: Tensors) => Tensors, first?: Recording, named = false): Recording {
   install();
   const engine = tf.engine();
   const home = tf.getBackend();
@@ -300,7 +349,8 @@ export function record(feeds: Tensors, fn: (feeds: Tensors) => Tensors, first?: 
   const fed = new Map<string, Value>();
   const [outputs, assigned] = [new Map<string, Value>(), new Map<tf.Variable, Value>()];
   const values = new WeakMap<object, Value>();
-  tape = { calls: 0, entries: [], byKey: new Map(), values, uploads: new WeakMap(), next: 0, like: first?.entries };
+  const empty = { calls: 0, entries: [], byKey: new Map(), uploads: new WeakMap(), next: 0 };
+  tape = { ...empty, values, like: first?.entries, named };
   const backend = tf.backend();
   const { readSync } = backend;
   backend.readSync = dataId => (values.has(dataId) ? recorder().readSync(dataId) : readSync.call(backend, dataId));

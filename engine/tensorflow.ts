@@ -82,6 +82,7 @@ export async function startTensorFlow(options: {
   const engine = {
     name: 'tensorflow',
     gpu,
+    xla: graph && useXla,
     description: `TensorFlow ${version} on ${gpu ? 'CUDA' : 'the CPU'}, ${how}`,
   };
   registerUniform();
@@ -91,7 +92,7 @@ export async function startTensorFlow(options: {
   const tolerance = precision === 'bf16' ? 0.03 : gpu && precision !== 'float32' ? 0.01 : 1e-3;
   const products = precision === 'bf16' ? 2 ** -6 : gpu && precision !== 'float32' ? 2 ** -9 : 2 ** -16;
   const traced = new graphs.Graph({ xla: useXla, bf16: precision === 'bf16', tolerance, products });
-  return { ...engine, compile: traced.compile };
+  return { ...engine, compile: traced.compile, picture: traced.picture };
 }
 
 const DT_BFLOAT16 = 14; // of TensorFlow's DataType; TFJS has no name for it

@@ -13,7 +13,6 @@ import { createRequire } from 'node:module';
 import { dirname, sep } from 'node:path';
 import * as tf from '@tensorflow/tfjs';
 import type { BackendWasm } from '@tensorflow/tfjs-backend-wasm';
-import { compileFormulas, FORMULAS } from './simd.ts';
 
 /** Loads the backend (SIMD where the machine has it, no threads under Node) and makes it the current one. */
 export async function loadWasm(): Promise<{ version: string; simd: boolean }> {
@@ -42,7 +41,6 @@ export async function startWasm(): Promise<void> {
 interface Emscripten {
   HEAPU8: Uint8Array;
   HEAP32: Int32Array;
-  asm: { memory: object };
   _malloc(bytes: number): number;
   _free(pointer: number): void;
   cwrap(name: string, returns: null, takes: 'number'[]): (...args: number[]) => void;
@@ -300,35 +298,4 @@ export function fastWasmKernels(): void {
     values(out).set(values(x).map(Math.sign));
     return out;
   });
-
-  // ---- Elementwise formulas: the stock kernels make a call for each element ----
-
-  if (!tf.env().getBool('WASM_HAS_SIMD_SUPPORT')) return;
-  const compiled = compileFormulas(wasm.asm.memory);
-  const copies = wasm._malloc(32) >>> 0; // for single values that meet whole tensors: four copies of each
-  for (const [name, { takes, gives }] of Object.entries(FORMULAS))
-    replace(name, (inputs, _, stock) => {
-      const xs = Object.values(inputs);
-      const shape = xs.map(x => x.shape).reduce(tf.broadcast_util.assertAndGetBroadcastShape);
-      const n = sizeOf(shape);
-      const single = (x: Info) => x.dtype === 'float32' && sizeOf(x.shape) === 1;
-      const fit = xs.every((x, i) => x.dtype === takes[i] && (sizeOf(x.shape) === n || single(x)));
-      if (n < 4 || !fit) return stock();
-      // whole powers have negative bases too
-      if (name === 'Pow' && !(single(xs[1]!) && values(xs[1]!)[0]! % 1)) return stock();
-      const out = output(shape, gives);
-      const operands = [out, ...xs].map((x, i) => {
-        const width = sizeOf(x.shape) < n ? 0 : x.dtype === 'bool' ? 1 : 4; // bytes to the next element
-        const start = width ? address(x) : copies + 16 * (i - 1);
-        if (!width) wasm.HEAP32.fill(wasm.HEAP32[place(x)]!, start >>> 2, (start >>> 2) + 4);
-        return { start, width };
-      });
-      const run = (from: number, vectors: number) => {
-        const starts = operands.map(({ start, width }) => start + from * width);
-        compiled[name]!(vectors, ...starts, ...operands.map(({ width }) => 4 * width));
-      };
-      run(0, n >> 2);
-      if (n % 4) run(n - 4, 1); // the last one to three, with their neighbours once more
-      return out;
-    });
 }

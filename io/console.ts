@@ -1,4 +1,6 @@
+import * as fs from 'node:fs';
 import * as os from 'node:os';
+import { refuse } from './usage-error.ts';
 
 // What a long loop shows on standard error, and how a signal ends it between two steps.
 
@@ -62,14 +64,34 @@ export function watchSignals(say: (line: string) => void) {
   };
 }
 
-/** --dry-run: lists the modules and times a few steps. */
+interface DryRun {
+  engine: { name: string; picture?(): { name: string; nodes: number; bytes: Uint8Array } };
+  problem: { modules: readonly { path: string; dIn: number; dOut: number; C: number }[]; config: { nSteps: number } };
+}
+/**
+ * --dry-run: lists the modules, times a few steps, and with --save-graph writes the recorded step.
+ * @throws UsageError if the engine records nothing, or the file can't be written
+ */
 export async function dryRun(
-  {
-    modules,
-    config,
-  }: { modules: readonly { path: string; dIn: number; dOut: number; C: number }[]; config: { nSteps: number } },
+  { engine, problem: { modules, config } }: DryRun,
+  flags: Record<string, unknown>,
   step: (n: number) => Promise<void>,
 ): Promise<void> {
+  const file = flags['save-graph'] as string | undefined;
+  const write = (bytes: Uint8Array | string) => {
+    const beside = `${file}.tmp-${process.pid}`;
+    try {
+      if (fs.statSync(`${file}`, { throwIfNoEntry: false })?.isDirectory()) throw new Error('it is a folder');
+      fs.writeFileSync(beside, bytes);
+      if (bytes.length > 0) fs.renameSync(beside, `${file}`);
+      else fs.rmSync(beside);
+    } catch (error) {
+      refuse(`--save-graph ${file}: cannot be written (${(error as Error).message})`);
+    }
+  };
+  if (file) write(''); // a wrong path is known before minutes have passed
+  if (file && !engine.picture)
+    refuse(`--save-graph: on ${engine.name} nothing is recorded: --engine onnx or tensorflow`);
   for (const { path, dIn, dOut, C } of modules) console.log(`${path}  [${dOut}, ${dIn}]  C ${C}`);
   const times: number[] = [];
   for (let n = 0; n < 7; n++) {
@@ -80,6 +102,10 @@ export async function dryRun(
   const median = times.sort((a, b) => a - b)[2]!;
   const hours = ((median * config.nSteps) / 3.6e6).toFixed(2);
   console.log(`${median.toFixed(1)} ms per step: ${config.nSteps} steps take ${hours} hours`);
+  if (!file) return;
+  const { name, nodes, bytes } = engine.picture!();
+  write(bytes);
+  console.log(`${file}: ${nodes} nodes of ${name.replace(/\(.*/s, '')}, for Netron`);
 }
 
 /** Says where a target is not the one that a preset is meant for. */

@@ -94,6 +94,7 @@ const usage = ({ version, jobs }: Program) => {
   npx tsx nano-param-decomp.ts [decompose] --model M --data D [--preset P] [flags]
   npx tsx nano-param-decomp.ts [decompose] --resume --out DIR   goes on exactly where DIR stopped
   npx tsx nano-param-decomp.ts [decompose] … --dry-run          checks, estimates and times a step, writes nothing
+                       … --dry-run --save-graph FILE.onnx       but the step as a graph, for Netron
 
 With a finished run, npx tsx nano-param-decomp.ts JOB --run DIR [flags]:
 ${lines(ofJobs)}
@@ -111,7 +112,7 @@ ${lines(ofPresets)}`;
 export function commandLine(argv: string[], program: Program) {
   const [name = ''] = argv;
   const job = Object.hasOwn(program.jobs, name) ? program.jobs[name] : undefined;
-  const ofDecompose = { preset: 'string', resume: 'boolean', 'dry-run': 'boolean' } as const;
+  const ofDecompose = { preset: 'string', resume: 'boolean', 'dry-run': 'boolean', 'save-graph': 'string' } as const;
   const own: FlagTypes = job ? { run: 'string', ...job.flags } : ofDecompose;
   const fields = Object.assign({}, ...Object.values(program.groups)) as Fields;
   const args = job || name === 'decompose' ? argv.slice(1) : argv;
@@ -120,6 +121,7 @@ export function commandLine(argv: string[], program: Program) {
   else if (flags.version) console.log(program.version);
   if (flags.help || flags.version) return undefined;
   if (job && typeof flags.run !== 'string') refuse(`${name}: takes --run DIR, the folder of a finished run`);
+  if (flags['save-graph'] !== undefined && !flags['dry-run']) refuse('--save-graph: goes with --dry-run');
   let preset: Preset | undefined;
   if (flags.preset !== undefined) {
     const names = Object.keys(PRESETS);

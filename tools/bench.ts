@@ -4,10 +4,13 @@
  *
  *   npm run bench                                    all sizes, 2 threads, ONNX Runtime, TensorFlow with and without XLA, WASM at toy
  *   npm run bench -- --sizes toy,stories260K --rounds 5 --steps 30 --threads 2
+ *   npm run bench -- --compile                       torch.compile as a peer too (takes a C++ compiler, and minutes)
+ *   npm run bench -- --device cuda                   TensorFlow on a GPU in float32, tf32 and bf16 beside PyTorch's bf16 autocast
  *   PYTHON=/path/to/python npm run bench             the Python that has PyTorch (default python3)
  *
  * Weights and tokens are random: the time of a step does not depend on them. Each number is the median over rounds of
- * the median over steps of a fresh process; "faster" is PyTorch's time over ours. Memory is the process's peak.
+ * the median over steps of a fresh process; "faster" is PyTorch's time over ours. Memory is the process's peak beyond what
+ * it took before the model was made; on a GPU what the card gives away beyond what others had of it before.
  */
 import { spawnSync } from 'node:child_process';
 import { fileURLToPath } from 'node:url';
@@ -21,6 +24,7 @@ interface Result {
   msPerStep: number;
   peakRssBytes: number;
   baseRssBytes: number;
+  usedCudaBytes?: number; // of the whole card, at the end: neither library gives any back before
   torch?: string;
   engine?: string;
   note?: string;
@@ -29,8 +33,9 @@ interface Size {
   target: Record<string, unknown>;
   config: Partial<nano.Config>;
   steps: number;
-  engines: string[];
+  engines: string[]; // on a CPU; none: too large for one
 }
+const ON_CUDA = ['tensorflow-float32', 'tensorflow-tf32', 'tensorflow-bf16'];
 
 const simple = (d: number, heads: number, kvHeads: number, mlp: number, vocab: number, layers: number) => ({
   ...{ model_type: 'llama_simple_mlp', hidden_size: d, num_attention_heads: heads, num_key_value_heads: kvHeads },
@@ -55,6 +60,11 @@ const SIZES: Record<string, Size> = {
     target: simple(192, 6, 3, 768, 4019, 2),
     config: { ...PRESETS['simplestories-2L']!.config, batchSize: 4, seqLen: 128 },
     ...{ steps: 8, engines: ['onnx', 'tensorflow', 'tensorflow-xla'] },
+  },
+  'pile-4L': {
+    target: simple(768, 6, 6, 3072, 50277, 4),
+    config: { ...PRESETS['pile-4L']!.config, batchSize: 4, seqLen: 512 },
+    ...{ steps: 5, engines: [] },
   },
   'pile-4L-block': {
     target: simple(768, 6, 6, 3072, 50277, 1),
@@ -90,12 +100,14 @@ function randomTarget(config: Record<string, unknown>) {
 /** One process's measurement: the median time of a step. */
 async function measure(name: string, engineName: string, steps: number, threads: number): Promise<Result> {
   const { target: targetConfig, config: differences } = SIZES[name]!;
-  const xla = engineName.endsWith('-xla') ? 'on' : 'off';
+  const [, engineKind = '', variant = ''] = /^(\w+)-?(\w*)$/.exec(engineName)!;
+  const cuda = ON_CUDA.includes(engineName);
   const config: nano.Config = {
-    ...{ ...nano.DEFAULTS, ...differences, nSteps: 1000, evalBatchSize: 1 },
-    ...{ engine: engineName.replace('-xla', ''), xla, threads },
+    ...{ ...nano.DEFAULTS, ...differences, nSteps: 1000, evalBatchSize: 1, engine: engineKind },
+    ...{ xla: variant === 'xla' ? 'on' : 'off', precision: cuda ? variant : 'auto', threads: cuda ? 0 : threads },
   };
   const engine = await nano.startEngine(config);
+  if (cuda && !engine.gpu) nano.refuse(`--device cuda: ${engine.description}: no GPU (npm run tensorflow -- --gpu)`);
   const baseRssBytes = process.resourceUsage().maxRSS * 1024;
   const target = randomTarget(targetConfig);
   const problem = { target, modules: nano.chooseModules(target.linears, config.components), config };
@@ -111,7 +123,16 @@ async function measure(name: string, engineName: string, steps: number, threads:
     if (n >= warmup) times.push(performance.now() - started);
   }
   const peakRssBytes = process.resourceUsage().maxRSS * 1024;
-  return { msPerStep: median(times), peakRssBytes, baseRssBytes, engine: engine.description };
+  const ofCard = cuda ? { usedCudaBytes: usedCudaBytes() } : {};
+  return { msPerStep: median(times), peakRssBytes, baseRssBytes, engine: engine.description, ...ofCard };
+}
+
+/** Of all processes, on the first GPU. @throws UsageError where there is none */
+function usedCudaBytes(): number {
+  const { stdout } = spawnSync('nvidia-smi', ['--query-gpu=memory.used', '--format=csv,noheader,nounits']);
+  const MiB = Number.parseInt(`${stdout}`, 10);
+  if (!Number.isFinite(MiB)) nano.refuse('--device cuda: no NVIDIA GPU here (nvidia-smi finds none)');
+  return MiB * 2 ** 20;
 }
 
 function median(values: number[]): number {
@@ -121,57 +142,80 @@ function median(values: number[]): number {
 
 /** The JSON line that a process prints last. */
 function run(command: string, args: string[]): Result {
-  const { stdout, stderr, status } = spawnSync(command, args, { encoding: 'utf8', maxBuffer: 1 << 28 });
+  const { stdout, stderr, status, error } = spawnSync(command, args, { encoding: 'utf8', maxBuffer: 1 << 28 });
   const line = stdout?.trim().split('\n').at(-1) ?? '';
   if (status !== 0 || !line.startsWith('{')) {
-    throw new Error(`${command} ${args[0]}: ${stderr?.trim().split('\n').at(-1) ?? 'failed'}`);
+    throw new Error(`${command} ${args[0]}: ${error?.message ?? stderr.trim().split('\n').at(-1)}`);
   }
   return JSON.parse(line);
 }
 
 const { values: flags } = parseArgs({
   options: {
-    sizes: { type: 'string', default: Object.keys(SIZES).join() },
+    sizes: { type: 'string' },
     rounds: { type: 'string', default: '3' },
     steps: { type: 'string', default: '0' },
     threads: { type: 'string', default: '2' },
+    device: { type: 'string', default: 'cpu' },
+    compile: { type: 'boolean', default: false },
     child: { type: 'string' },
   },
 });
 const threads = Number(flags.threads);
-if (flags.child) {
-  console.log(JSON.stringify(await measure(flags.sizes, flags.child, Number(flags.steps), threads)));
-} else {
+const cuda = flags.device === 'cuda';
+/** Runs all and prints the table. @throws Error with one line */
+function bench(): void {
+  if (!['cpu', 'cuda'].includes(flags.device)) nano.refuse(`--device: got ${flags.device}, takes cpu or cuda`);
+  if (cuda) usedCudaBytes();
   const here = (file: string) => fileURLToPath(new URL(file, import.meta.url));
   const python = process.env.PYTHON ?? 'python3';
   const lines = ['| size | engine | ms/step | PyTorch | faster | memory | PyTorch |', '|---|---|---|---|---|---|---|'];
-  for (const name of flags.sizes.split(',')) {
+  const all = Object.keys(SIZES).filter(name => cuda || SIZES[name]!.engines.length > 0);
+  for (const name of flags.sizes?.split(',') ?? all) {
     const size = SIZES[name];
-    if (!size) throw new Error(`--sizes: got ${name}, takes ${Object.keys(SIZES).join(', ')}`);
+    if (!size || !all.includes(name)) nano.refuse(`--sizes: got ${name}, takes ${all.join(', ')}`);
     const steps = flags.steps === '0' ? String(size.steps) : flags.steps;
     const common = ['--steps', steps, '--threads', flags.threads];
-    const results: Record<string, Result[]> = { torch: [] };
-    for (let round = 0; round < Number(flags.rounds); round++) {
-      results.torch!.push(run(python, [here('bench_torch.py'), '--preset', name, ...common]));
-      for (const engine of size.engines) {
-        const args = [...process.execArgv, here('bench.ts'), '--child', engine, '--sizes', name, ...common];
-        results[engine] = [...(results[engine] ?? []), run(process.execPath, args)];
-      }
+    const torchArgs = [here('bench_torch.py'), '--preset', name, ...common, '--device', flags.device];
+    const commands: Record<string, [string, string[]]> = {
+      torch: [python, [...torchArgs, ...(cuda ? ['--autocast'] : [])]],
+      ...(flags.compile ? { 'torch.compile': [python, [...torchArgs, '--compile']] } : {}),
+    };
+    const engines = cuda ? ON_CUDA : size.engines;
+    for (const engine of engines) {
+      const args = [...process.execArgv, here('bench.ts'), '--child', engine, '--sizes', name, ...common];
+      commands[engine] = [process.execPath, args];
     }
-    const of = (engine: string) => {
-      const all = results[engine]!;
-      const memory = Math.max(...all.map(r => r.peakRssBytes - r.baseRssBytes)) / 2 ** 20;
-      return { ms: median(all.map(r => r.msPerStep)), memory: `${memory.toFixed(0)} MiB` };
+    const results: Record<string, (Result & { memory: number })[]> = {};
+    for (let round = 0; round < Number(flags.rounds); round++)
+      for (const [peer, command] of Object.entries(commands)) {
+        const before = cuda ? usedCudaBytes() : 0;
+        const result = run(...command);
+        const memory = cuda ? result.usedCudaBytes! - before : result.peakRssBytes - result.baseRssBytes;
+        results[peer] = [...(results[peer] ?? []), { ...result, memory }];
+      }
+    const of = (peer: string) => {
+      const memory = Math.max(...results[peer]!.map(r => r.memory)) / 2 ** 20;
+      return { ms: median(results[peer]!.map(r => r.msPerStep)), memory: `${memory.toFixed(0)} MiB` };
     };
     const torch = of('torch');
-    for (const engine of size.engines) {
+    for (const engine of [...Object.keys(commands).slice(1)]) {
       const ours = of(engine);
       const faster = `${(torch.ms / ours.ms).toFixed(2)}x`;
       const cells = [name, engine, ours.ms.toFixed(1), torch.ms.toFixed(1), faster, ours.memory, torch.memory];
       lines.push(`| ${cells.join(' | ')} |`);
       process.stderr.write(`${lines.at(-1)}\n`);
     }
-    lines[0] = lines[0]!.replace(/PyTorch \|/, `PyTorch ${results.torch![0]!.torch} |`);
+    lines[0] = lines[0]!.replace(/PyTorch \|/, `PyTorch ${results.torch![0]!.torch}${cuda ? ', bf16' : ''} |`);
   }
   console.log(lines.join('\n'));
+}
+
+try {
+  if (flags.child) {
+    console.log(JSON.stringify(await measure(flags.sizes!, flags.child, Number(flags.steps), threads)));
+  } else bench();
+} catch (error) {
+  console.error(`bench: ${(error as Error).message}`);
+  process.exitCode = (error as Error).name === 'UsageError' ? 2 : 1;
 }

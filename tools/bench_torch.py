@@ -3,15 +3,17 @@
     python tools/bench_torch.py --preset toy --threads 2 --steps 20
     python tools/bench_torch.py --preset stories260K --sizes '{"ciDModel": 64}' --batch 16 --seq 32
     python tools/bench_torch.py --preset pile-4L-block --device cuda --autocast
+    python tools/bench_torch.py --preset toy --compile
 
 Our own code in that style: nn.Linear layers are replaced by modules that form the delta in every masked
 forward; the sources have a backward for each inner step and one more beside the total's;
 torch.optim.AdamW as it comes; fused attention. Weights and tokens are random, since the time of a step
-does not depend on them.
+does not depend on them. --compile: the target, with its masked layers, and the CI function through
+torch.compile.
 
 Prints one JSON line: torch, device, autocast, threads, sizes, msPerStep (the median), times (all, ms),
 peakRssBytes (of the process), baseRssBytes (its peak before the model was made: Python and PyTorch
-themselves) and on CUDA peakCudaBytes.
+themselves) and on CUDA peakCudaBytes (of tensors) and usedCudaBytes (of the whole card, at the end).
 
 --sizes takes a preset's fields, all of them or, beside --preset, some: layers, dModel, heads, kvHeads,
 mlp, vocab, gated (SwiGLU as in llama, else GELU as in llama_simple_mlp), tied, components ({linear
@@ -23,11 +25,13 @@ import argparse
 import json
 import math
 import resource
+import shutil
 import statistics
 import sys
 import time
 
 import torch
+import torch._functorch.config as functorch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -47,6 +51,11 @@ PRESETS = {
         layers=2, dModel=192, heads=6, kvHeads=3, mlp=768, vocab=4019, gated=False, tied=True,
         components=dict(q=288, k=288, v=384, o=480, c_fc=1152, down=960),
         ciDModel=512, ciNBlocks=4, ciNHeads=8, ciMlpHidden=2048, batch=4, seq=128,
+    ),
+    "pile-4L": dict(
+        layers=4, dModel=768, heads=6, kvHeads=6, mlp=3072, vocab=50277, gated=False, tied=True,
+        components=dict(q=512, k=512, v=1024, o=1024, c_fc=3072, down=3584),
+        ciDModel=2048, ciNBlocks=8, ciNHeads=16, ciMlpHidden=8192, batch=4, seq=512,
     ),
     # One of the four blocks, with one of the eight CI blocks.
     "pile-4L-block": dict(
@@ -224,13 +233,16 @@ class CIFunction(nn.Module):
 
 
 class Trainer:
-    def __init__(self, s: dict, device: str, autocast: bool):
+    def __init__(self, s: dict, device: str, autocast: bool, compiled: bool = False):
         self.device, self.autocast = device, autocast
         self.model = TargetModel(s)
         self.layers = list(install(self.model, s["components"]).values())
         sizes = [layer.V.shape[1] for layer in self.layers]
         self.ci_fn = CIFunction(s, sum(layer.V.shape[0] for layer in self.layers), sizes).to(device)
         self.model.to(device)
+        if compiled:
+            functorch.donated_buffer = False  # since a graph is kept for the sources' gradient
+            self.model, self.ci_fn = torch.compile(self.model), torch.compile(self.ci_fn)
         self.components = [p for layer in self.layers for p in (layer.V, layer.U)]
         self.optimiser = torch.optim.AdamW(
             [*self.components, *self.ci_fn.parameters()], lr=MAIN_LR, weight_decay=0.0
@@ -328,7 +340,12 @@ def main() -> None:
     parser.add_argument("--warmup", type=int, default=3, help="steps before them")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--autocast", action="store_true", help="bfloat16 autocast")
+    parser.add_argument("--compile", action="store_true", help="torch.compile")
     args = parser.parse_args()
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: PyTorch finds no CUDA GPU")
+    if args.compile and args.device == "cpu" and not any(map(shutil.which, ("c++", "g++", "clang++"))):
+        parser.error("--compile: torch.compile takes a C++ compiler, and none is on PATH")
     given = json.loads(sys.stdin.read() if args.sizes == "-" else args.sizes)
     sizes = {**PRESETS.get(args.preset, {}), **given}
     sizes |= {name: value for name, value in (("batch", args.batch), ("seq", args.seq)) if value is not None}
@@ -339,7 +356,7 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     base = peak_rss()
-    trainer = Trainer(sizes, args.device, args.autocast)
+    trainer = Trainer(sizes, args.device, args.autocast, args.compile)
     times = []
     for i in range(args.warmup + args.steps):
         tokens = torch.randint(sizes["vocab"], (sizes["batch"], sizes["seq"]), device=args.device)
@@ -353,6 +370,7 @@ def main() -> None:
         "torch": torch.__version__,
         "device": torch.cuda.get_device_name() if args.device == "cuda" else "cpu",
         "autocast": args.autocast,
+        "compile": args.compile,
         "threads": args.threads,
         "sizes": sizes,
         "msPerStep": statistics.median(times),
@@ -361,7 +379,8 @@ def main() -> None:
         "peakRssBytes": peak_rss(),
     }
     if args.device == "cuda":
-        result["peakCudaBytes"] = torch.cuda.max_memory_allocated()
+        free, total = torch.cuda.mem_get_info()
+        result |= {"peakCudaBytes": torch.cuda.max_memory_allocated(), "usedCudaBytes": total - free}
     print(json.dumps(result))
 
 
