@@ -16,7 +16,7 @@ import { decomposeTarget, normal, optionsOf, printMarks, sparseFeatures, trainTa
 import { ciOnOneHot, denseCiError, identityCiError } from './metrics.ts';
 
 const started = performance.now();
-const options = optionsOf('residual-mlp', 'layers', { 1: 3000, 2: 3000, 3: 3000 });
+const options = optionsOf('residual-mlp', 'layers', { 1: 1000, 2: 1000, 3: 1000 });
 const { which, seed } = options;
 const L = Number(which);
 const n = L === 3 ? 102 : 100; // features
@@ -55,8 +55,8 @@ await trainTarget(target.weights, loss, [{ rows: features(0), batch: 1024, steps
 // 2. The decomposition. One component of W_out costs as much as one of W_in, and a feature needs many: so importance is
 //    cheap here, at a fiftieth of what a feature is worth.
 const changes: Partial<Config> = {
-  ...{ components: '*=100', batchSize: 128, mainLr: 2e-3, gradClipComponents: 0, ciMlpHidden: 128, evalBatchSize: 256 },
-  ...{ coeffFaith: 1e3, coeffImp: 5e-6, pStart: 2, pEnd: 1, impBeta: 0.5, ppgdInnerSteps: 1 },
+  ...{ components: '*=100', batchSize: 128, mainLr: 6e-3, gradClipComponents: 0, ciMlpHidden: 128, evalBatchSize: 256 },
+  ...{ coeffFaith: 5, coeffImp: 1e-5, pStart: 1, pEnd: 0.7, impBeta: 0.1, ppgdInnerSteps: 1 },
 };
 const data = { train: features(2 ** 29), heldOut: features(2 ** 30) };
 const { run, metrics } = await decomposeTarget(target, data, options, changes, ciPerModule);
