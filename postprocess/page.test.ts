@@ -23,7 +23,7 @@ function findChromium(): string | undefined {
 }
 const executablePath = findChromium();
 const options = executablePath
-  ? { timeout: 30_000 }
+  ? { timeout: 120_000 }
   : { skip: 'no Chromium: set CHROMIUM_PATH or put chromium, chromium-browser or google-chrome on PATH' };
 
 let browser: Browser;
@@ -144,7 +144,7 @@ function write(name: string, run: ReportData): string {
 async function using(url: string, use: (page: Page) => Promise<void>, viewport = { width: 1280, height: 800 }) {
   const context = await browser.newContext({ viewport });
   const page = await context.newPage();
-  page.setDefaultTimeout(5000);
+  page.setDefaultTimeout(20_000); // a busy machine is not a broken page
   const complaints: string[] = [];
   page.on('console', message => complaints.push(`console: ${message.text()}`));
   page.on('pageerror', error => complaints.push(`error: ${error.message}`));
