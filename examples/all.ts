@@ -11,7 +11,7 @@ type Marks = Record<string, number | string>;
 const LESSONS: { lesson: string; flag: string; which: string[]; shown: string[] }[] = [
   {
     ...{ lesson: 'tms', flag: 'size', which: ['5-2', '5-2-id', '40-10', '40-10-id'] },
-    shown: ['mmcs', 'ml2r', 'identityCiError', 'l0', 'reconstruction', 'adversarial'],
+    shown: ['mmcs', 'ml2r', 'mmcsAll', 'ml2rAll', 'identityCiError', 'l0', 'reconstruction', 'adversarial'],
   },
   {
     ...{ lesson: 'residual-mlp', flag: 'layers', which: ['1', '2', '3'] },

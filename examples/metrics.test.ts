@@ -83,6 +83,15 @@ test('MMCS and ML2R: 1 for the true factors in any order and scale, small for ra
     u.map(row => row.map(x => 0.9 * x)),
   );
   assert.ok(Math.abs(shorter.mmcs - 1) < 1e-12 && Math.abs(shorter.ml2r - 0.9) < 1e-12);
+  // a dead component that points along w_0 exactly, while the true one is a little off
+  const off = u.map((row, c) => (c === order[0] ? row.map((x, i) => x + 0.01 * ((i % 2) - 0.5)) : row));
+  const dead = range(0, C).find(c => !order.slice(0, m).includes(c))!;
+  off[dead] = w[0]!.map(x => 1e-3 * x);
+  const withDead = v.map((row, j) => row.map((x, c) => (j === 0 && c === dead ? 1 : x)));
+  const [all, long] = [matchFeatures(w, withDead, off), matchFeatures(w, withDead, off, 0.01)];
+  assert.ok(Math.abs(all.ml2r - (m - 1 + 1e-3) / m) < 1e-9, `ML2R ${all.ml2r}: of the dead one`);
+  assert.ok(Math.abs(long.ml2r - 1) < 1e-2 && long.mmcs < all.mmcs, `ML2R ${long.ml2r} of those with a length`);
+  assert.deepEqual(matchFeatures(w, v, u, 2), { mmcs: 0, ml2r: 0 }, 'none is twice as long');
   const control = matchFeatures(w, centred(m, C, 8), centred(C, d, 9));
   assert.ok(control.mmcs < 0.9, `random components: ${control.mmcs}`);
   const others = shuffled(m, 10);

@@ -69,15 +69,18 @@ export function denseCiError(ci: Matrix, k: number, tol = 0.1): number {
 
 /**
  * Of true vectors w_j [m, d] and components v [m, C], u [C, d] (component c writes u_c v_jc for feature j):
- * MMCS, the mean over j of the largest cosine of u_c v_jc and w_j, and ML2R, the mean of ‖u_c v_jc‖ / ‖w_j‖ at it.
+ * MMCS, the mean over j of the largest cosine of u_c v_jc and w_j, and ML2R, the mean of ‖u_c v_jc‖ / ‖w_j‖ at it. The
+ * paper takes all components; `shortest` leaves out those with a ratio below it, since among dead ones of length 1e-3 one
+ * points anywhere by chance, and then ML2R is the length of a component that does nothing.
  */
-export function matchFeatures(w: Matrix, v: Matrix, u: Matrix): { mmcs: number; ml2r: number } {
+export function matchFeatures(w: Matrix, v: Matrix, u: Matrix, shortest = 0): { mmcs: number; ml2r: number } {
   const dot = (a: ArrayLike<number>, b: ArrayLike<number>) => sum(Array.from(a, (x, i) => x * b[i]!));
   const norm = (a: ArrayLike<number>) => Math.sqrt(dot(a, a));
   const best = Array.from(w, (wj, j) => {
+    const ratios = Array.from(u, (uc, c) => (Math.abs(v[j]![c]!) * norm(uc)) / norm(wj));
     const cosines = Array.from(u, (uc, c) => (Math.sign(v[j]![c]!) * dot(uc, wj)) / (norm(uc) * norm(wj) || 1));
-    const c = cosines.indexOf(Math.max(...cosines));
-    return { cosine: cosines[c]!, ratio: (Math.abs(v[j]![c]!) * norm(u[c]!)) / norm(wj) };
+    const c = cosines.indexOf(Math.max(...cosines.filter((_, k) => ratios[k]! >= shortest)));
+    return { cosine: cosines[c] ?? 0, ratio: ratios[c] ?? 0 }; // none is long enough: nothing found
   });
   return { mmcs: sum(best.map(b => b.cosine)) / w.length, ml2r: sum(best.map(b => b.ratio)) / w.length };
 }

@@ -68,17 +68,27 @@ const changes: Partial<Config> = {
   ciMlpHidden: small ? 64 : 128,
 };
 const data = { train: features(2 ** 29), heldOut: features(2 ** 30) };
-const { run, metrics } = await decomposeTarget(target, data, options, changes, ciPerModule, small ? 3 : 1);
+const { run, metrics } = await decomposeTarget(target, data, options, changes, ciPerModule, small ? 3 : 4);
 
 // 4. The marks.
 const [down] = run.problem.modules.filter(m => m.path === 'down');
 const { v, u } = await factors(run, down!);
-const { mmcs, ml2r } = matchFeatures(rowsOf(await numbers(w), hidden), v, u);
+const columns = rowsOf(await numbers(w), hidden);
+const { mmcs, ml2r } = matchFeatures(columns, v, u, 0.01);
+const all = matchFeatures(columns, v, u); // dead components too, as the paper counts
 const ci = [...(await ciOnOneHot(run, n))].filter(([m]) => m.path !== 'identity');
 const found: Record<string, number> = {};
 for (const { path } of run.problem.modules) found[`l0 ${path}`] = metrics[`eval/l0/0.0_${path}`]!;
 printMarks({
-  ...{ size: which, seed, mmcs, ml2r, identityCiError: sum(ci.map(([, g]) => identityCiError(g))) },
+  ...{
+    size: which,
+    seed,
+    mmcs,
+    ml2r,
+    mmcsAll: all.mmcs,
+    ml2rAll: all.ml2r,
+    identityCiError: sum(ci.map(([, g]) => identityCiError(g))),
+  },
   ...{ l0: metrics['eval/l0/0.0_total']!, ...found, reconstruction: metrics['eval/recon/mse_ci_masked']! },
   ...{ adversarial: metrics['eval/loss/PGDReconLoss']!, nothingOn: metrics['eval/recon/mse_zero_masked']! },
   seconds: (performance.now() - started) / 1000,
