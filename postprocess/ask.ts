@@ -25,7 +25,7 @@ import {
 } from '../nano-param-decomp.ts';
 import type { Harvest } from './harvest.ts';
 import type { LmRun } from './run.ts';
-import { component, encode, type Flags, numberFlag, refuse, tokenId, tokenText } from './stages.ts';
+import { component, encode, type Flags, nameOf, numberFlag, refuse, tokenId, tokenText } from './stages.ts';
 
 /** A component's contribution times a factor; 0: removed. */
 export interface Edit {
@@ -267,7 +267,7 @@ export async function find(job: LmRun, flags: Flags): Promise<Found[] | undefine
   tf.dispose([input, g]);
   const firing = [...values.keys()].filter(c => values[c]! > 0).sort((a, b) => values[b]! - values[a]!);
   return firing.map(c => {
-    const m = modules.findLast(({ offset }) => offset <= c)!;
-    return { component: `${m.path}:${c - m.offset}`, why: `importance ${values[c]!.toFixed(3)}` };
+    const { module, index } = nameOf(modules, c);
+    return { component: `${module}:${index}`, why: `importance ${values[c]!.toFixed(3)}` };
   });
 }

@@ -36,6 +36,7 @@ import {
   componentsHash,
   encode,
   type Flags,
+  nameOf,
   numberFlag,
   refuse,
   talk,
@@ -210,8 +211,7 @@ export async function findCircuit(
   const nodes = [...ci.keys()].flatMap((i): CircuitNode[] => {
     if (!(ci[i]! > 0)) return [];
     const [t, column] = [Math.floor(i / sumC), i % sumC];
-    const m = modules.findLast(({ offset }) => offset <= column)!;
-    return [{ position: t, module: m.path, index: column - m.offset, ci: ci[i]! }];
+    return [{ position: t, ...nameOf(modules, column), ci: ci[i]! }];
   });
   const textOf = (id: number) => tokenText(job, id);
   const regimes = (chosen: Float32Array) => intervene(job, tokens, position, token, chosen, alive, settings, textOf);

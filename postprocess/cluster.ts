@@ -13,6 +13,7 @@ import * as path from 'node:path';
 import * as tf from '@tensorflow/tfjs';
 import { importances, inputBatch, totalC, uniformArray } from '../nano-param-decomp.ts';
 import * as files from './run-files.ts';
+import { nameOf } from './stages.ts';
 
 export const FLAGS = {
   alpha: 'string', // α, bits per member, default 1
@@ -567,8 +568,8 @@ export async function cluster(job: files.Run, flags: files.Flags): Promise<numbe
   if (firings.columns.length < 2)
     files.refuse(`${dir}: ${firings.columns.length} components reach a CI of ${settings.tau}; groups take two`);
   const leaves = firings.columns.map((column): [string, number] => {
-    const { path: module, offset } = problem.modules.findLast(m => m.offset <= column)!;
-    return [module, column - offset];
+    const { module, index } = nameOf(problem.modules, column);
+    return [module, index];
   });
   const clusters = describeClusters(firings, leaves, settings, components);
   files.writeAtomic(path.join(dir, 'clusters.json'), `${JSON.stringify(clusters)}\n`);

@@ -5,7 +5,7 @@
 import * as fs from 'node:fs';
 import * as path from 'node:path';
 import * as tf from '@tensorflow/tfjs';
-import { importances, inputBatch, totalC } from '../nano-param-decomp.ts';
+import { importances, inputBatch, scramble, totalC } from '../nano-param-decomp.ts';
 import type { LmRun } from './run.ts';
 import { type Harvest, tokenText, writeAtomic } from './run-files.ts';
 
@@ -73,12 +73,10 @@ export async function readPool(
 }
 
 /** A number from 0 to 2³² that is a function of a component's column and a place. */
-function draw(column: number, place: number): number {
-  let x = Math.imul(column + 1, 0x9e3779b1) ^ Math.imul(place + 1, 0x85ebca6b);
-  x = Math.imul(x ^ (x >>> 15), 0x2c1b3c6d);
-  x = Math.imul(x ^ (x >>> 12), 0x297a2d39);
-  return (x ^ (x >>> 15)) >>> 0;
-}
+const draw = (column: number, place: number) => scramble(scramble(column) ^ place) >>> 0;
+
+/** As a byte, rounded up: what fires is not 0. */
+const importance = (g: number) => Math.ceil(255 * Math.min(1, Math.max(0, g)));
 
 async function makePool({ problem, params, data }: Made, harvest: Harvest, hashes: object, most: number) {
   const { heldOut } = data;
@@ -102,18 +100,18 @@ async function makePool({ problem, params, data }: Made, harvest: Harvest, hashe
           if (!(values[s * columns + column]! > threshold)) continue;
           const p = row * S + s;
           bits[p >> 3]! |= 1 << (p & 7);
-          if (draw(column, p) > score) [at, score] = [s, draw(column, p)];
+          const drawn = draw(column, p);
+          if (drawn > score) [at, score] = [s, drawn];
         }
         if (at < 0 || (firings.length === most && score <= firings.at(-1)!.score)) continue;
         const [start, end] = [Math.max(0, at - (window >> 1)), Math.min(S, at + (window >> 1) + 1)];
-        const ci = Buffer.from(Array.from({ length: end - start }, (_, k) => importance(values, start + k, column)));
+        const ci = Buffer.from(
+          Array.from({ length: end - start }, (_, k) => importance(values[(start + k) * columns + column]!)),
+        );
         firings.push({ score, firing: [row, start, ci.toString('base64')] });
         firings.sort((a, b) => b.score - a.score).splice(most);
       }
     }
-  }
-  function importance(values: ArrayLike<number>, s: number, column: number): number {
-    return Math.ceil(255 * Math.min(1, Math.max(0, values[s * columns + column]!))); // up: what fires isn't 0
   }
   const rows = Array.from({ length: count }, (_, row) => [...heldOut.row(row)]);
   const named = <X>(value: (k: number) => X) =>

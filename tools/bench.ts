@@ -199,7 +199,7 @@ function bench(): void {
       return { ms: median(results[peer]!.map(r => r.msPerStep)), memory: `${memory.toFixed(0)} MiB` };
     };
     const torch = of('torch');
-    for (const engine of [...Object.keys(commands).slice(1)]) {
+    for (const engine of Object.keys(commands).slice(1)) {
       const ours = of(engine);
       const faster = `${(torch.ms / ours.ms).toFixed(2)}x`;
       const cells = [name, engine, ours.ms.toFixed(1), torch.ms.toFixed(1), faster, ours.memory, torch.memory];
