@@ -4,8 +4,8 @@
  * VPD writes every weight matrix of a trained network as a sum of rank-one subcomponents, and a
  * small transformer, the causal-importance (CI) function, learns which few of them each token
  * really needs. What it calls unimportant may be removed, at random or by an adversary, and the
- * network must still give the same answer. What is left are small mechanisms, to be looked at one by
- * one.
+ * network must still give the same answer. What is left are small mechanisms, to be looked at one
+ * by one.
  *
  *   npm install && npm start                         the bundled toy: decompose, evaluate, page
  *   npx tsx nano-param-decomp.ts --model M --data D  a Hugging Face folder or hub id, a text file
