@@ -8,11 +8,24 @@
  * step function or a division by nearly nothing may have moved a lot (results behind a step, state) only to its size.
  */
 import * as tf from '@tensorflow/tfjs';
-import { bytesOf, type Node, type Numbers, type Recording, runNode, type Tensors, type Value } from './record.ts';
+import {
+  bytesOf,
+  type Node,
+  type Numbers,
+  type Recording,
+  runNode,
+  sizeOf,
+  type Tensors,
+  type Value,
+} from './record.ts';
 
-type T = tf.Tensor;
+/** A value: on the backend, or outside of it (WASM's heap never shrinks). */
+export type Data = tf.Tensor | Numbers;
 /** The compiled form of some nodes: what they give for `given`, the values made before them. The caller disposes. */
-export type Evaluate = (nodes: Node[], given: Map<Value, tf.Tensor>, wanted: Value[]) => Promise<tf.Tensor[]>;
+export type Evaluate = (nodes: Node[], given: Map<Value, Data>, wanted: Value[]) => Promise<Data[]>;
+export const toTensor = (x: Data, { shape, dtype }: Value): tf.Tensor =>
+  x instanceof tf.Tensor ? x : tf.tensor(x, shape, dtype);
+const sizeOfData = (x: Data) => (x instanceof tf.Tensor ? x.size : x.length);
 export interface CheckOptions {
   /** allowed relative error of an output as a whole, in the Euclidean norm */
   tolerance: number;
@@ -24,13 +37,19 @@ const UNIT = 2 ** -16; // of one kernel: some roundings, and approximations such
 const TINY = 1e-35; // below it engines may flush to zero
 /** A recording is computed in such parts, each by a model of its own: what a part makes is in memory at once. */
 const [PARTS, PART_BYTES] = [512, 2 ** 21];
-const SAMPLE = 2 ** 13; // elements of a large tensor that are compared
+const SAMPLE = 2 ** 13; // elements of a node's large result that are compared, one after another
+const LARGE = 2 ** 20; // elements of a vector that is not copied to the backend
+const RUNS = 64; // of results of the whole function: so many runs of elements, evenly spread
 
 const words = (names: string) => new Set(names.split(' '));
 /** Step functions, with the distance of their inputs to the step, relative to their size. */
 const STEPS = words('Equal NotEqual Greater GreaterEqual Less LessEqual Step Sign Floor Ceil Round Cast TopK OneHot');
 /** Sums of many terms: as exact as the sum of the terms' sizes allows. */
 const SUMS = words('AddN BatchMatMul Cumsum Mean Sum UnsortedSegmentSum');
+/** Element i of the result hangs on element i of the inputs alone, or on a single number. */
+const POINTWISE = words(
+  'Abs Add AddN Cast ClipByValue Exp Log Maximum Minimum Multiply Neg RealDiv Reciprocal Relu Select Sqrt Square Sub ZerosLike',
+);
 /** Functions that are computed to so many parts of 1, not of their value. */
 const OF_ONE = words('Cos Erf Log Sigmoid Sin Softplus Tanh Elu');
 
@@ -44,33 +63,82 @@ function stepped({ nodes }: Recording): Set<Value> {
   return found;
 }
 
-/** At most SAMPLE numbers of a tensor: all, or a run of them from a place that hangs on `salt`. */
-function sample(x: tf.Tensor, salt: number): Numbers {
-  if (x.size <= SAMPLE) return x.dataSync() as Numbers;
-  const begin = (Math.imul(salt, 0x9e3779b1) >>> 0) % (x.size - SAMPLE);
-  const part = tf.tidy(() => tf.slice(x.reshape([x.size]), begin, SAMPLE));
-  const numbers = part.dataSync() as Numbers;
-  part.dispose();
-  return numbers;
+/** At most SAMPLE elements: all, or a run of them from a place that hangs on `salt`. */
+function part(x: Data, value: Value, salt: number): tf.Tensor {
+  const begin = (Math.imul(salt, 0x9e3779b1) >>> 0) % Math.max(1, sizeOfData(x) - SAMPLE);
+  if (sizeOfData(x) <= SAMPLE) return toTensor(x, value);
+  if (x instanceof tf.Tensor) return tf.slice(x.reshape([x.size]), begin, SAMPLE);
+  return tf.tensor(x.subarray(begin, begin + SAMPLE), [SAMPLE], value.dtype);
 }
+const sample = (x: tf.Tensor, value: Value, salt = value.id) => numbersOf(() => part(x, value, salt));
+/** Not returned by tidy, which would look for tensors among the numbers. */
+function numbersOf(make: () => tf.Tensor): Numbers {
+  let numbers: Numbers | undefined;
+  tf.tidy(() => {
+    numbers = make().dataSync() as Numbers;
+  });
+  return numbers!;
+}
+
+const sideBySide = (all: Data[]): Numbers => {
+  const parts = all.map(x => (x instanceof tf.Tensor ? (x.dataSync() as Numbers) : x));
+  if (parts.length === 1) return parts[0]!;
+  const joined = new Float32Array(parts.reduce((n, x) => n + x.length, 0));
+  let at = 0;
+  for (const x of parts) {
+    joined.set(x, at);
+    at += x.length;
+  }
+  return joined;
+};
+/** n terms added one after another are off by at most n roundings. */
+const ofTerms = (unit: number, n: number) => unit + Math.min(2 ** -6, n * 2 ** -24);
 
 /**
  * Where `got`, the compiled form's results of a node, are not what TFJS computes from the same inputs, in words; undefined
  * if they are. `products`: see CheckOptions.
  */
-export function nodeError(node: Node, inputs: tf.Tensor[], got: tf.Tensor[], products: number): string | undefined {
-  const wanted = tf.tidy(() => runNode(node, inputs));
-  let how: string | undefined;
-  for (const k of wanted.keys()) how ??= differs(node, k, inputs, wanted[k]!, got[k]!, products);
-  tf.dispose(wanted);
-  return how && `${node.kernel} gives ${how}`;
+export function nodeError(node: Node, inputs: Data[], got: Data[], products: number): string | undefined {
+  const { kernel, outputs } = node;
+  for (const [k, { shape, dtype }] of outputs.entries()) {
+    const x = got[k]!;
+    const [as, size] =
+      x instanceof tf.Tensor ? [x.dtype, `${x.shape}`] : [dtype, `${shape}`.repeat(+(x.length === sizeOf(shape)))];
+    if (size !== `${shape}` || as !== dtype) return `${kernel} gives ${as}[${size}] for ${dtype}[${shape}]`;
+  }
+  if (Math.max(...node.inputs.map(x => sizeOf(x.shape))) >= LARGE) {
+    const vectors = [...node.inputs, ...outputs].every(x => x.shape.length === 1);
+    if (vectors && (kernel === 'Concat' || kernel === 'SplitV')) {
+      const [before, after] = [inputs, got].map(sideBySide) as [Numbers, Numbers];
+      const i = before.findIndex((x, i) => !Object.is(x, after[i]));
+      return i < 0 ? undefined : `${kernel} gives ${after[i]} for ${before[i]}`;
+    }
+    if (kernel === 'Sum' && sizeOf(outputs[0]!.shape) === 1) {
+      const [x, [mine = 0]] = [inputs, got].map(sideBySide) as [Numbers, Numbers];
+      const sum = (part: (x: number) => number) =>
+        (x as Float32Array).reduce((total: number, x: number) => total + part(x), 0);
+      const [wanted, size] = [sum(x => x), sum(Math.abs)];
+      return Math.abs(mine - wanted) <= ofTerms(UNIT, x.length) * size ? undefined : `Sum gives ${mine} for ${wanted}`;
+    }
+  }
+  return tf.tidy(() => {
+    const like = ({ shape }: Value) => `${shape}` === `${outputs[0]!.shape}`;
+    const alone = POINTWISE.has(kernel) && node.inputs.every(x => sizeOf(x.shape) === 1 || like(x));
+    // no more than is compared
+    const cut = (x: Data, value: Value) => (alone ? part(x, value, outputs[0]!.id) : toTensor(x, value));
+    const given = inputs.map((x, i) => cut(x, node.inputs[i]!));
+    const wanted = runNode(node, given);
+    const whole = kernel === 'TopK'; // its indices are looked up
+    const mine = outputs.map((x, k) => (whole ? toTensor(got[k]!, x) : part(got[k]!, x, x.id)));
+    const how = wanted.map((x, k) => differs(node, k, given, x, mine[k]!, products)).find(Boolean);
+    return (how && `${kernel} gives ${how}`) as never; // tidy wants tensors
+  });
 }
 function differs(node: Node, k: number, inputs: tf.Tensor[], wanted: tf.Tensor, got: tf.Tensor, products: number) {
   const { kernel, outputs } = node;
   const { id, shape, dtype } = outputs[k]!;
-  if (`${got.shape}` !== `${shape}` || got.dtype !== dtype) return `${got.dtype}[${got.shape}] for ${dtype}[${shape}]`;
-  const [a, b] = [sample(wanted, id), sample(got, id)];
-  const like = (i: number) => (inputs[i]?.size === wanted.size ? sample(inputs[i]!, id) : undefined);
+  const [a, b] = [wanted, got].map(x => sample(x, outputs[k]!)) as [Numbers, Numbers];
+  const like = (i: number) => (inputs[i]?.size === wanted.size ? sample(inputs[i]!, node.inputs[i]!, id) : undefined);
   let allowed = (i: number) => (dtype === 'float32' ? TINY + UNIT * Math.abs(a[i]!) : 0);
   if (kernel === 'TopK' && k === 1) {
     const [x, all, n] = [inputs[0]!.dataSync(), got.dataSync(), inputs[0]!.shape.at(-1)!];
@@ -80,20 +148,12 @@ function differs(node: Node, k: number, inputs: tf.Tensor[], wanted: tf.Tensor, 
     return bad < 0 ? undefined : `${all[bad]} for ${mine[bad]}`;
   }
   if (SUMS.has(kernel) && dtype === 'float32') {
-    const whole = tf.tidy(
-      () =>
-        runNode(
-          node,
-          inputs.map((x, i) => (isIds(node, i) ? x : x.abs())),
-        )[k]!,
-    );
-    const sizes = sample(whole, id);
-    whole.dispose();
+    const absolute = inputs.map((x, i) => (isIds(node, i) ? x : x.abs()));
+    const sizes = sample(runNode(node, absolute)[k]!, outputs[k]!);
     const { transposeA } = node.attrs as { transposeA?: boolean };
     const x = inputs[0]!;
     const terms = kernel === 'BatchMatMul' ? x.shape.at(transposeA ? -2 : -1)! : (x.size * inputs.length) / wanted.size;
-    // n terms added one after another are off by at most n roundings
-    const unit = (kernel === 'BatchMatMul' ? products : UNIT) + Math.min(2 ** -6, terms * 2 ** -24);
+    const unit = ofTerms(kernel === 'BatchMatMul' ? products : UNIT, terms);
     allowed = i => TINY + unit * Math.abs(sizes[i]!);
   } else if (OF_ONE.has(kernel)) allowed = i => UNIT * (1 + Math.abs(a[i]!));
   else if (STEPS.has(kernel) && !(kernel === 'Cast' && dtype === 'float32')) {
@@ -124,40 +184,39 @@ async function checkNodes(
   evaluate: Evaluate,
   { products }: CheckOptions,
   wanted: ReadonlySet<Value>,
-  result: (value: Value, tensor: tf.Tensor) => void,
+  result: (value: Value, data: Data) => void,
 ): Promise<string[]> {
   const wrong: string[] = [];
   const lastUse = new Map(nodes.flatMap(({ inputs }, i) => inputs.map(x => [x, i])));
   const kept = new Map<Value, Numbers>(); // what later chunks need, outside of the backend: a heap never shrinks
   for (const [value, tensor] of given) if (wanted.has(value)) result(value, tensor);
-  for (const value of wanted)
-    if (value.constant) tf.tidy(() => result(value, tf.tensor(value.constant!, value.shape, value.dtype)));
+  for (const value of wanted) if (value.constant) result(value, value.constant);
   const total = nodes.flatMap(({ outputs }) => outputs).reduce((sum, value) => sum + bytesOf(value), 0);
   for (let from = 0; from < nodes.length; ) {
     let [to, bytes] = [from, 0];
     while (to < nodes.length && bytes <= Math.max(PART_BYTES, total / PARTS))
       for (const output of nodes[to++]!.outputs) bytes += bytesOf(output);
     const chunk = nodes.slice(from, to);
-    const have = new Map(given);
-    for (const x of new Set(chunk.flatMap(({ inputs }) => inputs))) {
+    const have = new Map<Value, Data>(given);
+    for (const x of chunk.flatMap(({ inputs }) => inputs)) {
       const numbers = x.constant ?? kept.get(x);
-      if (numbers) have.set(x, tf.tensor(numbers, x.shape, x.dtype));
+      if (numbers) have.set(x, numbers);
     }
     const values = chunk.flatMap(({ outputs }) => outputs);
     const made = await evaluate(chunk, have, values);
     for (const [i, value] of values.entries()) have.set(value, made[i]!);
     for (const node of chunk) {
-      const [inputs, outputs] = [node.inputs, node.outputs].map(of => of.map(x => have.get(x)!)) as [T[], T[]];
+      const [inputs, outputs] = [node.inputs, node.outputs].map(of => of.map(x => have.get(x)!)) as [Data[], Data[]];
       const how = nodeError(node, inputs, outputs, products);
       if (how) wrong.push(how);
     }
-    for (const [value, tensor] of have) {
-      if (given.has(value)) continue;
-      if (wanted.has(value)) result(value, tensor);
-      const later = !value.constant && (lastUse.get(value) ?? -1) >= to;
-      if (!later) kept.delete(value);
-      else if (!kept.has(value)) kept.set(value, tensor.dataSync() as Numbers);
-      tensor.dispose();
+    for (const value of kept.keys()) if (lastUse.get(value)! < to) kept.delete(value);
+    for (const [i, value] of values.entries()) {
+      const data = made[i]!;
+      if (wanted.has(value)) result(value, data);
+      if ((lastUse.get(value) ?? -1) >= to)
+        kept.set(value, data instanceof tf.Tensor ? (data.dataSync() as Numbers) : data);
+      if (data instanceof tf.Tensor) data.dispose();
     }
     from = to;
   }
@@ -200,7 +259,8 @@ export function resultError(
 
 /**
  * Checks a call and makes it: first every node, then the results of `run`, which gives the outputs and moves the state.
- * @returns the outputs, and what differs, a phrase for each; if anything does, there are no outputs and the state is as it was
+ * @returns the outputs, and what differs, a phrase for each; if anything does, there are no outputs. The state has moved only
+ *   if every node by itself was right.
  */
 export async function checkCall(
   recording: Recording,
@@ -214,7 +274,7 @@ export async function checkCall(
   for (const [variable, value] of recording.variables) given.set(value, variable);
   const expected = new Map<Value, Numbers>();
   const results = new Set([...recording.outputs.values(), ...recording.assigned.values()]);
-  const keep = (value: Value, tensor: tf.Tensor) => expected.set(value, read(tensor));
+  const keep = (value: Value, data: Data) => expected.set(value, read(data));
   const wrong = await checkNodes(recording, given, evaluate, options, results, keep);
   if (wrong.length > 0) return { wrong, outputs: {} };
   const before = new Map([...recording.assigned.keys()].map(variable => [variable, read(variable)]));
@@ -228,8 +288,15 @@ export async function checkCall(
   for (const [key, value] of recording.outputs) judge(key, value, outputs[key]!);
   for (const [variable, value] of recording.assigned) judge(variable.name, value, variable, before.get(variable));
   if (wrong.length === 0) return { wrong, outputs };
-  for (const [variable, old] of before) tf.tidy(() => variable.assign(tf.tensor(old, variable.shape, variable.dtype)));
   tf.dispose(outputs);
   return { wrong, outputs: {} };
 }
-const read = (tensor: tf.Tensor) => tensor.dataSync() as Numbers;
+/** The numbers, or RUNS runs of SAMPLE of them: the state may be most of the memory. */
+function read(x: Data): Numbers {
+  const size = sizeOfData(x);
+  if (size <= RUNS * SAMPLE) return x instanceof tf.Tensor ? (x.dataSync() as Numbers) : x;
+  const starts = Array.from({ length: RUNS }, (_, i) => Math.floor((i * (size - SAMPLE)) / (RUNS - 1)));
+  const runs = (flat: tf.Tensor) => tf.concat(starts.map(from => tf.slice(flat, from, SAMPLE)));
+  if (x instanceof tf.Tensor) return numbersOf(() => runs(x.reshape([size])));
+  return numbersOf(() => tf.concat(starts.map(from => tf.tensor1d(x.subarray(from, from + SAMPLE)))));
+}

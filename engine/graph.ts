@@ -16,6 +16,7 @@ import fs from 'node:fs';
 import os from 'node:os';
 import path from 'node:path';
 import * as tf from '@tensorflow/tfjs';
+import { type Data, toTensor } from './check.ts';
 import { type CompileOptions, compiler, type Runtime } from './compile.ts';
 import { graphNodes, shapeAttr, typeAttr } from './graph-def.ts';
 import { registerUniform } from './random.ts';
@@ -232,7 +233,7 @@ export class Graph implements Runtime<Loaded> {
   }
 
   /** In a session of their own, without XLA. */
-  async evaluate(kernels: Kernel[], given: Map<Value, tf.Tensor>, wanted: Value[]): Promise<tf.Tensor[]> {
+  async evaluate(kernels: Kernel[], given: Map<Value, Data>, wanted: Value[]): Promise<tf.Tensor[]> {
     const inside = new Set(kernels.flatMap(({ outputs }) => outputs));
     const used = new Set(
       kernels.flatMap(({ inputs }) => inputs).filter(x => given.has(x) && !x.constant && !inside.has(x)),
@@ -242,7 +243,8 @@ export class Graph implements Runtime<Loaded> {
     const names = new Map(inputs.map(({ value, name }) => [value, `${name}/copy`]));
     const { nodes, refOf } = graphNodes(kernels, 'n', names, { ...this.options, xla: false });
     const session = this.open([...placeholders, ...nodes]);
-    const ids = this.backend.getInputTensorIds(inputs.map(({ value }) => given.get(value)!));
+    const tensors = inputs.map(({ value }) => toTensor(given.get(value)!, value));
+    const ids = this.backend.getInputTensorIds(tensors);
     const metas = this.binding.runSavedModel(
       session,
       ids,
@@ -250,6 +252,7 @@ export class Graph implements Runtime<Loaded> {
       wanted.map(refOf).join(),
     );
     this.binding.deleteSavedModel(session);
+    for (const [i, { value }] of inputs.entries()) if (tensors[i] !== given.get(value)) tensors[i]!.dispose();
     return metas.map(meta => this.backend.createOutputTensor(meta));
   }
 

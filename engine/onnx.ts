@@ -29,13 +29,16 @@ export interface Model {
   inputs: Value[];
   drawn: Node[];
 }
+/** A result that is no tensor, and stands first: see runModel in onnxruntime.ts. */
+export const NO_TENSOR = 'none';
 /** The name of a value in a model. */
 export const nameOf = ({ id }: Value): string => `t${id}`;
 
 /**
  * The model of `nodes`, in their order; `given`: values made elsewhere; `results`: names of the outputs; `names`: of others.
  * ONNX wants nodes in an order in which they can run (`inOrder`). ONNX Runtime takes any, and computes what the last results
- * need, of a node's inputs first what stands last: reversed, it runs nearly as recorded and keeps a quarter less alive.
+ * need, of a node's inputs first what stands last: reversed, it runs nearly as recorded and keeps a quarter less alive. A
+ * model for it has the result NO_TENSOR besides.
  * @throws UnknownKernel
  */
 export function onnxModel(
@@ -249,6 +252,8 @@ export function onnxModel(
     else throw new UnknownKernel(node.kernel);
   }
   for (const [as, value] of results) if (name(value) !== as) emit('Identity', [name(value)], [as]);
+  if (!inOrder) emit('SequenceEmpty', [], [NO_TENSOR]);
+  const sequence = message(2, message(4, message(1, message(1, int(1, TYPE.float32)))));
 
   const typed = (field: number, as: string, { dtype, shape }: Value) => {
     const dims = message(2, ...shape.map(size => message(1, int(1, size))));
@@ -258,6 +263,7 @@ export function onnxModel(
     7,
     ...[...(inOrder ? body : body.toReversed()), message(2, 'recording'), ...constants.values()],
     ...[...inputs].map(([as, value]) => typed(11, as, value)),
+    ...(inOrder ? [] : [message(12, message(1, NO_TENSOR), sequence)]),
     ...results.map(([as, value]) => typed(12, as, value)),
   );
   const opset = (domain: string, version: number) => message(8, message(1, domain), int(2, version));

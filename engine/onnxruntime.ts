@@ -6,14 +6,18 @@
 import os from 'node:os';
 import * as tf from '@tensorflow/tfjs';
 import type { BackendWasm } from '@tensorflow/tfjs-backend-wasm';
+import { type Data, toTensor } from './check.ts';
 import { type CompileOptions, compiler } from './compile.ts';
-import { type Model, nameOf, onnxModel } from './onnx.ts';
-import { type Dtype, type Node, type Recording, runNode, type Tensors, type Value } from './record.ts';
+import { type Model, NO_TENSOR, nameOf, onnxModel } from './onnx.ts';
+// biome-ignore format: kept on few lines
+import {
+  bytesOf, type Dtype, KINDS, type Node, type Recording, runNode, sizeOf, type Tensors, type Value,
+} from './record.ts';
 
 /** The parts of onnxruntime-node that are used: its own types can't be, the package is optional. */
 type OrtTensors = Record<string, { dispose?(): void }>;
 interface Session {
-  run(feeds: OrtTensors, fetches: OrtTensors): Promise<OrtTensors>;
+  run(feeds: OrtTensors, fetches: Record<string, OrtTensors[string] | null>): Promise<OrtTensors>;
   release(): Promise<void>;
 }
 interface Ort {
@@ -27,6 +31,8 @@ interface Loaded extends Model {
   inPlace: Set<tf.Variable>;
 }
 
+/** From so many bytes of state on, memory goes back to the system: kept, it is a quarter more, and saves 3 % of a small step. */
+const LARGE = 2 ** 24;
 /** Elementwise kernels, which may write where one of their inputs lies. */
 const POINTWISE = new Set('Add AddN ClipByValue Multiply Maximum Minimum RealDiv Select Sub'.split(' '));
 /** Kernels whose result may be the very memory that they are given: ONNX Runtime copies no reshape, and drops x + 0. */
@@ -103,10 +109,10 @@ export function onnxCompiler(ort: Ort, { threads, ...options }: CompileOptions &
     return spare;
   };
   /** The tensor's own memory. Valid until something is allocated: the heap may then grow, which detaches all views. */
-  const view = (x: tf.Tensor) => {
-    const Kind = { float32: Float32Array, int32: Int32Array, bool: Uint8Array }[x.dtype as Dtype];
-    const data = new Kind(heap.HEAPU8.buffer as ArrayBuffer, backend.getMemoryOffset(x.dataId), x.size);
-    return new ort.Tensor(x.dtype as Dtype, data, x.shape);
+  const view = (x: Data, { dtype, shape }: Pick<Value, 'dtype' | 'shape'>) => {
+    if (!(x instanceof tf.Tensor)) return new ort.Tensor(dtype, x, shape);
+    const data = new KINDS[dtype](heap.HEAPU8.buffer as ArrayBuffer, backend.getMemoryOffset(x.dataId), x.size);
+    return new ort.Tensor(dtype, data, shape);
   };
   /**
    * The numbers in this memory are about to be others. TFJS's never are: it keeps XNNPACK's packed copy of a right factor
@@ -119,11 +125,11 @@ export function onnxCompiler(ort: Ort, { threads, ...options }: CompileOptions &
     heap.tfjs.registerTensor(id, size, backend.getMemoryOffset(dataId));
   };
   /** A value computed here: the keys of random numbers. */
-  const onHost = (value: Value, given: ReadonlyMap<Value, tf.Tensor>): tf.Tensor => {
-    const { constant, shape, dtype, node } = value;
-    if (constant) return tf.tensor(constant, shape, dtype);
+  const onHost = (value: Value, given: ReadonlyMap<Value, Data>): tf.Tensor => {
+    const { constant, node } = value;
+    const known = constant ?? given.get(value);
     return (
-      given.get(value) ??
+      (known && toTensor(known, value)) ??
       runNode(
         node!,
         node!.inputs.map(x => onHost(x, given)),
@@ -133,15 +139,19 @@ export function onnxCompiler(ort: Ort, { threads, ...options }: CompileOptions &
   async function runModel(
     session: Session,
     { inputs, drawn }: Model,
-    given: ReadonlyMap<Value, tf.Tensor>,
-    fetches: [string, tf.Tensor][],
+    given: ReadonlyMap<Value, Data>,
+    fetches: (readonly [string, Value, Data])[],
   ): Promise<void> {
     const random = tf.tidy(() => drawn.map(({ outputs: [value] }) => onHost(value!, given)));
     const made = new Map(drawn.map(({ outputs: [value] }, i) => [value!, random[i]!]));
-    const views = (pairs: (readonly [string, tf.Tensor])[]) =>
-      Object.fromEntries(pairs.map(([key, x]) => [key, view(x)]));
-    const ins = inputs.map(value => [nameOf(value), made.get(value) ?? given.get(value)!] as const);
-    await session.run(views(ins), views(fetches));
+    const views = (places: (readonly [string, Value, Data])[]) =>
+      Object.fromEntries(places.map(([key, value, x]) => [key, view(x, value)]));
+    const ins = inputs.map(value => [nameOf(value), value, made.get(value) ?? given.get(value)!] as const);
+    // Every result has its place, and the binding would still copy each into a new array: a tenth of a step's time, and
+    // as much memory as the state. One that it can't return stands before them; its error comes when all are computed.
+    await session.run(views(ins), { [NO_TENSOR]: null, ...views(fetches) }).catch((error: Error) => {
+      if (!error.message.startsWith('Non tensor type')) throw error;
+    });
     tf.dispose(random);
   }
 
@@ -150,7 +160,8 @@ export function onnxCompiler(ort: Ort, { threads, ...options }: CompileOptions &
     const results: [string, Value][] = [...recording.outputs].map(([key, value]) => [`out/${key}`, value]);
     for (const [k, value] of [...recording.assigned.values()].entries()) results.push([`new/${k}`, value]);
     const model = onnxModel(recording.nodes, given, results);
-    const session = await ort.InferenceSession.create(model.bytes, sessionOptions);
+    const enableCpuMemArena = [...recording.variables.values()].reduce((sum, x) => sum + bytesOf(x), 0) < LARGE;
+    const session = await ort.InferenceSession.create(model.bytes, { ...sessionOptions, enableCpuMemArena });
     sessions.push(session);
     return { ...model, recording, session, inPlace: overwritable(recording) };
   };
@@ -160,13 +171,13 @@ export function onnxCompiler(ort: Ort, { threads, ...options }: CompileOptions &
     for (const [key, value] of recording.feeds) given.set(value, feeds[key]!);
     for (const [variable, value] of variables) given.set(value, variable);
     const made: Tensors = Object.fromEntries([...outputs].map(([key, { shape, dtype }]) => [key, empty(shape, dtype)]));
-    const fetches: [string, tf.Tensor][] = Object.entries(made).map(([key, tensor]) => [`out/${key}`, tensor]);
+    const fetches = [...outputs].map(([key, value]): [string, Value, Data] => [`out/${key}`, value, made[key]!]);
     // who holds a clone of the old value keeps it
     const held = (x: tf.Tensor) => backend.refCount(x.dataId) > 1;
     const targets = [...assigned.keys()].map(x => (inPlace.has(x) && !held(x) ? x : spareOf(x)));
-    for (const [k, target] of targets.entries()) {
-      forget(target);
-      fetches.push([`new/${k}`, target]);
+    for (const [k, value] of [...assigned.values()].entries()) {
+      forget(targets[k]!);
+      fetches.push([`new/${k}`, value, targets[k]!]);
     }
     await runModel(session, model, given, fetches);
     for (const [k, variable] of [...assigned.keys()].entries()) {
@@ -195,12 +206,12 @@ export function onnxCompiler(ort: Ort, { threads, ...options }: CompileOptions &
         // each node by itself, and no memory that stays
         const plain = { ...sessionOptions, graphOptimizationLevel: 'disabled', enableCpuMemArena: false };
         const session = await ort.InferenceSession.create(model.bytes, plain);
-        const made = wanted.map(({ shape, dtype }) => empty(shape, dtype));
+        const made = wanted.map(({ shape, dtype }) => new KINDS[dtype](sizeOf(shape)));
         await runModel(
           session,
           model,
           given,
-          outputs.map(([name], i) => [name, made[i]!]),
+          outputs.map(([name, value], i) => [name, value, made[i]!]),
         );
         await session.release();
         return made;

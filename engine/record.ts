@@ -44,7 +44,7 @@ export interface Recording {
 type Entry = { key: string; kernel: string; constant?: Numbers | undefined; outputs: Value[] };
 
 const MAX_CONST_BYTES = 2 ** 20;
-const KINDS = { float32: Float32Array, int32: Int32Array, bool: Uint8Array };
+export const KINDS = { float32: Float32Array, int32: Int32Array, bool: Uint8Array };
 export const sizeOf = (shape: number[]): number => tf.util.sizeFromShape(shape);
 export const bytesOf = ({ shape, dtype }: Shaped): number => sizeOf(shape) * KINDS[dtype].BYTES_PER_ELEMENT;
 /** A kernel for which the recorder, or an engine, has no rule: the function then runs op by op. */
