@@ -63,7 +63,7 @@ const target: Target = {
 const SETTINGS = {
   '5-2': { C: 20, price: 1.5e-3, p: [1, 0.7], moves: 2, starts: 3 },
   '5-2-id': { C: 20, price: 7e-4, p: [3, 0.7], moves: 0, starts: 12 },
-  '40-10': { C: 200, price: 1e-4, p: [3, 0.9], moves: 0, starts: 1 },
+  '40-10': { C: 200, price: 1e-4, p: [3, 0.9], moves: 0, starts: 2 },
   '40-10-id': { C: 200, price: 5e-5, p: [4, 0.9], moves: 0, starts: 1 },
 };
 const { C, price, p, moves, starts } = SETTINGS[which as keyof typeof SETTINGS];
