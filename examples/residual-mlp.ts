@@ -56,7 +56,7 @@ await trainTarget(target.weights, loss, [{ rows: features(0), batch: 256, steps:
 //    is priced at a fiftieth of what a feature is worth. With leakyAlpha 0.5 a dead component comes back soon; without
 //    that some features never get one of their own, and are made of ten others.
 const changes: Partial<Config> = {
-  ...{ components: '*.in=200,*.out=100', batchSize: 128, mainLr: 4e-3, gradClipComponents: 0, evalBatchSize: 256 },
+  ...{ components: '*.in=200,*.out=60', batchSize: 128, mainLr: 4e-3, gradClipComponents: 0, evalBatchSize: 256 },
   ...{ coeffFaith: 5, coeffImp: 6e-5, pStart: 2, pEnd: 0.5, impBeta: 0.3, leakyAlpha: 0.5, ppgdInnerSteps: 0 },
 };
 const data = { train: features(2 ** 29), heldOut: features(2 ** 30) };
