@@ -6,7 +6,7 @@
  *
  * What must be found: few components, where the heads work: layer 0 at M (k and v at the S before it), layer 1 at the end
  * (k and v at M). How it is marked: the accuracy under CI masks and under a fresh adversary's; and the accuracy when
- * exactly those components are deleted, beside that without as many others, with the attention of both heads.
+ * exactly those components are deleted, beside that without all the others, with the attention of both heads.
  *
  *   npx tsx examples/induction-heads.ts [--rows 64|32] [--seed N] [--steps N] [--out DIR]
  */
@@ -100,32 +100,24 @@ const tokens = inputBatch(heldOut, range(0, B)); // other rows than those of tra
 const sumC = totalC(problem.modules);
 const g = tf.tidy(() => importances(problem, params, tokens).g); // [B·S,ΣC]
 const firstS = range(0, B).map(b => heldOut.row(b).indexOf(S));
-const places = { S: firstS, M: firstS.map(s => s + 1), end: firstS.map(() => LENGTH - 1) };
+const at = (position: (s: number) => number) => firstS.map((s, b) => b * LENGTH + position(s)); // rows of g
+const places = { S: at(s => s), M: at(s => s + 1), end: at(() => LENGTH - 1) };
 const worksAt = { '0.q': 'M', '0.k': 'S', '0.v': 'S', '0.o': 'M', '1.q': 'end', '1.k': 'M', '1.v': 'M', '1.o': 'end' };
-const headOf = async (layer: string) => {
-  const found: number[] = [];
-  for (const { path, C, offset } of problem.modules.filter(m => m.path.startsWith(layer))) {
-    const place = places[worksAt[path as '0.q'] as 'S'];
-    const positions = place.map((k, b) => b * LENGTH + k);
-    const mean = await meanRow(g, positions);
-    const ofModule = range(offset, offset + C).filter(c => mean[c]! > 0.5);
-    console.log(`  ${path}: ${ofModule.length} components at ${worksAt[path as '0.q']}`);
-    found.push(...ofModule);
-  }
-  return found;
-};
-const [previous, induction] = [await headOf('0'), await headOf('1')];
+const [previous, induction]: [number[], number[]] = [[], []];
+for (const { path, C, offset } of problem.modules) {
+  const place = worksAt[path as '0.q'] as 'S';
+  const mean = await meanRow(g, places[place]);
+  const found = range(offset, offset + C).filter(c => mean[c]! > 0.5);
+  (path.startsWith('0') ? previous : induction).push(...found);
+  console.log(`  ${path}: ${found.length} of ${C} components at ${place}`);
+}
 const heads = [...previous, ...induction];
-// The control: as many others, those that are important most often.
-const often = await meanRow(g, range(0, B * LENGTH));
-const rest = range(0, sumC).filter(c => !heads.includes(c));
-const others = rest.sort((a, b) => often[b]! - often[a]!).slice(0, heads.length);
+const others = range(0, sumC).filter(c => !heads.includes(c)); // the control
 const without = (deleted: number[]) => allBut(sumC, new Set(deleted));
 
 // 5. Where the heads look in the first row: in layer 0 from M, in layer 1 from the last S.
 const M = places.M[0]!;
-const marked = range(0, LENGTH).map(k => (k === M - 1 || k === LENGTH - 1 ? 'S' : k === M ? 'M' : ' '));
-console.log(`\n  Where the heads look, in tenths\n                  ${marked.join('')}`);
+console.log(`\n  Where the heads look, in tenths\n                  ${'SM'.padStart(M + 1).padEnd(LENGTH - 1)}S`);
 for (const [title, linear] of [
   ['the target', ownLinear(target)],
   ['without the previous-token components', maskedLinear(problem, params, without(previous))],
