@@ -16,7 +16,7 @@ import { decomposeTarget, normal, optionsOf, printMarks, sparseFeatures, trainTa
 import { ciOnOneHot, denseCiError, identityCiError } from './metrics.ts';
 
 const started = performance.now();
-const options = optionsOf('residual-mlp', 'layers', { 1: 4000, 2: 4000, 3: 3000 });
+const options = optionsOf('residual-mlp', 'layers', { 1: 5000, 2: 2500, 3: 1500 });
 const { which, seed } = options;
 const L = Number(which);
 const n = L === 3 ? 102 : 100; // features
@@ -52,11 +52,18 @@ const loss = (inputs: T) => {
 const features = (first: number) => sparseFeatures(n, 0.01, -1, seed + 1, first);
 await trainTarget(target.weights, loss, [{ rows: features(0), batch: 256, steps: 1000, lr: 3e-3 }], options);
 
-// 2. The decomposition. One component of W_out costs as much as one of W_in, and a feature needs many of W_out: importance
-//    is priced at a fiftieth of what a feature is worth. With leakyAlpha 0.5 a dead component comes back soon; without
-//    that some features never get one of their own, and are made of ten others.
+// 2. The decomposition. A feature's function is worth 1.3e-5 of the error: it is there in one row of a hundred, and the
+//    error is a mean over a hundred outputs. A component of W_in costs a thirtieth of that, and so does each of the few
+//    that W_out keeps on for it. leakyAlpha is the slope outside of [0, 1]: with 0.5 a dead component comes back soon.
+//    With the usual 0.01 some features never get one of their own, and are made of ten others.
 const changes: Partial<Config> = {
-  ...{ components: '*.in=200,*.out=60', batchSize: 128, mainLr: 4e-3, gradClipComponents: 0, evalBatchSize: 256 },
+  ...{
+    components: `*.in=200,*.out=${neurons}`,
+    batchSize: 128,
+    mainLr: 4e-3,
+    gradClipComponents: 0,
+    evalBatchSize: 256,
+  },
   ...{ coeffFaith: 5, coeffImp: 6e-5, pStart: 2, pEnd: 0.5, impBeta: 0.3, leakyAlpha: 0.5, ppgdInnerSteps: 0 },
 };
 const data = { train: features(2 ** 29), heldOut: features(2 ** 30) };
