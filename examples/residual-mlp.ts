@@ -50,12 +50,18 @@ const loss = (inputs: T) => {
 };
 /** A feature is there with probability 0.01, then uniform in [−1, 1). */
 const features = (first: number) => sparseFeatures(n, 0.01, -1, seed + 1, first);
-await trainTarget(target.weights, loss, [{ rows: features(0), batch: 256, steps: 1000, lr: 3e-3 }], options);
+await trainTarget(
+  target.weights,
+  loss,
+  [{ rows: features(0), batch: 256, steps: L === 1 ? 1000 : 4000, lr: 3e-3 }],
+  options,
+);
 
 // 2. The decomposition. A feature's function is worth 1.3e-5 of the error: it is there in one row of a hundred, and the
 //    error is a mean over a hundred outputs. A component of W_in costs a thirtieth of that, and so does each of the few
 //    that W_out keeps on for it. leakyAlpha is the slope outside of [0, 1]: with 0.5 a dead component comes back soon.
-//    With the usual 0.01 some features never get one of their own, and are made of ten others.
+//    With the usual 0.01 some features never get one of their own, and are made of ten others. With more layers each does
+//    a part of every function, some a small one, which has to be worth its price too.
 const changes: Partial<Config> = {
   ...{
     components: `*.in=200,*.out=${neurons}`,
@@ -64,7 +70,7 @@ const changes: Partial<Config> = {
     gradClipComponents: 0,
     evalBatchSize: 256,
   },
-  ...{ coeffFaith: 5, coeffImp: 6e-5, pStart: 2, pEnd: 0.5, impBeta: 0.3, leakyAlpha: 0.5, ppgdInnerSteps: 0 },
+  ...{ coeffFaith: 5, coeffImp: 6e-5 / L ** 2, pStart: 2, pEnd: 0.5, impBeta: 0.3, leakyAlpha: 0.5, ppgdInnerSteps: 0 },
 };
 const data = { train: features(2 ** 29), heldOut: features(2 ** 30) };
 const { run, metrics } = await decomposeTarget(target, data, options, changes, ciLinear);
