@@ -6,7 +6,7 @@
  *
  * What must be found: few components, where the heads work: layer 0 at M (k and v at the S before it), layer 1 at the end
  * (k and v at M). How it is marked: the accuracy under CI masks and under a fresh adversary's; and the accuracy when
- * exactly those components are deleted, beside that without as many others, with the attention of both heads.
+ * exactly those components are deleted, beside that without all the others, with the attention of both heads.
  *
  *   npx tsx examples/induction-heads.ts [--rows 64|32] [--seed N] [--steps N] [--out DIR]
  */
@@ -14,20 +14,20 @@ import * as tf from '@tensorflow/tfjs';
 // biome-ignore format: kept on few lines
 import {
   type Config, importances, inputBatch, kl, type Linear, type Masks, makeVariable, maskedForward, maskedLinear, matmul,
-  numbers, ownLinear, type Rows, range, sum, type T, type Target, totalC, uniformArray,
+  ownLinear, type Rows, range, type T, type Target, totalC, uniformArray,
 } from '../nano-param-decomp.ts';
 // biome-ignore format: kept on few lines
 import {
-  adversaryMasks, allBut, decomposeTarget, inTenths, normal, optionsOf, printMarks, trainTarget,
+  adversaryMasks, allBut, decomposeTarget, inTenths, meanRow, normal, optionsOf, printMarks, trainTarget,
 } from './lesson.ts';
 
 const started = performance.now();
-const options = optionsOf('induction-heads', 'rows', { 64: 1000, 32: 1000 });
+const options = optionsOf('induction-heads', 'rows', { 64: 1500, 32: 1500 });
 const { seed } = options;
 const LENGTH = Number(options.which);
 const [D, RANDOM, BEGIN, S, VOCAB] = [16, 128, 128, 129, 130];
 
-// 1. The data: a source of rows without an end, and M of each, the token after the S that is not the last.
+// 1. The data: rows without an end, and the answer to each, the token after the first S.
 const rows = (seqLen: number, first: number): Rows => ({
   count: Number.POSITIVE_INFINITY,
   seqLen,
@@ -46,7 +46,7 @@ function answers(tokens: T<'B S'>): T<'B'> {
 }
 
 // 2. The target. Sinusoidal positions are added to q and k, so they are no part of the residual stream.
-const linears = [0, 1].flatMap(l => [...'qkvo'].map(p => ({ path: `layers.${l}.${p}`, dIn: D, dOut: D })));
+const linears = [0, 1].flatMap(l => [...'qkvo'].map(p => ({ path: `${l}.${p}`, dIn: D, dOut: D })));
 const matrix = (dIn: number, dOut: number, purpose: number, deviation = 1 / Math.sqrt(dIn)) =>
   makeVariable(normal(dIn * dOut, deviation, seed, purpose), [dIn, dOut]);
 const [embed, unembed] = [matrix(VOCAB, D, 1, 1), matrix(D, VOCAB, 2)];
@@ -61,10 +61,10 @@ function network(tokens: T<'B S'>, linear: Linear) {
   const causal = table(length, length, (from, to) => (to > from ? -1e9 : 0));
   let x: T<'N d'> = matmul(tf.oneHot(tokens.flatten() as tf.Tensor1D, VOCAB).cast('float32'), embed);
   const attention = [0, 1].map(l => {
-    const [q, k, v] = [...'qkv'].map(p => linear(`layers.${l}.${p}`, x).reshape([B, length, D])) as [T, T, T];
+    const [q, k, v] = [...'qkv'].map(p => linear(`${l}.${p}`, x).reshape([B, length, D])) as [T, T, T];
     const scores = tf.matMul(q.add(positions), k.add(positions), false, true).mul(1 / Math.sqrt(D));
     const pattern: T<'B S S'> = scores.add(causal).softmax();
-    x = x.add(linear(`layers.${l}.o`, tf.matMul(pattern, v).reshape([-1, D])));
+    x = x.add(linear(`${l}.o`, tf.matMul(pattern, v).reshape([-1, D])));
     return pattern;
   });
   const end = tf.slice(x.reshape([B, length, D]), [0, length - 1, 0], [B, 1, D]).reshape([B, D]);
@@ -86,50 +86,47 @@ await trainTarget(new Map([...weights, ['embed', embed], ['unembed', unembed]]),
 
 // 3. The decomposition, with the method's own CI function: it sees the row.
 const changes: Partial<Config> = {
-  ...{ components: '*=32', batchSize: 16, mainLr: 2e-3, gradClipComponents: 0, gradClipCi: 1 },
-  ...{ coeffFaith: 1e3, coeffImp: 2e-3, pStart: 1, pEnd: 0.5, ppgdInnerSteps: 1 },
+  ...{ components: '*=16', batchSize: 16, mainLr: 2e-3, gradClipComponents: 0, gradClipCi: 1 },
+  ...{ coeffFaith: 1e3, coeffImp: 4e-3, pStart: 1, pEnd: 0.5, ppgdInnerSteps: 2 },
   ...{ ciDModel: 64, ciNBlocks: 1, ciMlpHidden: 128, evalBatchSize: 64, harvestRows: 256 },
 };
 const heldOut = rows(LENGTH, 2 ** 30);
 const { run, metrics } = await decomposeTarget(target, { train: rows(LENGTH, 2 ** 29), heldOut }, options, changes);
 const { problem, params } = run;
 
-// 4. The components of the heads: g is above 0.5, on average, where their matrices work.
+// 4. The components of the heads: g is above 0.5, on average, at the place where their matrix works.
 const B = 256;
 const tokens = inputBatch(heldOut, range(0, B)); // other rows than those of training
 const sumC = totalC(problem.modules);
-const g = tf.tidy(() => importances(problem, params, tokens).g);
-const ci = await numbers(g); // [B·S,ΣC]
+const g = tf.tidy(() => importances(problem, params, tokens).g); // [B·S,ΣC]
 const firstS = range(0, B).map(b => heldOut.row(b).indexOf(S));
-const PLACES = { S: (b: number) => firstS[b]!, M: (b: number) => firstS[b]! + 1, end: () => LENGTH - 1 };
+const at = (position: (s: number) => number) => firstS.map((s, b) => b * LENGTH + position(s)); // rows of g
+const places = { S: at(s => s), M: at(s => s + 1), end: at(() => LENGTH - 1) };
 const worksAt = { '0.q': 'M', '0.k': 'S', '0.v': 'S', '0.o': 'M', '1.q': 'end', '1.k': 'M', '1.v': 'M', '1.o': 'end' };
-type Found = { c: number; name: string }[];
-const heads: Found = problem.modules.flatMap(({ path, C, offset }) => {
-  const place = PLACES[worksAt[path.slice('layers.'.length) as '0.q'] as 'S'];
-  const meanCi = (c: number) => sum(range(0, B).map(b => ci[(b * LENGTH + place(b)) * sumC + c]! / B));
-  const found = range(offset, offset + C).filter(c => meanCi(c) > 0.5);
-  return found.map(c => ({ c, name: `${path}:${c - offset}` }));
-});
-const [previous, induction] = [0, 1].map(l => heads.filter(h => h.name.startsWith(`layers.${l}`))) as [Found, Found];
-// The control: as many others, those that are important most often.
-const total = range(0, sumC).map(c => sum(range(0, B * LENGTH).map(n => ci[n * sumC + c]!)));
-const rest = range(0, sumC).filter(c => !heads.some(h => h.c === c));
-const others = rest.sort((a, b) => total[b]! - total[a]!).slice(0, heads.length);
-const without = (deleted: Found) => allBut(sumC, new Set(deleted.map(h => h.c)));
+const [previous, induction]: [number[], number[]] = [[], []];
+for (const { path, C, offset } of problem.modules) {
+  const place = worksAt[path as '0.q'] as 'S';
+  const mean = await meanRow(g, places[place]);
+  const found = range(offset, offset + C).filter(c => mean[c]! > 0.5);
+  (path.startsWith('0') ? previous : induction).push(...found);
+  console.log(`  ${path}: ${found.length} of ${C} components at ${place}`);
+}
+const heads = [...previous, ...induction];
+const others = range(0, sumC).filter(c => !heads.includes(c)); // the control
+const without = (deleted: number[]) => allBut(sumC, new Set(deleted));
 
-// 5. Where the heads look: in layer 0 from M, in layer 1 from the last S, in the first row.
-function showAttention(title: string, linear: Linear) {
+// 5. Where the heads look in the first row: in layer 0 from M, in layer 1 from the last S.
+const M = places.M[0]!;
+console.log(`\n  Where the heads look, in tenths\n                  ${'SM'.padStart(M + 1).padEnd(LENGTH - 1)}S`);
+for (const [title, linear] of [
+  ['the target', ownLinear(target)],
+  ['without the previous-token components', maskedLinear(problem, params, without(previous))],
+  ['without the induction components', maskedLinear(problem, params, without(induction))],
+] as const) {
   const { attention } = tf.tidy(() => network(tf.slice(tokens, [0, 0], [1, -1]), linear));
   const line = (l: number, from: number) => inTenths(tf.slice(attention[l]!, [0, from, 0], [1, 1, -1]).dataSync());
-  console.log(`  ${title}\n    layer 0, M    ${line(0, PLACES.M(0))}\n    layer 1, end  ${line(1, LENGTH - 1)}`);
+  console.log(`  ${title}\n    layer 0, M    ${line(0, M)}\n    layer 1, end  ${line(1, LENGTH - 1)}`);
 }
-const marked = range(0, LENGTH).map(k => (k === firstS[0] || k === LENGTH - 1 ? 'S' : k === PLACES.M(0) ? 'M' : ' '));
-console.log(`\n  Where the heads look, in tenths\n                  ${marked.join('')}`);
-showAttention('the target', ownLinear(target));
-showAttention('without the previous-token components', maskedLinear(problem, params, without(previous)));
-showAttention('without the induction components', maskedLinear(problem, params, without(induction)));
-const names = (found: Found) => found.map(h => h.name.slice('layers.'.length)).join(' ');
-console.log(`  previous token: ${names(previous)}\n  induction:      ${names(induction)}`);
 
 // 6. The marks.
 const accuracyOf = (logits: () => T) =>
@@ -139,8 +136,7 @@ printMarks({
   ...{ seed, targetAccuracy: accuracyOf(() => target.forward(tokens, ownLinear(target))) },
   ...{ accuracyCi: accuracy({ mask: g }), accuracyAdversary: accuracy(adversaryMasks(run, tokens, g)) },
   ...{ componentsOfHeads: heads.length, accuracyWithoutPrevious: accuracy(without(previous)) },
-  ...{ accuracyWithoutInduction: accuracy(without(induction)) },
-  ...{ accuracyWithoutOthers: accuracy(allBut(sumC, new Set(others))) },
+  ...{ accuracyWithoutInduction: accuracy(without(induction)), accuracyWithoutOthers: accuracy(without(others)) },
   ...{ l0: metrics['eval/l0/0.0_total']!, alive: metrics['eval/n_alive']! },
   ...{ reconstruction: metrics['eval/ce_kl/kl_ci_masked']!, adversarial: metrics['eval/loss/PGDReconLoss']! },
   seconds: (performance.now() - started) / 1000,

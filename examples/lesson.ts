@@ -123,6 +123,9 @@ export const allBut = (n: number, deleted: ReadonlySet<number>): Masks => ({
     [1, n],
   ),
 });
+/** The mean of the given rows of [N,ΣC], as numbers. */
+export const meanRow = (x: T<'N ΣC'>, rows: number[]): Promise<Float32Array> =>
+  numbers(tf.tidy(() => tf.gather(x, tf.tensor1d(rows, 'int32')).mean(0)));
 /** Shares of 1 as one character each. */
 export const inTenths = (shares: ArrayLike<number>) =>
   Array.from(shares, x => (x < 0.05 ? '·' : `${Math.min(9, Math.round(10 * x))}`)).join('');
