@@ -78,7 +78,8 @@ export async function startTensorFlow(options: {
   });
   if (precision === 'bf16') useBf16Products();
   const useXla = xla === 'on' || (xla === 'auto' && nSteps >= 10_000 && !gpu);
-  const how = graph ? `traced graph${useXla ? ', XLA' : ''}` : 'op by op';
+  const compiled = useXla ? ', XLA, which compiles for up to minutes before the first steps' : '';
+  const how = graph ? `traced graph${compiled}` : 'op by op';
   const engine = {
     name: 'tensorflow',
     gpu,
