@@ -64,8 +64,8 @@ test('own-network: three components a layer, each along one of the known mechani
   }
 });
 
-test('tms: a quarter of the steps finds the features', () => {
-  const { marks } = marksOf('tms', '--size', '5-2', '--steps', '1000');
+test('tms: half of the steps finds the features', () => {
+  const { marks } = marksOf('tms', '--size', '5-2', '--steps', '700');
   assert.ok(marks.mmcs > 0.95, `MMCS ${marks.mmcs}`);
   assert.ok(marks.l0 < 1, `L0 ${marks.l0}: 0.5 is one component a layer for each feature that is there`);
   assert.ok(marks.reconstruction < 0.2 * marks.nothingOn, `${marks.reconstruction} of ${marks.nothingOn}`);
