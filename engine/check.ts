@@ -8,15 +8,9 @@
  * step function or a division by nearly nothing may have moved a lot (results behind a step, state) only to its size.
  */
 import * as tf from '@tensorflow/tfjs';
+// biome-ignore format: kept on few lines
 import {
-  bytesOf,
-  type Node,
-  type Numbers,
-  type Recording,
-  runNode,
-  sizeOf,
-  type Tensors,
-  type Value,
+  bytesOf, type Dtype, type Node, type Numbers, type Recording, runNode, sizeOf, type Tensors, type Value,
 } from './record.ts';
 
 /** A value: on the backend, or outside of it (WASM's heap never shrinks). */
@@ -63,12 +57,15 @@ function stepped({ nodes }: Recording): Set<Value> {
   return found;
 }
 
+/** SAMPLE elements, from a place on. */
+const stretch = (x: Data, from: number, dtype: Dtype): tf.Tensor =>
+  x instanceof tf.Tensor
+    ? tf.slice(x.reshape([x.size]), from, SAMPLE)
+    : tf.tensor(x.subarray(from, from + SAMPLE), [SAMPLE], dtype);
 /** At most SAMPLE elements: all, or a run of them from a place that hangs on `salt`. */
 function part(x: Data, value: Value, salt: number): tf.Tensor {
-  const begin = (Math.imul(salt, 0x9e3779b1) >>> 0) % Math.max(1, sizeOfData(x) - SAMPLE);
   if (sizeOfData(x) <= SAMPLE) return toTensor(x, value);
-  if (x instanceof tf.Tensor) return tf.slice(x.reshape([x.size]), begin, SAMPLE);
-  return tf.tensor(x.subarray(begin, begin + SAMPLE), [SAMPLE], value.dtype);
+  return stretch(x, (Math.imul(salt, 0x9e3779b1) >>> 0) % (sizeOfData(x) - SAMPLE), value.dtype);
 }
 const sample = (x: tf.Tensor, value: Value, salt = value.id) => numbersOf(() => part(x, value, salt));
 /** Not returned by tidy, which would look for tensors among the numbers. */
@@ -80,6 +77,7 @@ function numbersOf(make: () => tf.Tensor): Numbers {
   return numbers!;
 }
 
+/** One after another, in plain memory. */
 const sideBySide = (all: Data[]): Numbers => {
   const parts = all.map(x => (x instanceof tf.Tensor ? (x.dataSync() as Numbers) : x));
   if (parts.length === 1) return parts[0]!;
@@ -102,9 +100,9 @@ export function nodeError(node: Node, inputs: Data[], got: Data[], products: num
   const { kernel, outputs } = node;
   for (const [k, { shape, dtype }] of outputs.entries()) {
     const x = got[k]!;
-    const [as, size] =
-      x instanceof tf.Tensor ? [x.dtype, `${x.shape}`] : [dtype, `${shape}`.repeat(+(x.length === sizeOf(shape)))];
-    if (size !== `${shape}` || as !== dtype) return `${kernel} gives ${as}[${size}] for ${dtype}[${shape}]`;
+    const is =
+      x instanceof tf.Tensor ? `${x.dtype}[${x.shape}]` : `${dtype}[${x.length === sizeOf(shape) ? shape : x.length}]`;
+    if (is !== `${dtype}[${shape}]`) return `${kernel} gives ${is} for ${dtype}[${shape}]`;
   }
   if (Math.max(...node.inputs.map(x => sizeOf(x.shape))) >= LARGE) {
     const vectors = [...node.inputs, ...outputs].every(x => x.shape.length === 1);
@@ -274,15 +272,15 @@ export async function checkCall(
   for (const [variable, value] of recording.variables) given.set(value, variable);
   const expected = new Map<Value, Numbers>();
   const results = new Set([...recording.outputs.values(), ...recording.assigned.values()]);
-  const keep = (value: Value, data: Data) => expected.set(value, read(data));
+  const keep = (value: Value, data: Data) => expected.set(value, read(data, value.dtype));
   const wrong = await checkNodes(recording, given, evaluate, options, results, keep);
   if (wrong.length > 0) return { wrong, outputs: {} };
-  const before = new Map([...recording.assigned.keys()].map(variable => [variable, read(variable)]));
+  const before = new Map([...recording.assigned].map(([variable, { dtype }]) => [variable, read(variable, dtype)]));
   const outputs = await run();
   const behindSteps = stepped(recording);
   const judge = (name: string, value: Value, got: tf.Tensor, old?: Numbers) => {
     const mild = old !== undefined || behindSteps.has(value);
-    const error = resultError(read(got), expected.get(value)!, old, mild, options.tolerance);
+    const error = resultError(read(got, value.dtype), expected.get(value)!, old, mild, options.tolerance);
     if (error !== undefined) wrong.push(`${name} by ${error.toPrecision(2)}`);
   };
   for (const [key, value] of recording.outputs) judge(key, value, outputs[key]!);
@@ -292,11 +290,9 @@ export async function checkCall(
   return { wrong, outputs: {} };
 }
 /** The numbers, or RUNS runs of SAMPLE of them: the state may be most of the memory. */
-function read(x: Data): Numbers {
+function read(x: Data, dtype: Dtype): Numbers {
   const size = sizeOfData(x);
   if (size <= RUNS * SAMPLE) return x instanceof tf.Tensor ? (x.dataSync() as Numbers) : x;
-  const starts = Array.from({ length: RUNS }, (_, i) => Math.floor((i * (size - SAMPLE)) / (RUNS - 1)));
-  const runs = (flat: tf.Tensor) => tf.concat(starts.map(from => tf.slice(flat, from, SAMPLE)));
-  if (x instanceof tf.Tensor) return numbersOf(() => runs(x.reshape([size])));
-  return numbersOf(() => tf.concat(starts.map(from => tf.tensor1d(x.subarray(from, from + SAMPLE)))));
+  const from = (i: number) => Math.floor((i * (size - SAMPLE)) / (RUNS - 1));
+  return numbersOf(() => tf.concat(Array.from({ length: RUNS }, (_, i) => stretch(x, from(i), dtype))));
 }

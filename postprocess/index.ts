@@ -28,7 +28,6 @@ import { harvestFeatures } from './features.ts';
 import { FLAGS as GRAPH, graph } from './graph.ts';
 import { type Harvest, harvest, harvestPass, tokenText } from './harvest.ts';
 import { FLAGS as INTERPRET, interpret } from './interpret.ts';
-import { compileMeasures } from './measures.ts';
 import { writePage } from './page-meanings.ts';
 import { FLAGS as PIPELINE, postprocess } from './pipeline.ts';
 import { readLabels, type Scoreboard, scoreRules } from './scoreboard.ts';
@@ -83,7 +82,7 @@ export function prepare({ problem, data }: Run): void {
 }
 
 /** Measures beside the original's, at slow evaluations. */
-export const measures = (run: Run) => compileMeasures(run);
+export { compileMeasures as measures } from './measures.ts';
 
 /** What follows on the training of a run: summary, scoreboard, harvest and page. */
 export async function finish(run: Run, metrics: Metrics): Promise<void> {
