@@ -147,8 +147,8 @@ export function onnxCompiler(ort: Ort, { threads, ...options }: CompileOptions &
     const views = (places: (readonly [string, Value, Data])[]) =>
       Object.fromEntries(places.map(([key, value, x]) => [key, view(x, value)]));
     const ins = inputs.map(value => [nameOf(value), value, made.get(value) ?? given.get(value)!] as const);
-    // Every result has its place, and the binding would still copy each into a new array: a tenth of a step's time, and
-    // as much memory as the state. One that it can't return stands before them; its error comes when all are computed.
+    // Every result has its place, and the binding would still copy each into a new array: time, and as much memory as the
+    // state. One that it can't return stands before them; its error comes when all are computed.
     await session.run(views(ins), { [NO_TENSOR]: null, ...views(fetches) }).catch((error: Error) => {
       if (!error.message.startsWith('Non tensor type')) throw error;
     });

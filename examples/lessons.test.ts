@@ -74,7 +74,7 @@ test('tms: half of the steps finds the features', () => {
 test('residual-mlp and induction-heads run from flags to marks, and page', () => {
   const residual = marksOf('residual-mlp', '--layers', '1', '--steps', '12');
   assert.equal(residual.harvest.inputs, 'features');
-  assert.ok(residual.marks.identityCiError > 50, 'twelve steps have found nothing yet');
+  assert.ok(residual.marks.identityCiError > 100, 'twelve steps have found nothing yet');
   const induction = marksOf('induction-heads', '--rows', '32', '--steps', '20');
   assert.ok(induction.marks.targetAccuracy < 0.5, 'a target of few steps has no heads yet');
   assert.equal(induction.harvest.inputs, undefined);
