@@ -13,8 +13,8 @@
 import * as tf from '@tensorflow/tfjs';
 // biome-ignore format: kept on few lines
 import {
-  type Config, importances, inputBatch, kl, type Linear, type Masks, makeVariable, maskedForward, maskedLinear, matmul,
-  ownLinear, type Rows, range, type T, type Target, totalC, uniformArray,
+  type Config, importances, inputBatch, kl, type Linear, type Masks, makeVariable, maskedLinear, matmul, ownLinear,
+  type Rows, range, type T, type Target, totalC, uniformArray,
 } from '../nano-param-decomp.ts';
 // biome-ignore format: kept on few lines
 import {
@@ -22,7 +22,7 @@ import {
 } from './lesson.ts';
 
 const started = performance.now();
-const options = optionsOf('induction-heads', 'rows', { 64: 1500, 32: 1500 });
+const options = optionsOf('induction-heads', 'rows', { 64: 3000, 32: 3000 });
 const { seed } = options;
 const LENGTH = Number(options.which);
 const [D, RANDOM, BEGIN, S, VOCAB] = [16, 128, 128, 129, 130];
@@ -51,14 +51,12 @@ const matrix = (dIn: number, dOut: number, purpose: number, deviation = 1 / Math
   makeVariable(normal(dIn * dOut, deviation, seed, purpose), [dIn, dOut]);
 const [embed, unembed] = [matrix(VOCAB, D, 1, 1), matrix(D, VOCAB, 2)];
 const weights = new Map(linears.map(({ path, dIn, dOut }, i) => [path, matrix(dIn, dOut, 3 + i)]));
-const table = (rows: number, columns: number, at: (row: number, column: number) => number) =>
-  tf.tensor2d(range(0, rows).map(r => range(0, columns).map(c => at(r, c))));
-const sinusoid = (s: number, i: number) => Math.sin(s / 10_000 ** ((i >> 1) / (D / 2)) + (i % 2) * (Math.PI / 2));
+const sinusoid = (s: number) => (i: number) => Math.sin(s / 10_000 ** ((i >> 1) / (D / 2)) + (i % 2) * (Math.PI / 2));
 /** The logits at the end of each row [B,vocab], and the attention of both layers [B,S,S]. */
 function network(tokens: T<'B S'>, linear: Linear) {
   const [B = 0, length = 0] = tokens.shape;
-  const positions = table(length, D, sinusoid);
-  const causal = table(length, length, (from, to) => (to > from ? -1e9 : 0));
+  const positions = tf.tensor2d(range(0, length).map(s => range(0, D).map(sinusoid(s))));
+  const causal = tf.tensor2d(range(0, length).map(s => range(0, length).map(to => (to > s ? -1e9 : 0))));
   let x: T<'N d'> = matmul(tf.oneHot(tokens.flatten() as tf.Tensor1D, VOCAB).cast('float32'), embed);
   const attention = [0, 1].map(l => {
     const [q, k, v] = [...'qkv'].map(p => linear(`${l}.${p}`, x).reshape([B, length, D])) as [T, T, T];
@@ -72,9 +70,8 @@ function network(tokens: T<'B S'>, linear: Linear) {
 }
 const target: Target = { linears, weights, compare: kl, forward: (tokens, linear) => network(tokens, linear).logits };
 const loss = (tokens: T) => {
-  const right = tf.oneHot(answers(tokens) as tf.Tensor1D, VOCAB);
-  const logProbs = network(tokens, ownLinear(target)).logits.logSoftmax();
-  return tf.sum(right.mul(logProbs)).div(-tokens.shape[0]!);
+  const logProbs = target.forward(tokens, ownLinear(target)).logSoftmax();
+  return tf.sum(tf.oneHot(answers(tokens) as tf.Tensor1D, VOCAB).mul(logProbs)).div(-tokens.shape[0]!);
 };
 // On short rows first: the heads form there at a fraction of the cost, and then learn to look further.
 const stages = [
@@ -87,7 +84,7 @@ await trainTarget(new Map([...weights, ['embed', embed], ['unembed', unembed]]),
 // 3. The decomposition, with the method's own CI function: it sees the row.
 const changes: Partial<Config> = {
   ...{ components: '*=16', batchSize: 16, mainLr: 2e-3, gradClipComponents: 0, gradClipCi: 1 },
-  ...{ coeffFaith: 1e3, coeffImp: 4e-3, pStart: 1, pEnd: 0.5, ppgdInnerSteps: 2 },
+  ...{ coeffFaith: 1e3, coeffImp: 4e-3, coeffPpgd: 1, pStart: 1, pEnd: 0.5 },
   ...{ ciDModel: 64, ciNBlocks: 1, ciMlpHidden: 128, evalBatchSize: 64, harvestRows: 256 },
 };
 const heldOut = rows(LENGTH, 2 ** 30);
@@ -105,7 +102,7 @@ const places = { S: at(s => s), M: at(s => s + 1), end: at(() => LENGTH - 1) };
 const worksAt = { '0.q': 'M', '0.k': 'S', '0.v': 'S', '0.o': 'M', '1.q': 'end', '1.k': 'M', '1.v': 'M', '1.o': 'end' };
 const [previous, induction]: [number[], number[]] = [[], []];
 for (const { path, C, offset } of problem.modules) {
-  const place = worksAt[path as '0.q'] as 'S';
+  const place = worksAt[path as '0.q'] as keyof typeof places;
   const mean = await meanRow(g, places[place]);
   const found = range(offset, offset + C).filter(c => mean[c]! > 0.5);
   (path.startsWith('0') ? previous : induction).push(...found);
@@ -129,11 +126,11 @@ for (const [title, linear] of [
 }
 
 // 6. The marks.
-const accuracyOf = (logits: () => T) =>
-  tf.tidy(() => logits().argMax(1).equal(answers(tokens)).cast('float32').mean().dataSync()[0]!);
-const accuracy = (masks: Masks) => accuracyOf(() => maskedForward(problem, params, tokens, masks));
+const accuracyOf = (linear: Linear) =>
+  tf.tidy(() => target.forward(tokens, linear).argMax(1).equal(answers(tokens)).cast('float32').mean().dataSync()[0]!);
+const accuracy = (masks: Masks) => accuracyOf(maskedLinear(problem, params, masks));
 printMarks({
-  ...{ seed, targetAccuracy: accuracyOf(() => target.forward(tokens, ownLinear(target))) },
+  ...{ seed, targetAccuracy: accuracyOf(ownLinear(target)) },
   ...{ accuracyCi: accuracy({ mask: g }), accuracyAdversary: accuracy(adversaryMasks(run, tokens, g)) },
   ...{ componentsOfHeads: heads.length, accuracyWithoutPrevious: accuracy(without(previous)) },
   ...{ accuracyWithoutInduction: accuracy(without(induction)), accuracyWithoutOthers: accuracy(without(others)) },

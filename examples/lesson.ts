@@ -7,8 +7,8 @@ import * as path from 'node:path';
 import * as tf from '@tensorflow/tfjs';
 // biome-ignore format: kept on few lines
 import {
-  adam, type CiFunction, type Config, cosine, type Data, DEFAULTS, decompose, inputBatch, interpolate, type Masks,
-  type Metrics, makeVariable, newRun, numbers, type Problem, pgdStep, type Rows, type Run, range, say, startEngine, sum,
+  adam, type CiFunction, type Config, cosine, type Data, DEFAULTS, decompose, evaluationKey, inputBatch, interpolate, type Masks,
+  type Metrics, makeVariable, newRun, numbers, type Problem, pgdStart, pgdStep, type Rows, type Run, range, say, startEngine, sum,
   type T, type Target, tidyAsync, totalC, uniformArray, writeAtomic,
 } from '../nano-param-decomp.ts';
 import { finish } from '../postprocess/index.ts';
@@ -109,11 +109,9 @@ export async function decomposeTarget(
 
 /** The masks of a fresh adversary, which is one source for all positions and moves 20 times. */
 export function adversaryMasks({ problem, params }: Run, inputs: T, g: T<'N ΣC'>): Masks {
-  const sizes = [totalC(problem.modules), problem.modules.length];
-  const n = sizes[0]! + sizes[1]!;
-  let source: T = tf.tensor2d(uniformArray(n, problem.config.seed, 0, 1002), [1, n]);
+  let source = pgdStart(problem, evaluationKey(problem.config, 0));
   for (const _ of range(0, 20)) source = tf.tidy(() => pgdStep(problem, params, inputs, source).next);
-  const [s, delta] = tf.split(source, sizes, 1) as [T, T];
+  const [s, delta] = tf.split(source, [totalC(problem.modules), -1], 1) as [T, T];
   return { mask: interpolate(g, s), delta };
 }
 /** All of n components but the deleted ones. */

@@ -56,7 +56,7 @@ export const PRESETS: Readonly<Record<string, Preset>> = {
       nSteps: 6000, batchSize: 4, mainLr: 3e-3, gradClipCi: 1,
       coeffFaith: 1e5, coeffImp: 1e-3, impBeta: 0.5, ppgdLr: 0.02,
       faithfulnessWarmupLr: 5e-3, faithfulnessWarmupLrFinalFrac: 0.05,
-      ciNBlocks: 2, ciNHeads: 4, evalFreq: 1000, slowEvalFreq: 0, evalBatchSize: 32, saveEvery: 500,
+      pStart: 1, ciNBlocks: 2, ciNHeads: 4, evalFreq: 1000, slowEvalFreq: 0, evalBatchSize: 32, saveEvery: 500,
     },
     sizes: ({ arch, linears }) => {
       const ciDModel = Math.max(64, 8 * Math.ceil((1.5 * arch.dModel) / 8));
