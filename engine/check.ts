@@ -10,7 +10,7 @@
 import * as tf from '@tensorflow/tfjs';
 // biome-ignore format: kept on few lines
 import {
-  bytesOf, type Dtype, type Node, type Numbers, type Recording, runNode, sizeOf, type Tensors, type Value,
+  axesOf, bytesOf, type Dtype, type Node, type Numbers, type Recording, runNode, sizeOf, type Tensors, type Value,
 } from './record.ts';
 
 /** A value: on the backend, or outside of it (WASM's heap never shrinks). */
@@ -30,7 +30,7 @@ export interface CheckOptions {
 const UNIT = 2 ** -16; // of one kernel: some roundings, and approximations such as that of erf
 const TINY = 1e-35; // below it engines may flush to zero
 /** A recording is computed in such parts, each by a model of its own: what a part makes is in memory at once. */
-const [PARTS, PART_BYTES] = [512, 2 ** 21];
+const [PARTS, PART_BYTES] = [512, 2 ** 24];
 const SAMPLE = 2 ** 13; // elements of a node's large result that are compared, one after another
 const LARGE = 2 ** 20; // elements of a vector that is not copied to the backend
 const RUNS = 64; // of results of the whole function: so many runs of elements, evenly spread
@@ -40,7 +40,7 @@ const words = (names: string) => new Set(names.split(' '));
 const STEPS = words('Equal NotEqual Greater GreaterEqual Less LessEqual Step Sign Floor Ceil Round Cast TopK OneHot');
 /** Sums of many terms: as exact as the sum of the terms' sizes allows. */
 const SUMS = words('AddN BatchMatMul Cumsum Mean Sum UnsortedSegmentSum');
-/** Element i of the result hangs on element i of the inputs alone, or on a single number. */
+/** Element by element, shorter inputs repeated. */
 const POINTWISE = words(
   'Abs Add AddN Cast ClipByValue Exp Log Maximum Minimum Multiply Neg RealDiv Reciprocal Relu Select Sqrt Square Sub ZerosLike',
 );
@@ -62,6 +62,23 @@ const stretch = (x: Data, from: number, dtype: Dtype): tf.Tensor =>
   x instanceof tf.Tensor
     ? tf.slice(x.reshape([x.size]), from, SAMPLE)
     : tf.tensor(x.subarray(from, from + SAMPLE), [SAMPLE], dtype);
+/**
+ * Kernels whose row i (of the first axis) hangs on row i alone of the inputs that have as many: which of them do. Of such a
+ * result no more is computed here than is compared.
+ */
+function byRows({ kernel, inputs, outputs: [out], attrs }: Node): boolean[] | undefined {
+  const [n, ...row] = out!.shape;
+  const asMany = inputs.map(({ shape }) => shape.length > row.length && shape[0] === n);
+  if (POINTWISE.has(kernel)) return asMany;
+  if (kernel === 'BatchMatMul') return row.length > 1 ? asMany : attrs.transposeA ? undefined : [true, false];
+  const along = kernel === 'Sum' && axesOf(attrs.axis as number[], inputs[0]!.shape);
+  return along && !along.includes(0) ? asMany : undefined;
+}
+const rowsOf = (x: Data, { shape: [n = 1, ...row], dtype }: Value, from: number, count: number): tf.Tensor =>
+  x instanceof tf.Tensor
+    ? tf.slice(x, [from], [count])
+    : tf.tensor(x.subarray((from * x.length) / n, ((from + count) * x.length) / n), [count, ...row], dtype);
+
 /** At most SAMPLE elements: all, or a run of them from a place that hangs on `salt`. */
 function part(x: Data, value: Value, salt: number): tf.Tensor {
   if (sizeOfData(x) <= SAMPLE) return toTensor(x, value);
@@ -120,14 +137,19 @@ export function nodeError(node: Node, inputs: Data[], got: Data[], products: num
     }
   }
   return tf.tidy(() => {
-    const like = ({ shape }: Value) => `${shape}` === `${outputs[0]!.shape}`;
-    const alone = POINTWISE.has(kernel) && node.inputs.every(x => sizeOf(x.shape) === 1 || like(x));
-    // no more than is compared
-    const cut = (x: Data, value: Value) => (alone ? part(x, value, outputs[0]!.id) : toTensor(x, value));
-    const given = inputs.map((x, i) => cut(x, node.inputs[i]!));
+    const [{ id, shape }] = outputs as [Value];
+    const [n = 1, count] = [shape[0], Math.ceil((SAMPLE * (shape[0] ?? 1)) / sizeOf(shape))]; // rows, and how many to compare
+    const cut = count < n ? byRows(node) : undefined;
+    const from = (Math.imul(id, 0x9e3779b1) >>> 0) % (n - count);
+    const given = inputs.map((x, i) => {
+      const value = node.inputs[i]!;
+      return cut?.[i] ? rowsOf(x, value, from, count) : toTensor(x, value);
+    });
     const wanted = runNode(node, given);
-    const whole = kernel === 'TopK'; // its indices are looked up
-    const mine = outputs.map((x, k) => (whole ? toTensor(got[k]!, x) : part(got[k]!, x, x.id)));
+    const mine = outputs.map((x, k) => {
+      if (cut) return rowsOf(got[k]!, x, from, count);
+      return kernel === 'TopK' ? toTensor(got[k]!, x) : part(got[k]!, x, x.id); // its indices are looked up
+    });
     const how = wanted.map((x, k) => differs(node, k, given, x, mine[k]!, products)).find(Boolean);
     return (how && `${kernel} gives ${how}`) as never; // tidy wants tensors
   });
