@@ -189,8 +189,8 @@ export async function ask(job: LmRun, flags: Flags): Promise<number> {
     tokens: encode(job, prompt),
     edits: parseEdits(job.problem.modules, `${flags.without ?? ''}`, `${flags.scale ?? ''}`),
     onlyWhereActive: flags['only-where-active'] === true,
-    length: numberFlag(flags, 'tokens', 20, 0, 4096, true),
-    temperature: numberFlag(flags, 'temperature', 0, 0, 100),
+    length: numberFlag(flags, 'tokens', 20, { min: 0, max: 4096, integer: true }),
+    temperature: numberFlag(flags, 'temperature', 0, { min: 0, max: 100 }),
     seed: job.problem.config.seed,
   });
   result.prompt = prompt;

@@ -314,14 +314,14 @@ export async function attributions(job: LmRun, flags: Flags): Promise<number> {
   const file = path.join(dir, 'attributions.json');
   const settings: AttributionSettings = {
     ...attributionDefaults,
-    positions: numberFlag(flags, 'positions', attributionDefaults.positions, 1, 1e9, true),
+    positions: numberFlag(flags, 'positions', attributionDefaults.positions, { min: 1, max: 1e9, integer: true }),
   };
   const components = componentsHash(dir);
   const old = readStage<Attributions>(file, components);
   if (typeof flags['output-token'] === 'string')
     return printWriters(job, old, flags['output-token'], flags.json === true);
   const same = old && JSON.stringify(old.settings) === JSON.stringify(settings) ? old : undefined;
-  const minutes = numberFlag(flags, 'minutes', 5, 0, 1e6);
+  const minutes = numberFlag(flags, 'minutes', 5, { min: 0, max: 1e6 });
   if (!same?.complete) {
     const made = await datasetAttributions(job, settings, minutes * 60_000, same, made => {
       writeAtomic(file, JSON.stringify({ ...made, components }));

@@ -247,12 +247,12 @@ export async function circuit(job: LmRun, flags: Flags): Promise<number> {
   const { text } = flags;
   if (typeof text !== 'string') return refuse('circuit: takes --text T');
   const tokens = encode(job, text);
-  const position = numberFlag(flags, 'position', tokens.length - 1, 0, tokens.length - 1, true);
+  const position = numberFlag(flags, 'position', tokens.length - 1, { min: 0, max: tokens.length - 1, integer: true });
   const token = typeof flags.token === 'string' ? tokenId(job, flags.token) : undefined;
   const settings: CircuitSettings = {
     ...circuitDefaults,
-    steps: numberFlag(flags, 'steps', circuitDefaults.steps, 1, 2000, true),
-    coefficient: numberFlag(flags, 'coefficient', circuitDefaults.coefficient, 0, 1e6),
+    steps: numberFlag(flags, 'steps', circuitDefaults.steps, { min: 1, max: 2000, integer: true }),
+    coefficient: numberFlag(flags, 'coefficient', circuitDefaults.coefficient, { min: 0, max: 1e6 }),
     seed: job.problem.config.seed,
   };
   let shown = performance.now();

@@ -277,9 +277,13 @@ export async function graph(job: LmRun, flags: Flags): Promise<number> {
   const dir = job.problem.config.out;
   const settings: GraphSettings = {
     ...graphDefaults,
-    outputThreshold: numberFlag(flags, 'output-threshold', graphDefaults.outputThreshold, 0, 1),
-    incoming: numberFlag(flags, 'incoming', graphDefaults.incoming, 1, 4096, true),
-    nodesPerPosition: numberFlag(flags, 'nodes-per-position', graphDefaults.nodesPerPosition, 1, 1e6, true),
+    outputThreshold: numberFlag(flags, 'output-threshold', graphDefaults.outputThreshold, { min: 0, max: 1 }),
+    incoming: numberFlag(flags, 'incoming', graphDefaults.incoming, { min: 1, max: 4096, integer: true }),
+    nodesPerPosition: numberFlag(flags, 'nodes-per-position', graphDefaults.nodesPerPosition, {
+      min: 1,
+      max: 1e6,
+      integer: true,
+    }),
   };
   const { text } = flags;
   if (flags.json && typeof text !== 'string') return refuse('graph --json: takes a --text too');

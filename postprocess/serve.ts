@@ -236,7 +236,7 @@ export const FLAGS = { port: 'string' } as const;
 
 /** The command: serves until it is interrupted. @returns the exit code */
 export async function serve(job: LmRun, flags: Flags): Promise<number> {
-  const port = numberFlag(flags, 'port', 8321, 0, 65_535, true);
+  const port = numberFlag(flags, 'port', 8321, { min: 0, max: 65_535, integer: true });
   const server = await startServer(job, port).catch((error: NodeJS.ErrnoException) =>
     error.code === 'EADDRINUSE' ? refuse(`--port ${port}: is in use`) : Promise.reject(error),
   );

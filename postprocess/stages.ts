@@ -3,9 +3,9 @@ import * as fs from 'node:fs';
 import type { Module } from '../nano-param-decomp.ts';
 import { tokenText as textOf } from './harvest.ts';
 import type { LmRun } from './run.ts';
-import { type Flags, refuse } from './run-files.ts';
+import { refuse } from './run-files.ts';
 
-export { componentsHash, type Flags, refuse, talk, writeAtomic } from './run-files.ts';
+export { componentsHash, type Flags, numberFlag, refuse, talk, writeAtomic } from './run-files.ts';
 
 /** A stage's file, if it is of these components and of formatVersion 1. */
 export function readStage<X>(file: string, components: string): X | undefined {
@@ -16,15 +16,6 @@ export function readStage<X>(file: string, components: string): X | undefined {
   } catch {
     return undefined;
   }
-}
-
-/** A flag's number, within its bounds. @throws UsageError */
-export function numberFlag(flags: Flags, name: string, standard: number, min: number, max: number, integer = false) {
-  const raw = flags[name];
-  if (raw === undefined) return standard;
-  const value = typeof raw === 'string' && raw.trim() ? Number(raw) : Number.NaN;
-  if (value >= min && value <= max && (!integer || Number.isInteger(value))) return value;
-  return refuse(`--${name}: got ${raw}, takes ${integer ? 'an integer' : 'a number'} from ${min} to ${max}`);
 }
 
 /** The tokens of a text, as the target's tokenizer gives them. @throws UsageError */
