@@ -53,10 +53,10 @@ export const PRESETS: Readonly<Record<string, Preset>> = {
   'small-lm': {
     source: 'ours: language models of 0.1 to 10 million parameters on one machine; sizes follow the target',
     config: {
-      nSteps: 6000, batchSize: 4, mainLr: 3e-3, gradClipCi: 1,
-      coeffFaith: 1e5, coeffImp: 1e-3, impBeta: 0.5, ppgdLr: 0.02,
+      nSteps: 20_000, batchSize: 4, mainLr: 3e-3, gradClipCi: 1,
+      coeffFaith: 1e5, coeffImp: 9e-4, impBeta: 0.5, ppgdLr: 0.02, pStart: 1,
       faithfulnessWarmupLr: 5e-3, faithfulnessWarmupLrFinalFrac: 0.05,
-      pStart: 1, ciNBlocks: 2, ciNHeads: 4, evalFreq: 1000, slowEvalFreq: 0, evalBatchSize: 32, saveEvery: 500,
+      ciNBlocks: 2, ciNHeads: 4, evalFreq: 1000, slowEvalFreq: 0, evalBatchSize: 32, saveEvery: 500,
     },
     sizes: ({ arch, linears }) => {
       const ciDModel = Math.max(64, 8 * Math.ceil((1.5 * arch.dModel) / 8));
