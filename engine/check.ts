@@ -57,11 +57,6 @@ function stepped({ nodes }: Recording): Set<Value> {
   return found;
 }
 
-/** SAMPLE elements, from a place on. */
-const stretch = (x: Data, from: number, dtype: Dtype): tf.Tensor =>
-  x instanceof tf.Tensor
-    ? tf.slice(x.reshape([x.size]), from, SAMPLE)
-    : tf.tensor(x.subarray(from, from + SAMPLE), [SAMPLE], dtype);
 /**
  * Kernels whose row i (of the first axis) hangs on row i alone of the inputs that have as many: which of them do. Of such a
  * result no more is computed here than is compared.
@@ -74,15 +69,21 @@ function byRows({ kernel, inputs, outputs: [out], attrs }: Node): boolean[] | un
   const along = kernel === 'Sum' && axesOf(attrs.axis as number[], inputs[0]!.shape);
   return along && !along.includes(0) ? asMany : undefined;
 }
-const rowsOf = (x: Data, { shape: [n = 1, ...row], dtype }: Value, from: number, count: number): tf.Tensor =>
+type Typed = Pick<Value, 'shape' | 'dtype'>;
+const rowsOf = (x: Data, { shape: [n = 1, ...row], dtype }: Typed, from: number, count: number): tf.Tensor =>
   x instanceof tf.Tensor
     ? tf.slice(x, [from], [count])
     : tf.tensor(x.subarray((from * x.length) / n, ((from + count) * x.length) / n), [count, ...row], dtype);
+/** SAMPLE elements, from a place on. */
+const stretch = (x: Data, from: number, dtype: Dtype): tf.Tensor =>
+  rowsOf(x instanceof tf.Tensor ? x.flatten() : x, { shape: [sizeOfData(x)], dtype }, from, SAMPLE);
+/** One of n places, which hangs on `salt`. */
+const placeOf = (salt: number, n: number) => (Math.imul(salt, 0x9e3779b1) >>> 0) % n;
 
 /** At most SAMPLE elements: all, or a run of them from a place that hangs on `salt`. */
 function part(x: Data, value: Value, salt: number): tf.Tensor {
   if (sizeOfData(x) <= SAMPLE) return toTensor(x, value);
-  return stretch(x, (Math.imul(salt, 0x9e3779b1) >>> 0) % (sizeOfData(x) - SAMPLE), value.dtype);
+  return stretch(x, placeOf(salt, sizeOfData(x) - SAMPLE), value.dtype);
 }
 const sample = (x: tf.Tensor, value: Value, salt = value.id) => numbersOf(() => part(x, value, salt));
 /** Not returned by tidy, which would look for tensors among the numbers. */
@@ -140,7 +141,7 @@ export function nodeError(node: Node, inputs: Data[], got: Data[], products: num
     const [{ id, shape }] = outputs as [Value];
     const [n = 1, count] = [shape[0], Math.ceil((SAMPLE * (shape[0] ?? 1)) / sizeOf(shape))]; // rows, and how many to compare
     const cut = count < n ? byRows(node) : undefined;
-    const from = (Math.imul(id, 0x9e3779b1) >>> 0) % (n - count);
+    const from = placeOf(id, n - count);
     const given = inputs.map((x, i) => {
       const value = node.inputs[i]!;
       return cut?.[i] ? rowsOf(x, value, from, count) : toTensor(x, value);

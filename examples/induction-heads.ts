@@ -131,7 +131,7 @@ const accuracyOf = (linear: Linear) =>
 const accuracy = (masks: Masks) => accuracyOf(maskedLinear(problem, params, masks));
 printMarks({
   ...{ seed, targetAccuracy: accuracyOf(ownLinear(target)) },
-  ...{ accuracyCi: accuracy({ mask: g }), accuracyAdversary: accuracy(adversaryMasks(run, tokens, g)) },
+  ...{ accuracyCi: accuracy({ mask: g }), accuracyAdversary: accuracy(adversaryMasks(run, tokens)) },
   ...{ componentsOfHeads: heads.length, accuracyWithoutPrevious: accuracy(without(previous)) },
   ...{ accuracyWithoutInduction: accuracy(without(induction)), accuracyWithoutOthers: accuracy(without(others)) },
   ...{ l0: metrics['eval/l0/0.0_total']!, alive: metrics['eval/n_alive']! },

@@ -7,9 +7,9 @@ import * as path from 'node:path';
 import * as tf from '@tensorflow/tfjs';
 // biome-ignore format: kept on few lines
 import {
-  adam, type CiFunction, type Config, cosine, type Data, DEFAULTS, decompose, evaluationKey, inputBatch, interpolate, type Masks,
-  type Metrics, makeVariable, newRun, numbers, type Problem, pgdStart, pgdStep, type Rows, type Run, range, say, startEngine, sum,
-  type T, type Target, tidyAsync, totalC, uniformArray, writeAtomic,
+  adam, type CiFunction, type Config, cosine, type Data, DEFAULTS, decompose, evaluationKey, importances, inputBatch,
+  interpolate, type Masks, type Metrics, makeVariable, newRun, numbers, type Problem, pgdStart, pgdStep, type Rows,
+  type Run, range, say, startEngine, sum, type T, type Target, tidyAsync, totalC, uniformArray, writeAtomic,
 } from '../nano-param-decomp.ts';
 import { finish } from '../postprocess/index.ts';
 
@@ -108,11 +108,12 @@ export async function decomposeTarget(
 }
 
 /** The masks of a fresh adversary, which is one source for all positions and moves 20 times. */
-export function adversaryMasks({ problem, params }: Run, inputs: T, g: T<'N ΣC'>): Masks {
+export function adversaryMasks({ problem, params }: Run, inputs: T): Masks {
+  const seen = tf.tidy(() => importances(problem, params, inputs)); // the same for all moves
   let source = pgdStart(problem, evaluationKey(problem.config, 0));
-  for (const _ of range(0, 20)) source = tf.tidy(() => pgdStep(problem, params, inputs, source).next);
+  for (const _ of range(0, 20)) source = tf.tidy(() => pgdStep(problem, params, inputs, source, seen).next);
   const [s, delta] = tf.split(source, [totalC(problem.modules), -1], 1) as [T, T];
-  return { mask: interpolate(g, s), delta };
+  return { mask: interpolate(seen.g, s), delta };
 }
 /** All of n components but the deleted ones. */
 export const allBut = (n: number, deleted: ReadonlySet<number>): Masks => ({
