@@ -70,8 +70,9 @@ export async function startTensorFlow(options: {
   xla: string;
   threads: number;
   nSteps?: number;
+  verify?: boolean; // check the first calls, as engine/check.ts says
 }) {
-  const { precision, graph, xla, threads, nSteps = 0 } = options;
+  const { precision, graph, xla, threads, nSteps = 0, verify = true } = options;
   const { version, gpu } = await loadTensorFlow({
     ...(precision === 'auto' ? {} : { precision: precision as 'float32' | 'tf32' | 'bf16' }),
     ...(threads > 0 ? { threads } : {}),
@@ -92,7 +93,7 @@ export async function startTensorFlow(options: {
   // Short products are rounded at other places in a graph than op by op, and a threshold turns that into 0 or 1.
   const tolerance = precision === 'bf16' ? 0.03 : gpu && precision !== 'float32' ? 0.01 : 1e-3;
   const products = precision === 'bf16' ? 2 ** -6 : gpu && precision !== 'float32' ? 2 ** -9 : 2 ** -16;
-  const traced = new graphs.Graph({ xla: useXla, bf16: precision === 'bf16', tolerance, products });
+  const traced = new graphs.Graph({ xla: useXla, bf16: precision === 'bf16', tolerance, products, verify });
   return { ...engine, compile: traced.compile, picture: traced.picture };
 }
 

@@ -6,11 +6,13 @@
  *   npm run bench -- --sizes toy,stories260K --rounds 5 --steps 30 --threads 2
  *   npm run bench -- --compile                       torch.compile as a peer too (takes a C++ compiler, and minutes)
  *   npm run bench -- --device cuda                   TensorFlow on a GPU in float32, tf32 and bf16 beside PyTorch's bf16 autocast
+ *   npm run bench -- --batch 1 --engines tensorflow-bf16-xla --device cuda      other rows in a batch, other engines
  *   PYTHON=/path/to/python npm run bench             the Python that has PyTorch (default python3)
  *
  * Weights and tokens are random: the time of a step does not depend on them. Each number is the median over rounds of
  * the median over steps of a fresh process; "faster" is PyTorch's time over ours. Memory is the process's peak beyond what
- * it took before the model was made; on a GPU what the card gives away beyond what others had of it before.
+ * it took before the model was made; on a GPU what the card gives away beyond what others had of it before. The first calls' check (engine/check.ts) is left out at pile-4L,
+ * where it would compare hundreds of gigabytes, and everywhere with --unchecked. Every measurement is told when it is there; one that fails leaves no row.
  */
 import { spawnSync } from 'node:child_process';
 import { fileURLToPath } from 'node:url';
@@ -34,6 +36,7 @@ interface Size {
   config: Partial<nano.Config>;
   steps: number;
   engines: string[]; // on a CPU; none: too large for one
+  unchecked?: boolean; // the first calls
 }
 const ON_CUDA = ['tensorflow-float32', 'tensorflow-tf32', 'tensorflow-bf16'];
 
@@ -64,7 +67,7 @@ const SIZES: Record<string, Size> = {
   'pile-4L': {
     target: simple(768, 6, 6, 3072, 50277, 4),
     config: { ...PRESETS['pile-4L']!.config, batchSize: 4, seqLen: 512 },
-    ...{ steps: 5, engines: [] },
+    ...{ steps: 5, engines: [], unchecked: true },
   },
   'pile-4L-block': {
     target: simple(768, 6, 6, 3072, 50277, 1),
@@ -99,14 +102,16 @@ function randomTarget(config: Record<string, unknown>) {
 
 /** One process's measurement: the median time of a step. */
 async function measure(name: string, engineName: string, steps: number, threads: number): Promise<Result> {
-  const { target: targetConfig, config: differences } = SIZES[name]!;
-  const [, engineKind = '', variant = ''] = /^(\w+)-?(\w*)$/.exec(engineName)!;
-  const cuda = ON_CUDA.includes(engineName);
+  const { target: targetConfig, config: differences, unchecked } = SIZES[name]!;
+  const [engineKind = '', ...variants] = engineName.split('-');
+  const precision = variants.find(x => x !== 'xla');
+  const cuda = precision !== undefined;
   const config: nano.Config = {
     ...{ ...nano.DEFAULTS, ...differences, nSteps: 1000, evalBatchSize: 1, engine: engineKind },
-    ...{ xla: variant === 'xla' ? 'on' : 'off', precision: cuda ? variant : 'auto', threads: cuda ? 0 : threads },
+    ...{ xla: variants.includes('xla') ? 'on' : 'off', precision: precision ?? 'auto', threads: cuda ? 0 : threads },
+    ...(batch && { batchSize: batch }),
   };
-  const engine = await nano.startEngine(config);
+  const engine = await nano.startEngine({ ...config, ...{ verify: !unchecked && !flags.unchecked } });
   if (cuda && !engine.gpu) nano.refuse(`--device cuda: ${engine.description}: no GPU (npm run tensorflow -- --gpu)`);
   const baseRssBytes = process.resourceUsage().maxRSS * 1024;
   const target = randomTarget(targetConfig);
@@ -140,6 +145,17 @@ function median(values: number[]): number {
   return (sorted[Math.floor((sorted.length - 1) / 2)]! + sorted[Math.ceil((sorted.length - 1) / 2)]!) / 2;
 }
 
+/** What `command` measured; without PyTorch there is nothing to compare with, any other peer may fail. */
+function attempt(peer: string, command: [string, string[]]): Result | undefined {
+  try {
+    return run(...command);
+  } catch (error) {
+    if (peer === 'torch') throw error;
+    process.stderr.write(`${peer} did not run: ${(error as Error).message}\n`);
+    return undefined;
+  }
+}
+
 /** The JSON line that a process prints last. */
 function run(command: string, args: string[]): Result {
   const { stdout, stderr, status, error } = spawnSync(command, args, { encoding: 'utf8', maxBuffer: 1 << 28 });
@@ -153,6 +169,9 @@ function run(command: string, args: string[]): Result {
 const { values: flags } = parseArgs({
   options: {
     sizes: { type: 'string' },
+    engines: { type: 'string' },
+    batch: { type: 'string', default: '0' },
+    unchecked: { type: 'boolean', default: false },
     rounds: { type: 'string', default: '3' },
     steps: { type: 'string', default: '0' },
     threads: { type: 'string', default: '2' },
@@ -162,6 +181,7 @@ const { values: flags } = parseArgs({
   },
 });
 const threads = Number(flags.threads);
+const batch = Number(flags.batch);
 const cuda = flags.device === 'cuda';
 /** Runs all and prints the table. @throws Error with one line */
 function bench(): void {
@@ -175,23 +195,28 @@ function bench(): void {
     const size = SIZES[name];
     if (!size || !all.includes(name)) nano.refuse(`--sizes: got ${name}, takes ${all.join(', ')}`);
     const steps = flags.steps === '0' ? String(size.steps) : flags.steps;
-    const common = ['--steps', steps, '--threads', flags.threads];
+    const common = ['--steps', steps, '--threads', flags.threads, ...(batch ? ['--batch', flags.batch] : [])];
     const torchArgs = [here('bench_torch.py'), '--preset', name, ...common, '--device', flags.device];
     const commands: Record<string, [string, string[]]> = {
       torch: [python, [...torchArgs, ...(cuda ? ['--autocast'] : [])]],
       ...(flags.compile ? { 'torch.compile': [python, [...torchArgs, '--compile']] } : {}),
     };
-    const engines = cuda ? ON_CUDA : size.engines;
+    const engines = flags.engines?.split(',') ?? (cuda ? ON_CUDA : size.engines);
     for (const engine of engines) {
-      const args = [...process.execArgv, here('bench.ts'), '--child', engine, '--sizes', name, ...common];
+      const unchecked = flags.unchecked ? ['--unchecked'] : [];
+      const args = [...process.execArgv, here('bench.ts'), '--child', engine, '--sizes', name, ...common, ...unchecked];
       commands[engine] = [process.execPath, args];
     }
     const results: Record<string, (Result & { memory: number })[]> = {};
     for (let round = 0; round < Number(flags.rounds); round++)
       for (const [peer, command] of Object.entries(commands)) {
         const before = cuda ? usedCudaBytes() : 0;
-        const result = run(...command);
+        const result = attempt(peer, command);
+        if (!result) continue;
         const memory = cuda ? result.usedCudaBytes! - before : result.peakRssBytes - result.baseRssBytes;
+        process.stderr.write(
+          `${name} ${peer}: ${result.msPerStep.toFixed(1)} ms, ${(memory / 2 ** 20).toFixed(0)} MiB\n`,
+        );
         results[peer] = [...(results[peer] ?? []), { ...result, memory }];
       }
     const of = (peer: string) => {
@@ -199,7 +224,7 @@ function bench(): void {
       return { ms: median(results[peer]!.map(r => r.msPerStep)), memory: `${memory.toFixed(0)} MiB` };
     };
     const torch = of('torch');
-    for (const engine of Object.keys(commands).slice(1)) {
+    for (const engine of Object.keys(results).filter(peer => peer !== 'torch')) {
       const ours = of(engine);
       const faster = `${(torch.ms / ours.ms).toFixed(2)}x`;
       const cells = [name, engine, ours.ms.toFixed(1), torch.ms.toFixed(1), faster, ours.memory, torch.memory];
