@@ -34,6 +34,15 @@ const PEAKS: Record<string, (M: number, bytes: Bytes) => number> = {
   xla: (M, b) => (860 + 27 * M) * MiB + b.state + 2 * b.moved + 0.2 * b.acts, // compiling takes most
   wasm: (_, b) => 245 * MiB + b.state + b.acts + 3 * b.params,
 };
+/**
+ * What a CUDA card gives away, measured on an H100 at those and pile-4L: its driver's and libraries' share, and regions that
+ * TensorFlow doubles whenever a step needs more, as long as the card has it.
+ */
+function ofCard(b: Bytes, all: number): number {
+  const needed = b.state + 0.31 * b.acts + 3.5 * b.params;
+  const doubled = 2 ** Math.ceil(Math.log2(needed));
+  return 640 * MiB + (640 * MiB + doubled <= all ? doubled : needed);
+}
 
 /** Bytes and floating-point operations of a training step. */
 export function estimateStep({ target, arch, modules, ciShapes, config }: Sizes, place: Place = {}) {
@@ -54,7 +63,9 @@ export function estimateStep({ target, arch, modules, ciShapes, config }: Sizes,
   const passes = 2 * (config.ppgdInnerSteps + 2) + 1;
   const perPosition = components * (passes + 1) + (decomposed + dModel * vocab) * passes + 3 * ciFn;
   const bytes = { state: 4 * state, moved: 4 * moved, acts: (4 * N * acts) / R, params: 4 * params };
-  const peak = place.gpu ? undefined : PEAKS[place.xla ? 'xla' : (place.name ?? '')];
+  const peak = place.gpu
+    ? (_: number, b: Bytes) => ofCard(b, place.memoryBytes?.() ?? Infinity)
+    : PEAKS[place.xla ? 'xla' : (place.name ?? '')];
   return {
     targetParams,
     components,
@@ -73,12 +84,12 @@ export function checkSize(sizes: Sizes, engine: Place, say: (line: string) => vo
   const parts = `V and U ${millions(components)}, CI function ${millions(ciFn)}`;
   say(`size     target ${millions(targetParams)} parameters, ${parts}`);
   say(`step     about ${GiB(bytes)} of memory, ${(flops / 1e9).toFixed(1)} GFLOP`);
-  const { heapLimit = Number.POSITIVE_INFINITY } = engine;
+  const { heapLimit = Infinity } = engine;
   if (heapBytes > heapLimit) {
     const message = `the state and its check take ${GiB(heapBytes)}, and this engine holds ${GiB(heapLimit)}: try --engine tensorflow`;
     throw Object.assign(new Error(message), { name: 'UsageError' });
   }
-  const there = engine.memoryBytes?.() ?? Number.POSITIVE_INFINITY;
+  const there = engine.memoryBytes?.() ?? Infinity;
   if (bytes <= there) return;
   const { batchSize, microBatches: R } = sizes.config;
   const split = batchSize > R && `a larger --micro-batches than ${R}`;
