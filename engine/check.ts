@@ -33,7 +33,7 @@ const TINY = 1e-35; // below it engines may flush to zero
 const [PARTS, PART_BYTES] = [512, 2 ** 24];
 const SAMPLE = 2 ** 13; // elements of a node's large result that are compared, one after another
 const LARGE = 2 ** 20; // elements of a vector that is not copied to the backend
-const RUNS = 64; // of results of the whole function: so many runs of elements, evenly spread
+const RUNS = 16; // of results of the whole function: so many runs of elements, evenly spread
 
 const words = (names: string) => new Set(names.split(' '));
 /** Step functions, with the distance of their inputs to the step, relative to their size. */
@@ -58,14 +58,14 @@ function stepped({ nodes }: Recording): Set<Value> {
 }
 
 /**
- * Kernels whose row i (of the first axis) hangs on row i alone of the inputs that have as many: which of them do. Of such a
- * result no more is computed here than is compared.
+ * Kernels whose row i (of the first axis) hangs on row i alone (or column i) of the inputs that have as many: which of them
+ * do. Of such a result no more is computed here than is compared.
  */
-function byRows({ kernel, inputs, outputs: [out], attrs }: Node): boolean[] | undefined {
+function byRows({ kernel, inputs, outputs: [out], attrs }: Node): (boolean | 'columns')[] | undefined {
   const [n, ...row] = out!.shape;
   const asMany = inputs.map(({ shape }) => shape.length > row.length && shape[0] === n);
   if (POINTWISE.has(kernel)) return asMany;
-  if (kernel === 'BatchMatMul') return row.length > 1 ? asMany : attrs.transposeA ? undefined : [true, false];
+  if (kernel === 'BatchMatMul') return row.length > 1 ? asMany : [attrs.transposeA ? 'columns' : true, false];
   const along = kernel === 'Sum' && axesOf(attrs.axis as number[], inputs[0]!.shape);
   return along && !along.includes(0) ? asMany : undefined;
 }
@@ -74,6 +74,14 @@ const rowsOf = (x: Data, { shape: [n = 1, ...row], dtype }: Typed, from: number,
   x instanceof tf.Tensor
     ? tf.slice(x, [from], [count])
     : tf.tensor(x.subarray((from * x.length) / n, ((from + count) * x.length) / n), [count, ...row], dtype);
+function columnsOf(x: Data, { shape: [rows = 1, n = 1] }: Typed, from: number, count: number): tf.Tensor {
+  if (x instanceof tf.Tensor) return tf.slice(x, [0, from], [rows, count]);
+  const at = (i: number) => x[Math.floor(i / count) * n + from + (i % count)]!;
+  return tf.tensor2d(
+    Float32Array.from({ length: rows * count }, (_, i) => at(i)),
+    [rows, count],
+  );
+}
 /** SAMPLE elements, from a place on. */
 const stretch = (x: Data, from: number, dtype: Dtype): tf.Tensor =>
   rowsOf(x instanceof tf.Tensor ? x.flatten() : x, { shape: [sizeOfData(x)], dtype }, from, SAMPLE);
@@ -144,7 +152,7 @@ export function nodeError(node: Node, inputs: Data[], got: Data[], products: num
     const from = placeOf(id, n - count);
     const given = inputs.map((x, i) => {
       const value = node.inputs[i]!;
-      return cut?.[i] ? rowsOf(x, value, from, count) : toTensor(x, value);
+      return cut?.[i] ? (cut[i] === 'columns' ? columnsOf : rowsOf)(x, value, from, count) : toTensor(x, value);
     });
     const wanted = runNode(node, given);
     const mine = outputs.map((x, k) => {

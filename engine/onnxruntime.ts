@@ -11,7 +11,7 @@ import { type CompileOptions, compiler } from './compile.ts';
 import { type Model, NO_TENSOR, nameOf, onnxModel } from './onnx.ts';
 // biome-ignore format: kept on few lines
 import {
-  bytesOf, type Dtype, KINDS, type Node, type Recording, runNode, sizeOf, type Tensors, type Value,
+  bytesOf, type Dtype, KINDS, type Node, type Numbers, type Recording, runNode, sizeOf, type Tensors, type Value,
 } from './record.ts';
 
 /** The parts of onnxruntime-node that are used: its own types can't be, the package is optional. */
@@ -31,7 +31,10 @@ interface Loaded extends Model {
   inPlace: Set<tf.Variable>;
 }
 
-/** From so many bytes of state on, memory goes back to the system: kept, it is a quarter more, and saves 3 % of a small step. */
+/**
+ * From so many bytes of state on, a function that moves none of it gives its memory back after each call. A step keeps it for
+ * the next: giving it back takes a tenth of its time.
+ */
 const LARGE = 2 ** 24;
 /** Elementwise kernels, which may write where one of their inputs lies. */
 const POINTWISE = new Set('Add AddN ClipByValue Multiply Maximum Minimum RealDiv Select Sub'.split(' '));
@@ -155,12 +158,19 @@ export function onnxCompiler(ort: Ort, { threads, ...options }: CompileOptions &
     tf.dispose(random);
   }
 
+  /** Numbers in pages of their own, which go back to the system when they are freed: malloc keeps what lies between others. */
+  const inPages = ({ shape, dtype }: Value): Numbers => {
+    const [n, Kind] = [sizeOf(shape), KINDS[dtype]];
+    const maxByteLength = n * Kind.BYTES_PER_ELEMENT; // a buffer that may be resized is not malloc's
+    return n < 2 ** 14 ? new Kind(n) : new Kind(new ArrayBuffer(maxByteLength, { maxByteLength }), 0, n);
+  };
   const load = async (recording: Recording): Promise<Loaded> => {
     const given = [...recording.feeds.values(), ...recording.variables.values()];
     const results: [string, Value][] = [...recording.outputs].map(([key, value]) => [`out/${key}`, value]);
     for (const [k, value] of [...recording.assigned.values()].entries()) results.push([`new/${k}`, value]);
     const model = onnxModel(recording.nodes, given, results);
-    const enableCpuMemArena = [...recording.variables.values()].reduce((sum, x) => sum + bytesOf(x), 0) < LARGE;
+    const state = [...recording.variables.values()].reduce((sum, x) => sum + bytesOf(x), 0);
+    const enableCpuMemArena = recording.assigned.size > 0 || state < LARGE;
     const session = await ort.InferenceSession.create(model.bytes, { ...sessionOptions, enableCpuMemArena });
     sessions.push(session);
     return { ...model, recording, session, inPlace: overwritable(recording) };
@@ -206,7 +216,7 @@ export function onnxCompiler(ort: Ort, { threads, ...options }: CompileOptions &
         // each node by itself, and no memory that stays
         const plain = { ...sessionOptions, graphOptimizationLevel: 'disabled', enableCpuMemArena: false };
         const session = await ort.InferenceSession.create(model.bytes, plain);
-        const made = wanted.map(({ shape, dtype }) => new KINDS[dtype](sizeOf(shape)));
+        const made = wanted.map(inPages);
         await runModel(
           session,
           model,
