@@ -11,8 +11,9 @@
  *
  * Weights and tokens are random: the time of a step does not depend on them. Each number is the median over rounds of
  * the median over steps of a fresh process; "faster" is PyTorch's time over ours. Memory is the process's peak beyond what
- * it took before the model was made; on a GPU what the card gives away beyond what others had of it before. The first calls' check (engine/check.ts) is left out at pile-4L,
- * where it would compare hundreds of gigabytes, and everywhere with --unchecked. Every measurement is told when it is there; one that fails leaves no row.
+ * it took before the model was made; on a GPU what the card gives away beyond what others had of it before. The first
+ * calls' check (engine/check.ts) is left out at pile-4L, where it would compare hundreds of gigabytes, and everywhere with
+ * --unchecked. Every measurement is told when it is there; a peer that fails leaves no row, and the exit code is 1.
  */
 import { spawnSync } from 'node:child_process';
 import { fileURLToPath } from 'node:url';
@@ -152,6 +153,7 @@ function attempt(peer: string, command: [string, string[]]): Result | undefined 
   } catch (error) {
     if (peer === 'torch') throw error;
     process.stderr.write(`${peer} did not run: ${(error as Error).message}\n`);
+    process.exitCode = 1;
     return undefined;
   }
 }
@@ -186,6 +188,7 @@ const cuda = flags.device === 'cuda';
 /** Runs all and prints the table. @throws Error with one line */
 function bench(): void {
   if (!['cpu', 'cuda'].includes(flags.device)) nano.refuse(`--device: got ${flags.device}, takes cpu or cuda`);
+  if (!Number.isInteger(batch) || batch < 0) nano.refuse(`--batch: got ${flags.batch}, takes a number of rows`);
   if (cuda) usedCudaBytes();
   const here = (file: string) => fileURLToPath(new URL(file, import.meta.url));
   const python = process.env.PYTHON ?? 'python3';
