@@ -14,6 +14,7 @@ test('the bench ends with one line where it lacks a GPU, a Python, or a size', (
     [['--device', 'cuda'], 2, /^bench: --device cuda: no NVIDIA GPU here \(nvidia-smi finds none\)\n$/],
     [['--device', 'tpu'], 2, /^bench: --device: got tpu, takes cpu or cuda\n$/],
     [['--sizes', 'pile-4L'], 2, /^bench: --sizes: got pile-4L, takes toy, stories260K, .*\n$/],
+    [['--engines', 'onnx,quick'], 2, /^bench: --engines: got quick, takes onnx, .*\n$/],
     [['--batch', 'x'], 2, /^bench: --batch: got x, takes a number of rows\n$/],
     [['--sizes', 'toy'], 1, /^bench: \/no\/python .*ENOENT.*\n$/],
     [['--child', 'tensorflow-tf32', '--sizes', 'toy'], 2, /^bench: --(engine|device).*\n$/], // no TensorFlow, or no GPU

@@ -189,6 +189,10 @@ const cuda = flags.device === 'cuda';
 function bench(): void {
   if (!['cpu', 'cuda'].includes(flags.device)) nano.refuse(`--device: got ${flags.device}, takes cpu or cuda`);
   if (!Number.isInteger(batch) || batch < 0) nano.refuse(`--batch: got ${flags.batch}, takes a number of rows`);
+  const unknown = flags.engines
+    ?.split(',')
+    .find(x => !/^(onnx|wasm|tensorflow(-float32|-tf32|-bf16)?(-xla)?)$/.test(x));
+  if (unknown) nano.refuse(`--engines: got ${unknown}, takes onnx, wasm, tensorflow[-float32|-tf32|-bf16][-xla]`);
   if (cuda) usedCudaBytes();
   const here = (file: string) => fileURLToPath(new URL(file, import.meta.url));
   const python = process.env.PYTHON ?? 'python3';
