@@ -28,21 +28,18 @@ const MiB = 2 ** 20;
  * moves of it, of the activations of a batch or shard, and of values as large as all parameters. Measured at the toy,
  * stories260K and simplestories-2L.
  */
-const PEAKS: Record<string, (M: number, bytes: Bytes) => number> = {
+const PEAKS: Record<string, (M: number, bytes: Bytes, available: number) => number> = {
   onnx: (M, b) => (330 + 5 * M) * MiB + b.state + 2.5 * b.moved + 0.12 * b.acts,
   tensorflow: (_, b) => 565 * MiB + b.state + 2 * b.moved + 0.55 * b.acts + b.params,
   xla: (M, b) => (860 + 27 * M) * MiB + b.state + 2 * b.moved + 0.2 * b.acts, // compiling takes most
   wasm: (_, b) => 245 * MiB + b.state + b.acts + 3 * b.params,
+  // what the card gives away, at pile-4L too, on an H100: TensorFlow takes regions that double as long as the card has them
+  cuda(_, b, available) {
+    const needed = b.state + 0.31 * b.acts + 3.5 * b.params;
+    const doubled = 2 ** Math.ceil(Math.log2(needed));
+    return 640 * MiB + (640 * MiB + doubled <= available ? doubled : needed);
+  },
 };
-/**
- * What a CUDA card gives away, measured on an H100 at those and pile-4L: its driver's and libraries' share, and regions that
- * TensorFlow doubles whenever a step needs more, as long as the card has it.
- */
-function ofCard(b: Bytes, all: number): number {
-  const needed = b.state + 0.31 * b.acts + 3.5 * b.params;
-  const doubled = 2 ** Math.ceil(Math.log2(needed));
-  return 640 * MiB + (640 * MiB + doubled <= all ? doubled : needed);
-}
 
 /** Bytes and floating-point operations of a training step. */
 export function estimateStep({ target, arch, modules, ciShapes, config }: Sizes, place: Place = {}) {
@@ -63,16 +60,16 @@ export function estimateStep({ target, arch, modules, ciShapes, config }: Sizes,
   const passes = 2 * (config.ppgdInnerSteps + 2) + 1;
   const perPosition = components * (passes + 1) + (decomposed + dModel * vocab) * passes + 3 * ciFn;
   const bytes = { state: 4 * state, moved: 4 * moved, acts: (4 * N * acts) / R, params: 4 * params };
-  const peak = place.gpu
-    ? (_: number, b: Bytes) => ofCard(b, place.memoryBytes?.() ?? Infinity)
-    : PEAKS[place.xla ? 'xla' : (place.name ?? '')];
+  const cuda = place.gpu && place.name === 'tensorflow';
+  const peak = PEAKS[cuda ? 'cuda' : place.xla ? 'xla' : (place.name ?? '')];
   return {
     targetParams,
     components,
     ciFn,
     heapBytes: bytes.state + 5 * bytes.params, // the state, and a large node while the first call is checked
     flops: 2 * N * perPosition + 6 * sum(modules.map(m => m.dIn * m.dOut * m.C)),
-    bytes: peak?.(modules.length, bytes) ?? bytes.state + bytes.acts + 3 * bytes.params,
+    bytes:
+      peak?.(modules.length, bytes, place.memoryBytes?.() ?? Infinity) ?? bytes.state + bytes.acts + 3 * bytes.params,
   };
 }
 

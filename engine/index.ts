@@ -41,7 +41,7 @@ export async function startEngine(options: Options) {
 
 type Options = Parameters<typeof startTensorFlow>[0] & { engine: string };
 async function start(options: Options) {
-  const { engine: wanted, precision, graph, threads } = options;
+  const { engine: wanted, precision, graph, threads, verify = true } = options;
   const tried: string[] = []; // what does not load, and why
   const or = async <E>(name: string, job: () => Promise<E>): Promise<E | undefined> => {
     if (wanted !== name && wanted !== 'auto') return undefined;
@@ -72,7 +72,7 @@ async function start(options: Options) {
   const why = tried.map(line => `; ${line}`).join('');
   if (!ort || missing)
     return { name, gpu: false, description: `TFJS ${tf.version.tfjs} on ${missing || 'WASM'}${why}` };
-  const { compile, picture } = onnxCompiler(ort, { threads, tolerance: 1e-3, products: 2 ** -16 });
+  const { compile, picture } = onnxCompiler(ort, { threads, tolerance: 1e-3, products: 2 ** -16, verify });
   const description = `ONNX Runtime ${ort.env.versions.node} on the CPU${why}`;
   return { name: 'onnx', gpu: false, description, compile, picture };
 }

@@ -302,7 +302,8 @@ test('the estimate is within a quarter of the peaks that were measured, on every
         const { ciDModel, ciNBlocks, ciMlpHidden, seqLen, batchSize, ...rest } = sizes[size as keyof typeof sizes];
         const shards = { ciNHeads: 4, microBatches: i + 1, ppgdInnerSteps: 2 };
         const config = { ciDModel, ciNBlocks, ciMlpHidden, seqLen, batchSize, ...shards };
-        const { bytes } = estimateStep({ ...rest, config }, { name, xla: name === 'xla', gpu: name === 'cuda' });
+        const place = name === 'cuda' ? { name: 'tensorflow', gpu: true } : { name, xla: name === 'xla' };
+        const { bytes } = estimateStep({ ...rest, config }, place);
         assert.ok(
           Math.abs(bytes / 2 ** 20 / peak - 1) < 0.25,
           `${name}, ${size}, ${i + 1}: ${bytes / 2 ** 20}, not ${peak}`,

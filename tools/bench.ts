@@ -146,6 +146,8 @@ function median(values: number[]): number {
   return (sorted[Math.floor((sorted.length - 1) / 2)]! + sorted[Math.ceil((sorted.length - 1) / 2)]!) / 2;
 }
 
+const inMiB = (bytes: number) => `${(bytes / 2 ** 20).toFixed(0)} MiB`;
+
 /** What `command` measured; without PyTorch there is nothing to compare with, any other peer may fail. */
 function attempt(peer: string, command: [string, string[]]): Result | undefined {
   try {
@@ -209,8 +211,8 @@ function bench(): void {
       ...(flags.compile ? { 'torch.compile': [python, [...torchArgs, '--compile']] } : {}),
     };
     const engines = flags.engines?.split(',') ?? (cuda ? ON_CUDA : size.engines);
+    const unchecked = flags.unchecked ? ['--unchecked'] : [];
     for (const engine of engines) {
-      const unchecked = flags.unchecked ? ['--unchecked'] : [];
       const args = [...process.execArgv, here('bench.ts'), '--child', engine, '--sizes', name, ...common, ...unchecked];
       commands[engine] = [process.execPath, args];
     }
@@ -221,14 +223,12 @@ function bench(): void {
         const result = attempt(peer, command);
         if (!result) continue;
         const memory = cuda ? result.usedCudaBytes! - before : result.peakRssBytes - result.baseRssBytes;
-        process.stderr.write(
-          `${name} ${peer}: ${result.msPerStep.toFixed(1)} ms, ${(memory / 2 ** 20).toFixed(0)} MiB\n`,
-        );
+        process.stderr.write(`${name} ${peer}: ${result.msPerStep.toFixed(1)} ms, ${inMiB(memory)}\n`);
         results[peer] = [...(results[peer] ?? []), { ...result, memory }];
       }
     const of = (peer: string) => {
-      const memory = Math.max(...results[peer]!.map(r => r.memory)) / 2 ** 20;
-      return { ms: median(results[peer]!.map(r => r.msPerStep)), memory: `${memory.toFixed(0)} MiB` };
+      const memory = Math.max(...results[peer]!.map(r => r.memory));
+      return { ms: median(results[peer]!.map(r => r.msPerStep)), memory: inMiB(memory) };
     };
     const torch = of('torch');
     for (const engine of Object.keys(results).filter(peer => peer !== 'torch')) {
@@ -236,7 +236,6 @@ function bench(): void {
       const faster = `${(torch.ms / ours.ms).toFixed(2)}x`;
       const cells = [name, engine, ours.ms.toFixed(1), torch.ms.toFixed(1), faster, ours.memory, torch.memory];
       lines.push(`| ${cells.join(' | ')} |`);
-      process.stderr.write(`${lines.at(-1)}\n`);
     }
     lines[0] = lines[0]!.replace(/PyTorch \|/, `PyTorch ${results.torch![0]!.torch}${cuda ? ', bf16' : ''} |`);
   }
