@@ -4,8 +4,7 @@
  * VPD writes every weight matrix of a trained network as a sum of rank-one subcomponents, and a
  * small transformer, the causal-importance (CI) function, learns which few of them each token
  * really needs. What it calls unimportant may be removed, at random or by an adversary, and the
- * network must still give the same answer. What is left are small mechanisms, to be looked at one
- * by one.
+ * network must still give the same answer. What is left are small mechanisms.
  *
  *   npm install && npm start                         the bundled toy: decompose, evaluate, page
  *   npx tsx nano-param-decomp.ts --model M --data D  a Hugging Face folder or hub id, a text file
@@ -37,8 +36,6 @@
  *   z, g, g⁺ [N,ΣC]      ci_pre_sigmoid, ci_lower, ci_upper
  *   m [N,ΣC], δ [N,M], r [N,M]    component mask, weight_delta_mask, routing mask
  *   s [N,ΣC+M]           the adversary's sources;  R  micro-batches (the original's world_size)
- *
- * Left out on purpose: several GPUs, embeddings as modules, hyperparameter search, trackers.
  */
 import * as crypto from 'node:crypto';
 import * as fs from 'node:fs';
@@ -97,6 +94,7 @@ const GROUPS = {
     microBatches: int(1, 'shards of a batch (R), one after another', 1),
     seed: int(0, 'of all random numbers', 0, 2 ** 31 - 1),
     mainLr: real(5e-5, 'AdamW learning rate'),
+    optimizer: text('adamw', 'what moves matrices', 'adamw muon'),
     mainLrFinalFrac: real(0.1, 'where its cosine ends', 0, 1),
     gradClipComponents: real(0.01, 'clips the gradient norm of all V and U; 0 = off'),
     gradClipCi: real(0, 'and of the CI function; 0 = off'),
@@ -194,7 +192,7 @@ export interface Target {
 /** A model's folder, or hub id and commit. */
 type Origin = { path: string; commit?: string };
 
-/** A decomposed linear layer (not an nn.Module): columns offset … offset + C of [N,ΣC] tensors. */
+/** A decomposed layer: columns offset … offset + C of [N,ΣC] tensors. */
 export type Module = LinearLayer & { C: number; offset: number };
 
 /** What stays fixed in a run. Modules are sorted by path; `ci`: another CI function than ours. */
@@ -250,7 +248,7 @@ export function maskedLinear({ target, modules }: Problem, params: Tensors, mask
   const mask = splitColumns(masks.mask, widths);
   const delta = masks.delta && perModule(masks.delta);
   const route = masks.route && perModule(masks.route);
-  // k, the kept share of x Wᵀ. Without routing (r = 1) it is δ, and without δ as well it is 0.
+  // k, the kept share of x Wᵀ: without routing δ, and without δ too 0.
   const keep = masks.route
     ? perModule(tf.sub(1, masks.route.mul(tf.sub(1, masks.delta ?? 0))))
     : delta;
@@ -401,8 +399,7 @@ export function faithfulnessLoss({ target, modules }: Problem, params: Tensors):
  * rarely used ones. R: a shard's σ is about 1/R of the batch's, R σ estimates it.
  */
 export function importanceLoss(gUpper: T<'N ΣC'>, p: T, config: Config, R: number): T {
-  // With p < 1 the slope of g^p at 0 is infinite; ε makes it finite.
-  // x^p is exp(p ln x): TensorFlow's pow is 20 times slower on a CPU.
+  // ε: with p < 1 the slope at 0 is infinite. exp(p ln x): TensorFlow's pow is slow on a CPU.
   const sigma: T<'ΣC'> = gUpper.add(config.impEps).log().mul(p).exp().sum(0);
   const mu = sigma.div(gUpper.shape[0]!);
   const log2 = sigma.mul(R).add(1).log().mul(Math.LOG2E);
@@ -435,8 +432,8 @@ export const kl: Comparison = {
       const gradFunc = (dy: T, [log, probs]: T[]) => log!.exp().sub(probs!).mul(dy.div(N));
       return { value: probs.mul(logProbs.sub(log)).sum().div(N), gradFunc };
     })(predicted),
-  // With d = ln p − ln q, Σ p d = Σ p (d + e^−d − 1): no term is negative, so values near 1e-6
-  // survive the rounding of float32 sums.
+  // With d = ln p − ln q, Σ p d = Σ p (d + e^−d − 1): no term is negative, so small
+  // values survive float32 sums.
   measure(own, predicted) {
     const logProbs = own.logSoftmax();
     const d = logProbs.sub(predicted.logSoftmax());
@@ -564,8 +561,8 @@ export type StepFeeds = Record<keyof ReturnType<typeof schedule> | 'inputs' | 'k
 type AdamFeeds = Pick<StepFeeds, 'lrMain' | 'c1' | 'c2'>;
 
 /**
- * The whole method on one batch (or one of its shards). It assigns nothing: it returns the losses,
- * the gradients of both groups of parameters, the sources after the adversary's moves, and L0.
+ * The whole method on one batch (or one of its shards). It assigns nothing: it returns losses, L0,
+ * the gradients of both groups of parameters, and the moved sources.
  * `given`: draws in place of those that follow from the key.
  */
 export function lossesAndGradients(
@@ -591,8 +588,7 @@ export function lossesAndGradients(
     sources = ascend(sources, grad!, config, feeds.lrPpgd, c1[k]!, c2[k]!);
   }
 
-  // 3. The losses, of V, U, z and s. TFJS differentiates by the tensors listed in 4, wherever the
-  //    function finds them. g is made anew here: no gradient would reach z through the one of 1.
+  // 3. The losses, of V, U, z and s. g is made anew: no gradient would reach z through that of 1.
   const losses = () => {
     const g = lowerLeaky(z, config.leakyAlpha);
     const inputs = { problem, params, pass, z, g, draws, sources: sources.s, feeds };
@@ -600,9 +596,8 @@ export function lossesAndGradients(
   };
 
   // 4. The gradients of total = Σ coefficient × loss: the coefficients are the upstream gradient of
-  //    the vector of losses. They reach down to z; dz goes on through the CI function. Its
-  //    forward in 1 ran outside of the tape, since the moves in 2 need no gradient of it, so it
-  //    runs again here (a traced graph merges the two).
+  //    the vector of losses. They reach down to z; dz goes on through the CI function, whose
+  //    forward runs again, since that in 1 was not taped (a traced graph merges the two).
   const components = ofGroup(params, 'components');
   const upstream = tf.tensor1d(coefficientsOf(config));
   const { value, grads } = tf.valueAndGrads(losses)([...components, z, sources.s], upstream);
@@ -634,7 +629,7 @@ const eachGroup = <X>(make: (group: Group) => X): Record<Group, X> => ({
 });
 const ofGroup = <X extends T>(params: Record<string, X>, group: Group): X[] =>
   Object.entries(params).flatMap(([name, x]) => (name.startsWith(group) ? x : []));
-/** In one vector, so that Adam is a few large ops, not many small ones. */
+/** In one vector: Adam is a few large ops then. */
 const sideBySide = (tensors: T[]): T<'n'> => tf.concat(tensors.map(x => x.flatten()));
 
 /** What a step changes. m, v: Adam's moments, one vector a group. Sources: [batchSize·S, ΣC+M]. */
@@ -646,17 +641,34 @@ export interface State {
 }
 
 const MAIN_BETAS = { beta1: 0.9, beta2: 0.999, eps: 1e-8 };
-/** AdamW with weight decay 0 on one group of parameters. */
-function adamUpdate({ params, m, v }: State, group: Group, gradient: T<'n'>, feeds: AdamFeeds) {
-  const step = adam(gradient, m[group], v[group], MAIN_BETAS, feeds.c1, feeds.c2, feeds.lrMain);
-  const moved = ofGroup(params, group);
-  const moves = tf.split(
-    step.direction,
-    moved.map(x => x.size),
-  );
-  for (const [i, param] of moved.entries()) param.assign(param.sub(moves[i]!.reshape(param.shape)));
-  m[group].assign(step.m);
-  v[group].assign(step.v);
+/** AdamW with weight decay 0 on one group of parameters; `muon`: its matrices move by Muon. */
+function adamUpdate(state: State, group: Group, gradient: T<'n'>, feeds: AdamFeeds, muon = false) {
+  const [m, v] = [state.m[group], state.v[group]];
+  const step = adam(gradient, m, v, MAIN_BETAS, feeds.c1, feeds.c2, feeds.lrMain);
+  const moved = ofGroup(state.params, group);
+  const sizes = moved.map(x => x.size);
+  const parts = (x: T) => tf.split(x, sizes).map((part, i) => part.reshape(moved[i]!.shape));
+  const [moves, momenta] = [parts(step.direction), parts(step.m)];
+  for (const [i, param] of moved.entries()) {
+    const byMuon = muon && param.rank === 2;
+    param.assign(param.sub(byMuon ? feeds.lrMain.mul(orthogonal(momenta[i]!)) : moves[i]!));
+  }
+  m.assign(step.m);
+  v.assign(step.v);
+}
+/**
+ * Muon's direction: the momentum with all singular values near 1 (five Newton-Schulz steps), times
+ * 0.2 √max(r, c): the mean square of Adam's.
+ */
+export function orthogonal(momentum: T<'r c'>): T<'r c'> {
+  const [r = 0, c = 0] = momentum.shape;
+  if (r > c) return orthogonal(momentum.transpose()).transpose();
+  let x = momentum.div(momentum.square().sum().sqrt().maximum(1e-7));
+  for (const _ of range(0, 5)) {
+    const a = matmul(x, x, true);
+    x = x.mul(3.4445).add(matmul(a.mul(-4.775).add(matmul(a, a).mul(2.0315)), x));
+  }
+  return x.mul(0.2 * Math.sqrt(c));
 }
 
 type Vectors = Record<Group, T<'n'>>;
@@ -668,7 +680,7 @@ export function applyGradients(
   feeds: AdamFeeds,
 ) {
   const norms = eachGroup(group => grads[group].square().sum().sqrt());
-  // Gradients that are not finite move nothing: a run that stops has its last good parameters.
+  // Gradients that are not finite move nothing: the last good parameters stay.
   const finite = tf.isFinite(norms.components.add(norms.ci_fn));
   const lrMain = tf.where(finite, feeds.lrMain, tf.scalar(0));
   const limits = { components: config.gradClipComponents, ci_fn: config.gradClipCi };
@@ -677,7 +689,7 @@ export function applyGradients(
     const scale = tf.minimum(1, tf.div(limits[group], norms[group].add(1e-6))); // as torch clips
     const clipped = limits[group] > 0 ? gradient.mul(scale) : gradient;
     const safe = tf.where(finite, clipped, tf.zerosLike(clipped));
-    adamUpdate(state, group, safe, { ...feeds, lrMain });
+    adamUpdate(state, group, safe, { ...feeds, lrMain }, config.optimizer === 'muon');
   });
   return norms;
 }
@@ -766,7 +778,7 @@ const zeros = (shape: number[]): tf.Variable => tf.tidy(() => tf.variable(tf.zer
 export function initialParams(problem: Problem): Params {
   const { modules, config, ci = ciTransformer } = problem;
   const params: Params = {};
-  // Each array has a purpose of its own, counted on: the order of these lines is part of the seed.
+  // Each array has the next purpose: the order of these lines is part of the seed.
   let purpose = PURPOSE.init;
   const draws = (n: number) => uniformArray(n, config.seed, 0, purpose++);
   const normal = (n: number, deviation: number) => {
@@ -995,7 +1007,7 @@ export async function newRun(
   return { engine, problem, params: initialParams(problem), data };
 }
 
-/** Measures for slow evaluations beside those of section G. */
+/** More measures for slow evaluations. */
 type Measures = ((run: Run) => () => Promise<Metrics>) | undefined;
 type Options = {
   old?: RunRecord | undefined;
@@ -1062,8 +1074,8 @@ export async function decompose(run: Run, { old, stopped, measures }: Options = 
     if (due(c.logEvery)) {
       const { numTensors, numBytes } = tf.memory();
       const rates = { 'lr/main': lrMain, 'lr/ppgd': lrPpgd, p };
-      const memory = { 'memory/tensors': numTensors, 'memory/bytes': numBytes };
       const time = { 'time/ms_per_step': performance.now() - started };
+      const memory = { 'memory/tensors': numTensors, 'memory/bytes': numBytes };
       log({ ...metrics, ...rates, ...time, ...memory });
     }
     // The last step is saved before its evaluation, which may fail; others after it, so that a
@@ -1098,9 +1110,8 @@ const recordOf = (run: Run) => io.runRecord(run, VERSION);
 const VERSION = '0.1.0';
 
 // ---- I. Harvest ----
-// What each component does, by dense counts: how often it fires (g > 0), on which tokens, ahead of
-// which predictions, and where most strongly. postprocess/harvest.ts counts more, in bounded
-// memory.
+// How often each component fires (g > 0), on which tokens, ahead of which predictions, and where
+// most strongly, by dense counts. postprocess/harvest.ts counts more, in bounded memory.
 
 /** Token, count, PMI = ln(n_ct N / (n_c n_t)) in nats. */
 type TokenPmi = [token: string, count: number, pmi: number];
@@ -1148,7 +1159,7 @@ export async function shortHarvest({ engine, problem, params, data }: Run) {
   const token = (id: number) => data.tokenizer?.id_to_token(id)?.replace(/[▁Ġ]/g, ' ') ?? `#${id}`;
   const text = (ids: ArrayLike<number>) => Array.from(ids, token).join('');
   const N = rows.count * rows.seqLen;
-  /** Tokens that component c meets more often than chance, the most surprising first. */
+  /** Tokens that c meets more often than chance, the most surprising first. */
   const byPmi = (c: number, counts: Float32Array): TokenPmi[] => {
     const pairs = range(0, vocab).map((t): TokenPmi => {
       const [n, ofToken] = [counts[c * vocab + t]!, counts[sumC * vocab + t]!];
@@ -1182,8 +1193,7 @@ export async function shortHarvest({ engine, problem, params, data }: Run) {
 // ---- below: what this stands on ----
 
 // ---- J. Language models ----
-// In a Hugging Face folder config.json names the architecture, and safetensors files hold the
-// weights. Every family is the same decoder with other options.
+// From a Hugging Face folder. Every family is the same decoder with other options.
 
 /** What a config.json says, in one vocabulary for all families. */
 // biome-ignore format: few lines
@@ -1250,7 +1260,7 @@ export function linearLayers(arch: Architecture): LinearLayer[] {
   return range(0, nLayers).flatMap(ofBlock);
 }
 
-/** Loads a Hugging Face folder. @throws UsageError that says what is wrong with which file */
+/** Loads a Hugging Face folder. @throws UsageError */
 export async function loadTarget(dir: string, from: Origin = { path: dir }) {
   await openRooms();
   const files = await io.openModel(dir, NAMES, say);
@@ -1268,7 +1278,7 @@ export async function loadTarget(dir: string, from: Origin = { path: dir }) {
   try {
     load(names.embed, [vocab, dModel]);
     if (names.positions) load(names.positions, [arch.context, dModel]);
-    // Linear layers are kept as Wᵀ, so that no product has to transpose them.
+    // Linear layers are kept as Wᵀ: no product has to transpose them.
     for (const { path: name, dIn, dOut } of linears) {
       keep(`${name}.weight`, conv1d ? [dIn, dOut] : [dOut, dIn], name, !conv1d);
       keepBias(`${name}.bias`, dOut);
@@ -1319,8 +1329,8 @@ const ACTIVATIONS = {
 };
 
 /**
- * y = x r with r = 1 / √(mean x² + ε), over the last axis. The gradient is made by hand, since
- * TFJS's own has three times the ops: dx = r (dy − y mean(y dy)).
+ * y = x r with r = 1 / √(mean x² + ε), over the last axis. The gradient is made by hand, with
+ * a third of the ops: dx = r (dy − y mean(y dy)).
  */
 export const rmsNormalize = (x: T, eps: number): T =>
   tf.customGrad((a, save) => {
@@ -1338,7 +1348,7 @@ function normalise(net: Network, name: string, x: T<'N d'>): T<'N d'> {
   return addBias(scaled, net.weights.get(`${name}.bias`));
 }
 
-/** RoPE's inverse wavelengths, one for each rotated pair of dimensions. */
+/** RoPE's inverse wavelengths, one for each rotated pair. */
 const inverseWavelengths = (headDim: number, base: number): Float32Array =>
   Float32Array.from(range(0, headDim / 2), i => base ** ((-2 * i) / headDim));
 
@@ -1380,8 +1390,7 @@ type At = (part: keyof Names) => string;
 function attention(net: Network, at: At, h: T<'N d'>, S: number, linear: Linear): T<'N d'> {
   const { qkv, nHeads, nKvHeads, names, rotary } = net.arch;
   const N = h.shape[0]!;
-  // Fused layers give [N,3·dQ]: all of q, all of k, all of v,
-  // or ('by head') q, k and v of one head after those of another.
+  // Fused layers give [N,3·dQ]: all q, all k, all v, or ('by head') those of one head after another.
   let [q, k, v]: (T | undefined)[] = [linear(at('q'), h)];
   if (qkv === 'separate') [k, v] = [linear(at('k'), h), linear(at('v'), h)];
   else if (qkv === 'concatenated') [q, k, v] = tf.split(q!, 3, 1);
@@ -1469,8 +1478,7 @@ export async function loadData(model: LanguageModel, config: Config) {
   return { tokenizer, ...(await io.rowsOf(config, model, tokenizer)) };
 }
 
-// Random numbers are a function of (seed, step, purpose) alone: any step can be replayed, and a run
-// is resumed without the state of a generator.
+// Random numbers are a function of (seed, step, purpose) alone: no generator has a state to save.
 
 // biome-ignore format: few lines
 export const PURPOSE = {
@@ -1499,7 +1507,7 @@ export function uniformArray(n: number, seed: number, step: number, purpose: num
   let c = scramble(b ^ purpose);
   let counter = 1;
   const out = new Float32Array(n);
-  // The first twelve rounds spread the key's bits over the whole state.
+  // Twelve rounds first spread the key's bits over the state.
   for (let i = -12; i < n; i++) {
     const t = (a + b + counter) | 0;
     counter = (counter + 1) | 0;
@@ -1510,7 +1518,7 @@ export function uniformArray(n: number, seed: number, step: number, purpose: num
   }
   return out;
 }
-/** MurmurHash3's finaliser: a permutation of the 32-bit numbers that mixes their bits. */
+/** MurmurHash3's finaliser: it permutes the 32-bit numbers. */
 export function scramble(x: number) {
   let h = (x + 0x9e3779b9) | 0;
   h = Math.imul(h ^ (h >>> 16), 0x85ebca6b);
@@ -1526,12 +1534,12 @@ export function scramble(x: number) {
 export interface Engine {
   name: string;
   gpu: boolean;
-  description: string; // for people: which engine, and why
+  description: string; // which, and why
   memoryBytes?(): number; // how much a step may take
   /**
-   * `fn`, faster where the engine can trace it: it runs once as it is, and from then on as one
-   * graph. So what changes from call to call must enter through `feeds`, no branch of JavaScript
-   * may depend on a tensor's value, and what lives on is a tf.Variable, which `fn` may assign.
+   * `fn`, which may be traced into a graph at its first call: what changes from call to call
+   * enters through `feeds`, no branch depends on a tensor's value, and what lives on is a
+   * tf.Variable, which `fn` may assign.
    */
   compile<F extends Tensors, O extends Tensors>(
     name: string,
@@ -1606,7 +1614,7 @@ const plainIo: Partial<Io> = {
         if (dtype !== 'F32' && dtype !== 'BF16') refuse(`${file}: ${dtype} needs the folder io/`);
         const [begin, end] = data_offsets.map((offset: number) => start + offset);
         const raw = new Uint8Array(bytes.subarray(begin, end)).buffer; // a copy: aligned
-        const bits = () => new Uint32Array(new Uint16Array(raw)).map(upperHalf => upperHalf << 16);
+        const bits = () => new Uint32Array(new Uint16Array(raw)).map(upper => upper << 16);
         const data = new Float32Array(dtype === 'F32' ? raw : bits().buffer);
         sha256.update(name).update(data);
         return data;
@@ -1780,8 +1788,8 @@ async function openModelRun(
 }
 
 /**
- * A finished run on a language model: target, parameters, data, tokenizer, engine. `changes`: to
- * its config. @throws UsageError if model or data are not those of the run
+ * A finished run on a language model. `changes`: to its config. @throws UsageError if model or data
+ * are not those of the run
  */
 export async function openRun(dir: string, changes: Partial<Config> = {}) {
   await openRooms();
@@ -1824,7 +1832,7 @@ const plainPostprocess: Postprocess = {
   },
 };
 
-/** A message may quote a stranger's file: one line, without control or direction marks. */
+/** One line without control or direction marks: it may quote a stranger's file. */
 const oneLine = (error: unknown) =>
   (error as Error).message.slice(0, 500).replace(/[\p{C}\p{Zl}\p{Zp}]/gu, '?');
 

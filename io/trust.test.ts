@@ -221,7 +221,7 @@ test('eval and harvest leave no tensors behind', async t => {
 
 test('killed at any moment, a run goes on to the same bytes', async t => {
   const seen: string[] = [];
-  for (let i = 0; i < (long ? 40 : 4); i++) {
+  for (let i = 0; i < (long ? 40 : 3); i++) {
     const engine = long && i % 4 > 1 && !missing.tensorflow ? 'tensorflow' : 'wasm';
     const out = inRoot(`killed-${i}`);
     const moment = (i * 0.618034 + 0.3) % 1; // spread evenly, early and late mixed
@@ -243,5 +243,5 @@ test('killed at any moment, a run goes on to the same bytes', async t => {
     fs.rmSync(out, { recursive: true });
   }
   t.diagnostic(`killed at steps (-1: before config.json; !: the previous checkpoint was loaded): ${seen.join(', ')}`);
-  assert(seen.length > 2, 'most runs ended before they could be killed');
+  assert(seen.length > (long ? 20 : 1), 'most runs ended before they could be killed');
 });

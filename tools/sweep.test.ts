@@ -92,7 +92,7 @@ test('settings × seeds become run folders, a table and a picture; finished runs
 });
 
 test('a signal stops the sweep and its runs, and the next call goes on with them', async () => {
-  const base = { ...tiny, nSteps: 100, evalBatchSize: 2 };
+  const base = { ...tiny, nSteps: 40, evalBatchSize: 2 };
   const file = sweepFile('long.json', { base, settings: { only: {}, next: { nSteps: 2 } } });
   const out = path.join(folder, 'long');
   const tool = path.join(import.meta.dirname, 'sweep.ts');
@@ -111,7 +111,7 @@ test('a signal stops the sweep and its runs, and the next call goes on with them
     .trimEnd()
     .split('\n')
     .map(line => JSON.parse(line).step);
-  const each = Array.from({ length: 100 }, (_, i) => i + 1);
+  const each = Array.from({ length: base.nSteps }, (_, i) => i + 1);
   assert.deepEqual([...new Set(steps)], each, 'no step is missing, and none was made from older state');
 });
 
