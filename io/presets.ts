@@ -43,7 +43,7 @@ export const PRESETS: Readonly<Record<string, Preset>> = {
     source: 'ours: the bundled one-layer target with known rules',
     config: {
       model: bundled(''), data: bundled('corpus.txt'), evalData: bundled('eval.json'), labels: bundled('labels.json'),
-      components: '*.attn.*=48,*.mlp.*=128', seqLen: 32, batchSize: 16, nSteps: 2000, mainLr: 7e-3,
+      components: '*.attn.*=48,*.mlp.*=128', seqLen: 32, batchSize: 16, nSteps: 1500, mainLr: 7e-3, optimizer: 'muon',
       coeffFaith: 1e4, coeffImp: 5e-4, impBeta: 4, ppgdLr: 0.05, seed: 0,
       faithfulnessWarmupLr: 5e-3, faithfulnessWarmupLrFinalFrac: 0.05,
       ciDModel: 64, ciNBlocks: 1, ciNHeads: 4, ciMlpHidden: 256,
