@@ -136,7 +136,10 @@ export function commandLine(argv: string[], program: Program) {
   };
   if (job) return { job: name, values: changes, flags, meantFor: {}, sizes, old: undefined };
   if (flags.resume && !changes.out) refuse('--resume: takes --out DIR, the folder of the run to go on with');
-  const old = flags.resume ? readRecord(`${changes.out}`) : undefined;
+  const record = flags.resume ? readRecord(`${changes.out}`) : undefined;
+  // A field that came after the run was started is as it was without it: its default.
+  const defaults = Object.fromEntries(Object.entries(fields).map(([field, { value }]) => [field, value]));
+  const old = record && { ...record, config: { ...defaults, ...(record.config as typeof changes) } };
   const given = { ...(old?.config as typeof changes | undefined), ...changes };
   given.out ||= path.join('runs', `${path.basename(`${given.model ?? ''}`) || 'run'}-${stamp()}`);
   return { job: 'decompose', values: given, flags, meantFor: preset?.target ?? {}, sizes, old };

@@ -1,5 +1,8 @@
 /** Presets whose sizes follow the target. */
 import assert from 'node:assert/strict';
+import fs from 'node:fs';
+import os from 'node:os';
+import path from 'node:path';
 import { test } from 'node:test';
 import { chooseModules } from '../nano-param-decomp.ts';
 import { commandLine } from './flags.ts';
@@ -72,4 +75,14 @@ test('the command line gives what was not given itself; a run that goes on has i
   assert.deepEqual(line('--preset=small-lm', '--model=m', '--components=*=7').sizes(target), others);
   assert.deepEqual(line('--preset=toy').sizes(target), {});
   assert.deepEqual(line('--model=m').sizes(target), {});
+
+  const dir = fs.mkdtempSync(path.join(os.tmpdir(), 'older-'));
+  try {
+    // of a version that had no ciDModel yet
+    fs.writeFileSync(path.join(dir, 'config.json'), '{"formatVersion":1,"config":{"components":"*=3"},"seed":1}');
+    const { old } = line('--resume', `--out=${dir}`);
+    assert.deepEqual(old!.config, { model: '', out: '', components: '*=3', ciDModel: 0 });
+  } finally {
+    fs.rmSync(dir, { recursive: true });
+  }
 });
