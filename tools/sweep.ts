@@ -92,8 +92,9 @@ export async function stateOf({ dir, name, fields, seed }: Run): Promise<State> 
   const { preset, ...own } = fields;
   const wanted: Fields = { ...(preset ? PRESETS[`${preset}`]!.config : {}), ...own, seed };
   const isAuto = (field: string) => wanted[field] === 0 && (DEFAULTS as Fields)[field] === 0; // the run has its own
-  const same = (was: unknown, now: unknown) => was === now || (typeof now === 'string' && was === path.resolve(now));
-  const changed = Object.keys(wanted).filter(field => !same(config[field], wanted[field]) && !isAuto(field));
+  const same = (old: unknown, now: unknown) => old === now || (typeof now === 'string' && old === path.resolve(now));
+  const was: Fields = { ...DEFAULTS, ...config }; // it may be of a version that lacked a field
+  const changed = Object.keys(wanted).filter(field => !same(was[field], wanted[field]) && !isAuto(field));
   if (changed.length)
     refuse(
       `${dir}: was made with another ${changed.join(', ')}; remove it, or give the setting another name than ${name}`,
