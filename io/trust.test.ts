@@ -26,7 +26,7 @@ const toy = (file: string) => path.join(project, 'assets/toy', file);
 /** The toy's target with a very small decomposition. */
 const small = [
   ...['--preset=toy', `--data=${toy('eval.json')}`, `--eval-data=${toy('eval.json')}`, '--labels=', '--no-harvest'],
-  ...['--components=*=8', '--ci-d-model=16', '--ci-mlp-hidden=32', '--batch-size=4'],
+  ...['--optimizer=adamw', '--components=*=8', '--ci-d-model=16', '--ci-mlp-hidden=32', '--batch-size=4'],
   ...['--eval-batch-size=2', '--pgd-eval-n-steps=2', '--log-every=1'],
 ];
 // a step of a traced graph takes 2 ms, so such a run has more of them

@@ -6,7 +6,7 @@ import { once } from 'node:events';
 import fs from 'node:fs';
 import os from 'node:os';
 import path from 'node:path';
-import { after, test } from 'node:test';
+import { after, describe, test } from 'node:test';
 import { flagsOf, main, picture, type Result, readSweep, table } from './sweep.ts';
 
 const folder = fs.mkdtempSync(path.join(os.tmpdir(), 'sweep-'));
@@ -22,6 +22,7 @@ const tiny = {
   ...{
     preset: 'toy',
     engine: 'wasm',
+    optimizer: 'adamw',
     nSteps: 3,
     batchSize: 2,
     seqLen: 8,
@@ -38,8 +39,8 @@ const tiny = {
   },
   ...{ evalFreq: 0, ppgdInnerSteps: 1, labels: '', evalData: '' },
 };
+const { log } = console;
 const quietly = async (args: string[]): Promise<number> => {
-  const { log } = console;
   console.log = () => {};
   try {
     return await main(args);
@@ -50,80 +51,85 @@ const quietly = async (args: string[]): Promise<number> => {
 const metricsOf = (out: string, run: string) => fs.readFileSync(path.join(out, run, 'metrics.jsonl'), 'utf8');
 const untimed = (jsonl: string) => jsonl.replace(/"(time|memory)\/\w+":[\d.e+-]+,?/g, '');
 
-test('settings × seeds become run folders, a table and a picture; finished runs are left out, a missing one is remade', async () => {
-  const settings = { weak: {}, strong: { coeffImp: 0.05 } };
-  const file = sweepFile('tiny.json', { base: tiny, seeds: [0, 3], settings });
-  const out = path.join(folder, 'tiny');
-  const args = ['--file', file, '--out', out, '--jobs', '2'];
-  assert.equal(await quietly(args), 0);
-  const runs = ['weak-seed0', 'weak-seed3', 'strong-seed0', 'strong-seed3'];
-  for (const run of runs) {
-    const { config } = JSON.parse(fs.readFileSync(path.join(out, run, 'config.json'), 'utf8'));
-    assert.equal(config.seed, Number(run.slice(-1)));
-    assert.equal(config.coeffImp, run.startsWith('strong') ? 0.05 : 5e-4);
-    assert.equal(config.nSteps, 3);
-  }
-  const lines = fs.readFileSync(path.join(out, 'sweep.md'), 'utf8').trimEnd().split('\n');
-  assert.equal(lines.length, 2 + runs.length + 2); // two settings of two seeds: two means
-  const last = JSON.parse(metricsOf(out, runs[2]!).trimEnd().split('\n').at(-1)!);
-  const cells = lines.find(line => line.includes('strong-seed0'))!.split(' | ');
-  assert.equal(Number(cells[6]), Number(last['eval/loss/PGDReconLoss'].toPrecision(3)));
-  assert.match(cells.at(-1)!, /finished/);
-  const means = lines.filter(line => line.includes('mean of 2'));
-  const seeds = ['strong-seed0', 'strong-seed3'].map(run => Number(lines.find(l => l.includes(run))!.split(' | ')[6]));
-  const mean = Number(means.find(line => line.includes('strong'))!.split(' | ')[6]);
-  assert.ok(Math.abs(mean - (seeds[0]! + seeds[1]!) / 2) < 0.01 * mean, `${mean} of ${seeds}`);
-  const svg = fs.readFileSync(path.join(out, 'sweep.svg'), 'utf8');
-  assert.equal(svg.match(/<circle/g)!.length, runs.length);
+// They wait for their runs: two at a time, for this file comes last.
+describe('runs', { concurrency: 2 }, () => {
+  test('settings × seeds become run folders, a table and a picture; finished runs are left out, a missing one is remade', async () => {
+    const settings = { weak: {}, strong: { coeffImp: 0.05 } };
+    const file = sweepFile('tiny.json', { base: tiny, seeds: [0, 3], settings });
+    const out = path.join(folder, 'tiny');
+    const args = ['--file', file, '--out', out, '--jobs', '2'];
+    assert.equal(await quietly(args), 0);
+    const runs = ['weak-seed0', 'weak-seed3', 'strong-seed0', 'strong-seed3'];
+    for (const run of runs) {
+      const { config } = JSON.parse(fs.readFileSync(path.join(out, run, 'config.json'), 'utf8'));
+      assert.equal(config.seed, Number(run.slice(-1)));
+      assert.equal(config.coeffImp, run.startsWith('strong') ? 0.05 : 5e-4);
+      assert.equal(config.nSteps, 3);
+    }
+    const lines = fs.readFileSync(path.join(out, 'sweep.md'), 'utf8').trimEnd().split('\n');
+    assert.equal(lines.length, 2 + runs.length + 2); // two settings of two seeds: two means
+    const last = JSON.parse(metricsOf(out, runs[2]!).trimEnd().split('\n').at(-1)!);
+    const cells = lines.find(line => line.includes('strong-seed0'))!.split(' | ');
+    assert.equal(Number(cells[6]), Number(last['eval/loss/PGDReconLoss'].toPrecision(3)));
+    assert.match(cells.at(-1)!, /finished/);
+    const means = lines.filter(line => line.includes('mean of 2'));
+    const seeds = ['strong-seed0', 'strong-seed3'].map(run =>
+      Number(lines.find(l => l.includes(run))!.split(' | ')[6]),
+    );
+    const mean = Number(means.find(line => line.includes('strong'))!.split(' | ')[6]);
+    assert.ok(Math.abs(mean - (seeds[0]! + seeds[1]!) / 2) < 0.01 * mean, `${mean} of ${seeds}`);
+    const svg = fs.readFileSync(path.join(out, 'sweep.svg'), 'utf8');
+    assert.equal(svg.match(/<circle/g)!.length, runs.length);
 
-  const before = metricsOf(out, 'weak-seed3');
-  const stamps = runs.map(run => fs.statSync(path.join(out, run, 'metrics.jsonl')).mtimeMs);
-  fs.rmSync(path.join(out, 'weak-seed3'), { recursive: true });
-  assert.equal(await quietly(args), 0);
-  const again = runs.map(run => fs.statSync(path.join(out, run, 'metrics.jsonl')).mtimeMs);
-  assert.deepEqual(
-    again.map((stamp, i) => stamp !== stamps[i]),
-    [false, true, false, false],
-  );
-  assert.equal(untimed(metricsOf(out, 'weak-seed3')), untimed(before));
+    const before = metricsOf(out, 'weak-seed3');
+    const stamps = runs.map(run => fs.statSync(path.join(out, run, 'metrics.jsonl')).mtimeMs);
+    fs.rmSync(path.join(out, 'weak-seed3'), { recursive: true });
+    assert.equal(await quietly(args), 0);
+    const again = runs.map(run => fs.statSync(path.join(out, run, 'metrics.jsonl')).mtimeMs);
+    assert.deepEqual(
+      again.map((stamp, i) => stamp !== stamps[i]),
+      [false, true, false, false],
+    );
+    assert.equal(untimed(metricsOf(out, 'weak-seed3')), untimed(before));
 
-  const changed = sweepFile('changed.json', { base: { ...tiny, nSteps: 4 }, seeds: [0], settings: { weak: {} } });
-  await assert.rejects(quietly(['--file', changed, '--out', out]), /weak-seed0: was made with another nSteps/);
-});
+    const changed = sweepFile('changed.json', { base: { ...tiny, nSteps: 4 }, seeds: [0], settings: { weak: {} } });
+    await assert.rejects(quietly(['--file', changed, '--out', out]), /weak-seed0: was made with another nSteps/);
+  });
 
-test('a signal stops the sweep and its runs, and the next call goes on with them', async () => {
-  const base = { ...tiny, nSteps: 40, evalBatchSize: 2 };
-  const file = sweepFile('long.json', { base, settings: { only: {}, next: { nSteps: 2 } } });
-  const out = path.join(folder, 'long');
-  const tool = path.join(import.meta.dirname, 'sweep.ts');
-  const args = [...process.execArgv.filter(arg => !arg.startsWith('--test')), tool, '--file', file, '--out', out];
-  const child = spawn(process.execPath, args, { stdio: ['ignore', 'pipe', 'pipe'] });
-  const metrics = path.join(out, 'only-seed0', 'metrics.jsonl');
-  while (!fs.existsSync(metrics) && child.exitCode === null) await new Promise(resolve => setTimeout(resolve, 20));
-  child.kill('SIGTERM');
-  const [code] = await once(child, 'exit');
-  assert.equal(code, 143);
-  assert.match(fs.readFileSync(path.join(out, 'sweep.md'), 'utf8'), /only-seed0 .* stopped \|/);
-  assert.ok(!fs.existsSync(path.join(out, 'next-seed0')), 'the next run was not started');
-  assert.equal(await quietly(['--file', file, '--out', out]), 0);
-  assert.match(fs.readFileSync(path.join(out, 'only-seed0', 'log.txt'), 'utf8'), /resume {3}from step \d+/);
-  const steps = metricsOf(out, 'only-seed0')
-    .trimEnd()
-    .split('\n')
-    .map(line => JSON.parse(line).step);
-  const each = Array.from({ length: base.nSteps }, (_, i) => i + 1);
-  assert.deepEqual([...new Set(steps)], each, 'no step is missing, and none was made from older state');
-});
+  test('a signal stops the sweep and its runs, and the next call goes on with them', async () => {
+    const base = { ...tiny, nSteps: 40, evalBatchSize: 2 };
+    const file = sweepFile('long.json', { base, settings: { only: {}, next: { nSteps: 2 } } });
+    const out = path.join(folder, 'long');
+    const tool = path.join(import.meta.dirname, 'sweep.ts');
+    const args = [...process.execArgv.filter(arg => !arg.startsWith('--test')), tool, '--file', file, '--out', out];
+    const child = spawn(process.execPath, args, { stdio: ['ignore', 'pipe', 'pipe'] });
+    const metrics = path.join(out, 'only-seed0', 'metrics.jsonl');
+    while (!fs.existsSync(metrics) && child.exitCode === null) await new Promise(resolve => setTimeout(resolve, 20));
+    child.kill('SIGTERM');
+    const [code] = await once(child, 'exit');
+    assert.equal(code, 143);
+    assert.match(fs.readFileSync(path.join(out, 'sweep.md'), 'utf8'), /only-seed0 .* stopped \|/);
+    assert.ok(!fs.existsSync(path.join(out, 'next-seed0')), 'the next run was not started');
+    assert.equal(await quietly(['--file', file, '--out', out]), 0);
+    assert.match(fs.readFileSync(path.join(out, 'only-seed0', 'log.txt'), 'utf8'), /resume {3}from step \d+/);
+    const steps = metricsOf(out, 'only-seed0')
+      .trimEnd()
+      .split('\n')
+      .map(line => JSON.parse(line).step);
+    const each = Array.from({ length: base.nSteps }, (_, i) => i + 1);
+    assert.deepEqual([...new Set(steps)], each, 'no step is missing, and none was made from older state');
+  });
 
-test('a run that fails is named, stops no other, and is the exit code', async () => {
-  const settings = { broken: { components: '*.nowhere=4' }, good: {} };
-  const file = sweepFile('failing.json', { base: tiny, settings });
-  const out = path.join(folder, 'failing');
-  assert.equal(await quietly(['--file', file, '--out', out]), 1);
-  const report = fs.readFileSync(path.join(out, 'sweep.md'), 'utf8');
-  assert.match(report, /\| broken-seed0 .* failed \|/);
-  assert.match(report, /\| good-seed0 .* finished \|/);
-  assert.match(fs.readFileSync(path.join(out, 'broken-seed0', 'log.txt'), 'utf8'), /nowhere matches none/);
+  test('a run that fails is named, stops no other, and is the exit code', async () => {
+    const settings = { broken: { components: '*.nowhere=4' }, good: {} };
+    const file = sweepFile('failing.json', { base: tiny, settings });
+    const out = path.join(folder, 'failing');
+    assert.equal(await quietly(['--file', file, '--out', out]), 1);
+    const report = fs.readFileSync(path.join(out, 'sweep.md'), 'utf8');
+    assert.match(report, /\| broken-seed0 .* failed \|/);
+    assert.match(report, /\| good-seed0 .* finished \|/);
+    assert.match(fs.readFileSync(path.join(out, 'broken-seed0', 'log.txt'), 'utf8'), /nowhere matches none/);
+  });
 });
 
 test('what the file says wrong is refused in one line', async () => {
