@@ -648,7 +648,7 @@ function adamUpdate(state: State, group: Group, gradient: T<'n'>, feeds: AdamFee
   const moved = ofGroup(state.params, group);
   const sizes = moved.map(x => x.size);
   const parts = (x: T) => tf.split(x, sizes).map((part, i) => part.reshape(moved[i]!.shape));
-  const [moves, momenta] = [parts(step.direction), parts(step.m)];
+  const [moves, momenta] = [parts(step.direction), muon ? parts(step.m) : []];
   for (const [i, param] of moved.entries()) {
     const byMuon = muon && param.rank === 2;
     param.assign(param.sub(byMuon ? feeds.lrMain.mul(orthogonal(momenta[i]!)) : moves[i]!));
@@ -1074,8 +1074,8 @@ export async function decompose(run: Run, { old, stopped, measures }: Options = 
     if (due(c.logEvery)) {
       const { numTensors, numBytes } = tf.memory();
       const rates = { 'lr/main': lrMain, 'lr/ppgd': lrPpgd, p };
-      const time = { 'time/ms_per_step': performance.now() - started };
       const memory = { 'memory/tensors': numTensors, 'memory/bytes': numBytes };
+      const time = { 'time/ms_per_step': performance.now() - started };
       log({ ...metrics, ...rates, ...time, ...memory });
     }
     // The last step is saved before its evaluation, which may fail; others after it, so that a
@@ -1330,7 +1330,7 @@ const ACTIVATIONS = {
 
 /**
  * y = x r with r = 1 / √(mean x² + ε), over the last axis. The gradient is made by hand, with
- * a third of the ops: dx = r (dy − y mean(y dy)).
+ * a third of TFJS's ops: dx = r (dy − y mean(y dy)).
  */
 export const rmsNormalize = (x: T, eps: number): T =>
   tf.customGrad((a, save) => {

@@ -1008,17 +1008,14 @@ onEveryEngine('Muon moves matrices as that of PyTorch does, and vectors as Adam 
     Object.fromEntries(Object.entries(arrays).map(([name, x]) => [name, tf.tensor(x, f.shapes[name]!)]));
   const params = Object.fromEntries(Object.entries(tensors(f.start)).map(([name, x]) => [name, tf.variable(x)]));
   const config = { ...nano.DEFAULTS, optimizer: 'muon', gradClipComponents: 0, gradClipCi: 0 };
-  const ofGroup = (group: string, x: Record<string, T>) =>
-    tf.concat(Object.entries(x).flatMap(([name, t]) => (name.startsWith(group) ? [t.flatten()] : [])));
-  const vectors = (x: Record<string, T>) => ({ components: ofGroup('components', x), ci_fn: ofGroup('ci_fn', x) });
   const zeros = () => {
-    const { components, ci_fn } = vectors(params);
+    const { components, ci_fn } = sideBySide(params);
     return { components: tf.variable(tf.zerosLike(components)), ci_fn: tf.variable(tf.zerosLike(ci_fn)) };
   };
   const state = { params, m: zeros(), v: zeros() } as unknown as nano.State;
   for (const [i, gradients] of f.gradients.entries()) {
     const feeds = { lrMain: tf.scalar(f.lr), c1: tf.scalar(1 - 0.9 ** (i + 1)), c2: tf.scalar(1 - 0.999 ** (i + 1)) };
-    nano.applyGradients({ config } as nano.Problem, state, vectors(tensors(gradients)), feeds);
+    nano.applyGradients({ config } as nano.Problem, state, sideBySide(tensors(gradients)), feeds);
     for (const [name, want] of Object.entries(f.after[i]!)) {
       const moved = (to: readonly number[]) => to.map((x, k) => x - f.start[name]![k]!);
       close(moved(numbers(params[name]!)), moved(want), MOVE, `${name} after ${i + 1} steps`);

@@ -140,7 +140,7 @@ export function commandLine(argv: string[], program: Program) {
   // A field that came after the run was started is as it was without it: its default.
   const defaults = Object.fromEntries(Object.entries(fields).map(([field, { value }]) => [field, value]));
   const old = record && { ...record, config: { ...defaults, ...(record.config as typeof changes) } };
-  const given = { ...(old?.config as typeof changes | undefined), ...changes };
+  const given = { ...old?.config, ...changes };
   given.out ||= path.join('runs', `${path.basename(`${given.model ?? ''}`) || 'run'}-${stamp()}`);
   return { job: 'decompose', values: given, flags, meantFor: preset?.target ?? {}, sizes, old };
 }

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 LR = 0.03
-# wide, tall, square, of rank one (a step where singular values are 0), and a bias
+# wide, tall (its first gradient of rank one: all but one singular value are 0), square, a row, and a bias
 SHAPES = {
     "components.a.V": [5, 9],
     "components.a.U": [9, 4],
