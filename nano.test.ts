@@ -1361,10 +1361,12 @@ async function shortRun(engine: string): Promise<void> {
     return copy;
   };
   const evalData = cutOff('eval.json', (rows: number[][]) => rows.slice(0, 32));
+  const data = path.join(temporary, `${engine}-corpus.txt`);
+  fs.writeFileSync(data, read(toy, 'corpus.txt').split('\n').slice(0, 400).join('\n'));
   const labels = cutOff('labels.json', (all: Labels) => ({ ...all, labels: all.labels.slice(0, 32) }));
   const args = [
     ...['--preset=toy', `--engine=${engine}`, '--threads=1', `--out=${out}`, '--n-steps=6', '--log-every=2'],
-    ...['--batch-size=8', '--micro-batches=2', '--faithfulness-warmup-steps=5', '--eval-freq=0'],
+    ...[`--data=${data}`, '--batch-size=8', '--micro-batches=2', '--faithfulness-warmup-steps=5', '--eval-freq=0'],
     ...[`--eval-data=${evalData}`, `--labels=${labels}`, '--eval-batch-size=16', '--pgd-eval-n-steps=3'],
     ...['--harvest-rows=32', ...(engine === 'tensorflow' ? ['--optimizer=adamw'] : [])], // the preset's is Muon
   ];

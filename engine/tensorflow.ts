@@ -35,6 +35,8 @@ export async function loadTensorFlow(options: TensorFlowOptions = {}): Promise<{
   const { env } = process;
   env.TF_CPP_MIN_LOG_LEVEL ??= '2'; // errors only
   env.TF_ENABLE_ONEDNN_OPTS ??= '0'; // its ops double a step's time at small sizes
+  // Its AVX-512 products keep numbers below the stack pointer, where a signal's handler writes: Ctrl-C could end in an abort.
+  env.ONEDNN_MAX_CPU_ISA ??= 'AVX2';
   env.TF_FORCE_GPU_ALLOW_GROWTH ??= 'true'; // else it takes the whole GPU at once
   if (threads !== undefined) env.TF_NUM_INTRAOP_THREADS = env.TF_NUM_INTEROP_THREADS = String(threads);
   if (precision === 'float32') env.NVIDIA_TF32_OVERRIDE = '0';

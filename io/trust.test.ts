@@ -23,9 +23,12 @@ after(() => fs.rmSync(root, { recursive: true }));
 const inRoot = (name: string) => path.join(root, name);
 const toy = (file: string) => path.join(project, 'assets/toy', file);
 
-/** The toy's target with a very small decomposition. */
+/** The toy's target with a very small decomposition, and few rows: four batches. */
+const rows: number[][] = JSON.parse(fs.readFileSync(toy('eval.json'), 'utf8'));
+const data = inRoot('few.json');
+fs.writeFileSync(data, JSON.stringify(rows.slice(0, 16)));
 const small = [
-  ...['--preset=toy', `--data=${toy('eval.json')}`, `--eval-data=${toy('eval.json')}`, '--labels=', '--no-harvest'],
+  ...['--preset=toy', `--data=${data}`, `--eval-data=${data}`, '--labels=', '--no-harvest'],
   ...['--optimizer=adamw', '--components=*=8', '--ci-d-model=16', '--ci-mlp-hidden=32', '--batch-size=4'],
   ...['--eval-batch-size=2', '--pgd-eval-n-steps=2', '--log-every=1'],
 ];
@@ -38,12 +41,16 @@ const engines = {
 };
 type EngineName = keyof typeof engines;
 
+/** A profiler sends the process a thousand signals a second, which must not disturb it either. */
+const profiled = ['--cpu-prof', `--cpu-prof-dir=${inRoot('profiles')}`];
+
 interface Run {
   child: ChildProcess;
   ended: Promise<{ code: number | null; signal: NodeJS.Signals | null; talk: string }>;
 }
 function start(...args: string[]): Run {
-  const child = spawn(process.execPath, ['--import', 'tsx', 'nano-param-decomp.ts', ...args], {
+  const node = args.includes('--engine=tensorflow') ? profiled : [];
+  const child = spawn(process.execPath, [...node, '--import', 'tsx', 'nano-param-decomp.ts', ...args], {
     cwd: project,
     stdio: ['ignore', 'ignore', 'pipe'],
   });
@@ -184,9 +191,8 @@ test('a resumed run refuses another config, model or data by name, and takes wha
   fs.writeFileSync(weights, bytes);
   const movedModel = inRoot('moved-model');
   fs.cpSync(toy(''), movedModel, { recursive: true });
-  const rows: number[][] = JSON.parse(fs.readFileSync(toy('eval.json'), 'utf8'));
-  rows[0]![0] = rows[0]![0] === 1 ? 2 : 1;
-  fs.writeFileSync(inRoot('rows.json'), JSON.stringify(rows));
+  const [[first, ...others] = [], ...rest] = rows.slice(0, 16);
+  fs.writeFileSync(inRoot('rows.json'), JSON.stringify([[first === 1 ? 2 : 1, ...others], ...rest]));
 
   const refused: [string, RegExp][] = [
     ['--seed=5', /--resume: seed was 0 and is now 5; start a new run/],

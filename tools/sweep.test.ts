@@ -17,10 +17,14 @@ function sweepFile(name: string, content: unknown): string {
   fs.writeFileSync(file, typeof content === 'string' ? content : JSON.stringify(content));
   return file;
 }
-/** Small enough for seconds: the toy's model, a few steps. */
+/** Small enough for seconds: the toy's model, a few steps, and few rows, for an evaluation reads many of them. */
+const corpus = fs.readFileSync(path.join(import.meta.dirname, '../assets/toy/corpus.txt'), 'utf8');
+const data = path.join(folder, 'corpus.txt');
+fs.writeFileSync(data, corpus.split('\n').slice(0, 60).join('\n'));
 const tiny = {
   ...{
     preset: 'toy',
+    data,
     engine: 'wasm',
     optimizer: 'adamw',
     nSteps: 3,
