@@ -1468,9 +1468,26 @@ test('the one file alone, in an empty folder with the packages, still runs', asy
     [[...argv.slice(0, 3), '--resume', '--out=run'], /--resume: without io\/ takes --name=value/],
     [[...argv.slice(0, 3), 'eval', '--run=run'], /eval: without io\/ takes --name=value/],
   ];
-  for (const [args, message] of refused) {
-    const { status, stderr } = spawnSync(process.execPath, [...args, '--out=new'], { cwd: alone, encoding: 'utf8' });
-    assert.equal(status, 2, `${args}: ${stderr}`);
-    assert.match(stderr.trimEnd().split('\n').at(-1)!, message);
+  const [first] = refused;
+  const { status, stderr } = spawnSync(process.execPath, [...first![0], '--out=new'], { cwd: alone, encoding: 'utf8' });
+  assert.equal(status, 2, stderr);
+  assert.match(stderr.trimEnd().split('\n').at(-1)!, first![1]);
+  // the others in one process: starting takes a second
+  const further = refused.slice(1);
+  const script = `const { main } = require('./nano-param-decomp.ts');
+    const lines = ${JSON.stringify(further.map(([args]) => [...args.slice(3), '--out=new']))};
+    const told = args => main(args).then(code => ({ name: 'none', message: code }), ({ name, message }) => ({ name, message }));
+    (async () => {
+      const errors = [];
+      for (const args of lines) errors.push(await told(args));
+      console.log(JSON.stringify(errors));
+    })();`;
+  fs.writeFileSync(path.join(alone, 'refusals.cjs'), script);
+  const all = spawnSync(process.execPath, ['--import', 'tsx', 'refusals.cjs'], { cwd: alone, encoding: 'utf8' });
+  assert.equal(all.status, 0, all.stderr);
+  const errors: Error[] = JSON.parse(all.stdout.trimEnd().split('\n').at(-1)!);
+  for (const [i, [args, message]] of further.entries()) {
+    assert.equal(errors[i]!.name, 'UsageError', `${args}: ${errors[i]!.message}`);
+    assert.match(errors[i]!.message, message);
   }
 });
