@@ -41,8 +41,8 @@ const engines = {
 };
 type EngineName = keyof typeof engines;
 
-/** A profiler sends the process a thousand signals a second, which must not disturb it either. */
-const profiled = ['--cpu-prof', `--cpu-prof-dir=${inRoot('profiles')}`];
+/** A profiler sends the process five thousand signals a second, which must not disturb it either. */
+const profiled = ['--cpu-prof', '--cpu-prof-interval=200', `--cpu-prof-dir=${inRoot('profiles')}`];
 
 interface Run {
   child: ChildProcess;
