@@ -8,10 +8,14 @@ interface Sizes {
   config: Record<
     'ciDModel' | 'ciNBlocks' | 'ciMlpHidden' | 'ciNHeads' | 'seqLen' | 'batchSize' | 'microBatches' | 'ppgdInnerSteps',
     number
-  >;
+  > & { optimizer?: string };
 }
 
 const sum = (values: number[]) => values.reduce((a, b) => a + b, 0);
+
+/** Operations of Muon's five Newton-Schulz steps: two products of 2 r²c each and one of 2 r³, r the smaller side. */
+const newtonSchulz = (a: number, b: number): number =>
+  5 * 2 * Math.min(a, b) ** 2 * (2 * Math.max(a, b) + Math.min(a, b));
 
 /** A running engine, as far as its use of memory goes. */
 interface Place {
@@ -59,6 +63,9 @@ export function estimateStep({ target, arch, modules, ciShapes, config }: Sizes,
   // A forward costs 1, a backward to the masks 1, to V and U 1 more: each inner move takes 2, each of two losses 3.
   const passes = 2 * (config.ppgdInnerSteps + 2) + 1;
   const perPosition = components * (passes + 1) + (decomposed + dModel * vocab) * passes + 3 * ciFn;
+  const ofComponents = modules.map(m => newtonSchulz(m.dIn, m.C) + newtonSchulz(m.C, m.dOut));
+  const ofCiFn = Object.values(ciShapes).map(([a = 0, b = 0]) => newtonSchulz(a, b)); // of a vector 0
+  const muon = config.optimizer === 'muon' ? sum([...ofComponents, ...ofCiFn]) : 0;
   const bytes = { state: 4 * state, moved: 4 * moved, acts: (4 * N * acts) / R, params: 4 * params };
   const cuda = place.gpu && place.name === 'tensorflow';
   const peak = PEAKS[cuda ? 'cuda' : place.xla ? 'xla' : (place.name ?? '')];
@@ -67,7 +74,7 @@ export function estimateStep({ target, arch, modules, ciShapes, config }: Sizes,
     components,
     ciFn,
     heapBytes: bytes.state + 5 * bytes.params, // the state, and a large node while the first call is checked
-    flops: 2 * N * perPosition + 6 * sum(modules.map(m => m.dIn * m.dOut * m.C)),
+    flops: 2 * N * perPosition + 6 * sum(modules.map(m => m.dIn * m.dOut * m.C)) + muon,
     bytes:
       peak?.(modules.length, bytes, place.memoryBytes?.() ?? Infinity) ?? bytes.state + bytes.acts + 3 * bytes.params,
   };
