@@ -310,3 +310,15 @@ test('the estimate is within a quarter of the peaks that were measured, on every
         );
       }
 });
+
+test('the estimate counts what Muon adds: five times X Xᵀ, its square and a product with X', () => {
+  const sizes = {
+    ...{ target: { weights: new Map() }, arch: { vocab: 1, dModel: 1 }, modules: [{ dIn: 2, dOut: 3, C: 4 }] },
+    ciShapes: { matrix: [6, 5], vector: [7] },
+  };
+  const config = { ciDModel: 5, ciNBlocks: 1, ciMlpHidden: 6, ciNHeads: 1, seqLen: 1, batchSize: 1, microBatches: 1 };
+  const flops = (optimizer: string) =>
+    estimateStep({ ...sizes, config: { ...config, ppgdInnerSteps: 2, optimizer } }).flops;
+  const multiplied = 2 * (2 * 4 * 2) + 2 ** 3 + 2 * (3 * 4 * 3) + 3 ** 3 + 2 * (5 * 6 * 5) + 5 ** 3;
+  assert.equal(flops('muon') - flops('adamw'), 5 * 2 * multiplied);
+});
