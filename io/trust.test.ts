@@ -1,6 +1,6 @@
 // Whole runs as child processes: interrupted, killed, resumed, changed, diverged. Whatever happens in between, the end
 // must be the same bytes as in a run left alone. NANO_LONG_TESTS=1 kills 40 runs instead of
-// 4 and does on ONNX Runtime and TensorFlow, whose graphs take seconds to trace, all that is done on WASM.
+// 3 and does on ONNX Runtime and TensorFlow, whose graphs take seconds to trace, all that is done on WASM.
 
 import assert from 'node:assert/strict';
 import { type ChildProcess, spawn } from 'node:child_process';

@@ -17,10 +17,11 @@ function sweepFile(name: string, content: unknown): string {
   fs.writeFileSync(file, typeof content === 'string' ? content : JSON.stringify(content));
   return file;
 }
-/** Small enough for seconds: the toy's model, a few steps, and few rows, for an evaluation reads many of them. */
+/** Few rows: an evaluation reads up to 32,768 positions. */
 const corpus = fs.readFileSync(path.join(import.meta.dirname, '../assets/toy/corpus.txt'), 'utf8');
 const data = path.join(folder, 'corpus.txt');
 fs.writeFileSync(data, corpus.split('\n').slice(0, 60).join('\n'));
+/** Small enough for seconds: the toy's model, a few steps. */
 const tiny = {
   ...{
     preset: 'toy',
