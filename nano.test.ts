@@ -1252,7 +1252,7 @@ test('whatever is wrong on the command line is refused in one line that names it
   await refuses('--coeff-imp=-1', /--coeff-imp: got "-1", takes a number from 0/);
   await refuses('--ppgd-beta1=1', /--ppgd-beta1: got "1", takes a number from 0 to 0\.999999/);
   await refuses('--engine=gpu', /--engine: got "gpu", takes one of auto onnx tensorflow webgpu wasm/);
-  await refuses('--no-harvest=yes', /--no-harvest/);
+  await refuses('--no-harvest=yes', /--harvest. does not take an argument/);
   await refuses('--preset=none', /--preset: got none, takes one of toy, small-lm, simplestories-2L, pile-4L/);
   await refuses('--save-graph=x.onnx', /--save-graph: goes with --dry-run/);
   await refuses('', /--model: missing/);

@@ -20,15 +20,14 @@ interface Field<V> {
 }
 type Fields = Readonly<Record<string, Field<Value>>>;
 
-/** A field's flag in kebab-case; a boolean one can only be turned off. */
-const flagOf = (name: string, { value }: Field<Value>) =>
-  `${typeof value === 'boolean' ? 'no-' : ''}${name.replace(/[A-Z]/g, c => `-${c.toLowerCase()}`)}`;
+/** A field's flag in kebab-case; a boolean one is turned off by no- before it. */
+const flagOf = (name: string) => name.replace(/[A-Z]/g, c => `-${c.toLowerCase()}`);
 
 /** A field's value from the text of its flag. @throws UsageError naming the flag, what it got and what it takes */
 function fieldValue(name: string, field: Field<Value>, raw: string | boolean): Value {
   const { value: standard, choices, min = 0, max = 0, integer } = field;
-  const takes = (what: string) => refuse(`--${flagOf(name, field)}: got ${JSON.stringify(raw)}, takes ${what}`);
-  if (typeof standard === 'boolean') return !raw;
+  const takes = (what: string) => refuse(`--${flagOf(name)}: got ${JSON.stringify(raw)}, takes ${what}`);
+  if (typeof standard === 'boolean') return raw;
   if (field.place) return fs.existsSync(`${raw}`) ? path.resolve(`${raw}`) : raw; // a run may be revisited from elsewhere
   if (typeof standard === 'string')
     return !choices || choices.split(' ').includes(`${raw}`) ? raw : takes(`one of ${choices}`);
@@ -43,13 +42,13 @@ function fieldValue(name: string, field: Field<Value>, raw: string | boolean): V
  * @throws UsageError for one that doesn't exist, or a value that its field doesn't take
  */
 export function parseFlags(fields: Fields, others: Readonly<Record<string, 'string' | 'boolean'>>, args: string[]) {
-  const all = Object.entries(fields).map(([name, field]) => ({ name, field, flag: flagOf(name, field) }));
+  const all = Object.entries(fields).map(([name, field]) => ({ name, field, flag: flagOf(name) }));
   const options: Record<string, { type: 'string' | 'boolean' }> = {};
   for (const [flag, type] of Object.entries(others)) options[flag] = { type };
   for (const { flag, field } of all) options[flag] = { type: typeof field.value === 'boolean' ? 'boolean' : 'string' };
   let flags: Record<string, string | boolean | undefined>;
   try {
-    flags = parseArgs({ args, options, strict: true }).values as typeof flags;
+    flags = parseArgs({ args, options, strict: true, allowNegative: true }).values as typeof flags;
   } catch (error) {
     return refuse(`${(error as Error).message.split('. To specify')[0]} (--help lists the flags)`);
   }
@@ -67,7 +66,7 @@ export function helpLines(groups: Readonly<Record<string, Fields>>): string {
     `\n${group}:`,
     ...Object.entries(fields).map(([name, field]) => {
       const standard = field.value === '' || typeof field.value === 'boolean' ? '' : ` [${field.value}]`;
-      return `  --${flagOf(name, field).padEnd(36)} ${field.help}${standard}`;
+      return `  --${flagOf(name).padEnd(36)} ${field.help}${standard}`;
     }),
   ]);
   return lines.join('\n');

@@ -86,3 +86,19 @@ test('the command line gives what was not given itself; a run that goes on has i
     fs.rmSync(dir, { recursive: true });
   }
 });
+
+test('a boolean field is turned off by --no-NAME and on by --NAME, the last one counts; the record of a run without it', () => {
+  const groups = { all: { out: { value: '', help: '', place: true }, saveAll: { value: true, help: '' } } };
+  const values = (...args: string[]) => commandLine(args, { version: '0', jobs: {}, groups })!.values;
+  assert.equal(values('--no-save-all').saveAll, false);
+  assert.equal(values('--no-save-all', '--save-all').saveAll, true);
+  assert.ok(!('saveAll' in values()));
+  const dir = fs.mkdtempSync(path.join(os.tmpdir(), 'boolean-'));
+  try {
+    fs.writeFileSync(path.join(dir, 'config.json'), '{"formatVersion":1,"config":{"saveAll":false}}');
+    assert.equal(values('--resume', `--out=${dir}`).saveAll, false);
+    assert.equal(values('--resume', `--out=${dir}`, '--save-all').saveAll, true);
+  } finally {
+    fs.rmSync(dir, { recursive: true });
+  }
+});

@@ -162,6 +162,7 @@ test('what the file says wrong is refused in one line', async () => {
   assert.deepEqual(flagsOf({ coeffImp: 2e-7, harvest: false, graph: true, model: 'a b' }), [
     '--coeff-imp=2e-7',
     '--no-harvest',
+    '--graph',
     '--model=a b',
   ]);
 });

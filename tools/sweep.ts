@@ -75,11 +75,11 @@ function fieldsOf(fields: unknown, where: string): Fields {
   return fields as Fields;
 }
 
-/** Fields as flags of the command line; a boolean one can only be turned off. */
+/** Fields as flags of the command line. */
 export const flagsOf = (fields: Fields): string[] =>
   Object.entries(fields).flatMap(([name, value]) => {
     const flag = name.replace(/[A-Z]/g, c => `-${c.toLowerCase()}`);
-    return typeof value === 'boolean' ? (value ? [] : [`--no-${flag}`]) : [`--${flag}=${value}`];
+    return typeof value === 'boolean' ? [`--${value ? '' : 'no-'}${flag}`] : [`--${flag}=${value}`];
   });
 
 // ---- The runs -------------------------------------------------------------------------------------------------------
