@@ -1336,7 +1336,7 @@ test('--help lists every field with its flag, and --version prints the version',
   const [help = '', version = ''] = log.mock.calls.map(call => String(call.arguments[0]));
   for (const [field, value] of Object.entries(nano.DEFAULTS)) {
     const flag = field.replace(/[A-Z]/g, c => `-${c.toLowerCase()}`);
-    assert.match(help, new RegExp(`^ +--${value === true ? 'no-' : ''}${flag} +\\S.{9}`, 'm'), field);
+    assert.match(help, new RegExp(`^ +--${value === true ? '\\[no-\\]' : ''}${flag} +\\S.{9}`, 'm'), field);
   }
   for (const preset of Object.keys(PRESETS)) assert.match(help, new RegExp(`^ +${preset} +\\S`, 'm'));
   assert.equal(version, JSON.parse(read(project, 'package.json')).version);

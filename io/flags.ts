@@ -65,8 +65,9 @@ export function helpLines(groups: Readonly<Record<string, Fields>>): string {
   const lines = Object.entries(groups).flatMap(([group, fields]) => [
     `\n${group}:`,
     ...Object.entries(fields).map(([name, field]) => {
-      const standard = field.value === '' || typeof field.value === 'boolean' ? '' : ` [${field.value}]`;
-      return `  --${flagOf(name).padEnd(36)} ${field.help}${standard}`;
+      const isBoolean = typeof field.value === 'boolean';
+      const standard = field.value === '' || isBoolean ? '' : ` [${field.value}]`;
+      return `  --${`${isBoolean ? '[no-]' : ''}${flagOf(name)}`.padEnd(36)} ${field.help}${standard}`;
     }),
   ]);
   return lines.join('\n');
