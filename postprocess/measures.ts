@@ -4,6 +4,7 @@
  *   eval/pgd/<n>                          KL (or MSE) after n sign steps of a fresh adversary: n = 0, its random start, and
  *                                         --pgd-eval-n-steps times 1, 2, 4, 8, 16 (20, 40, 80, 160, 320)
  *   eval/pgd/flat_from                    the first of these n (not 0) after which doubling adds less than 5 %; absent: none
+ *                                         (from one start: where it is flat another may find a hole, see `eval --seed`)
  *   eval/loss/RelativeFaithfulnessLoss/<module>, /mean, /worst    ‖W − (V U)ᵀ‖² / ‖W‖², where the loss is a mean over all
  *   eval/l0/<t>_<module>, _total          components with g above t = 0.0, 0.01 and 0.1 at a position
  *   eval/g_bins/<bin>_<module>, _total    components with g in a bin at a position: they add up to C
